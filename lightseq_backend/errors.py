@@ -1,0 +1,17 @@
+"""The errors this package raises on purpose; everything else is a bug of ours."""
+
+
+class RequestError(ValueError):
+    """The caller asked for something this model cannot do. Answered alone; nothing else notices."""
+
+
+class Overloaded(RuntimeError):
+    """The queue is full: come again later."""
+
+
+class WeightError(ValueError):
+    """A weight file cannot be used. The message names every fault found, one a line."""
+
+
+class ConfigError(ValueError):
+    """A setting cannot be honoured. The message names every fault found, one a line."""

@@ -1,0 +1,1 @@
+"""The forward passes: what is computed, in terms of ops; never how."""

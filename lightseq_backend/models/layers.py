@@ -1,0 +1,128 @@
+"""The pieces both models are made of: weights grouped by use, the work space, one sublayer at a time.
+
+A sublayer reads x, normalises it and adds its result to the residual. With pre-norm the residual is x itself; in
+LightSeq's post-norm form it is the normalised x (lightseq_format.md 3.3). That is the only difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import Any, NamedTuple
+
+Array = Any  # of the ops module: numpy.ndarray or cupy.ndarray
+Weights = Mapping[str, Any]
+
+
+class Norm(NamedTuple):
+    gain: Array
+    bias: Array
+
+
+class Linear(NamedTuple):
+    weight: Array
+    bias: Array | None
+
+
+class Sublayer(NamedTuple):
+    """A LayerNorm, the projection into the sublayer and the one out of it."""
+
+    norm: Norm
+    inner: Linear
+    output: Linear
+
+
+class Reader:
+    """Hands weights to a model by name, in the form its ops want."""
+
+    def __init__(self, weights: Weights, ops: ModuleType):
+        self._weights, self._ops = weights, ops
+
+    def norm(self, name: str) -> Norm:
+        vector = self._ops.vector
+        return Norm(vector(self._weights[f"{name}.gain"]), vector(self._weights[f"{name}.bias"]))
+
+    def linear(self, name: str) -> Linear:
+        bias = self._weights.get(f"{name}.bias")
+        weight = self._ops.matrix(self._weights[f"{name}.weight"])
+        return Linear(weight, None if bias is None else self._ops.vector(bias))
+
+    def table(self, name: str) -> Array:
+        return self._ops.table(self._weights[name])
+
+    def sublayer(self, layer: str, norm: str, inner: str, output: str) -> Sublayer:
+        return Sublayer(
+            self.norm(f"{layer}.{norm}"), self.linear(f"{layer}.{inner}"), self.linear(f"{layer}.{output}")
+        )
+
+    def attention(self, layer: str, prefix: str) -> Sublayer:
+        return self.sublayer(layer, f"{prefix}_norm", f"{prefix}_qkv", f"{prefix}_output")
+
+    def feed_forward(self, layer: str) -> Sublayer:
+        return self.sublayer(layer, "ffn_norm", "ffn_inner", "ffn_output")
+
+
+@dataclass(frozen=True)
+class Work:
+    """Activations of one pass, float, [rows, ...]; reused by every layer and every pass.
+
+    x, normed, context, query  [rows, hidden]
+    qkv                        [rows, 3 * hidden]
+    inner                      [rows, FFN size]
+    """
+
+    x: Array
+    normed: Array
+    context: Array
+    query: Array
+    qkv: Array
+    inner: Array
+
+    @staticmethod
+    def widths(hidden: int, inner: int) -> dict[str, int]:
+        return {"x": hidden, "normed": hidden, "context": hidden, "query": hidden, "qkv": 3 * hidden, "inner": inner}
+
+    def first(self, rows: int) -> Work:
+        """The same memory, for that many rows."""
+        return Work(*(getattr(self, field.name)[:rows] for field in fields(self)))
+
+
+class Arithmetic(NamedTuple):
+    """How a model's sublayers compute: the ops and the settings that never change."""
+
+    ops: ModuleType
+    heads: int
+    epsilon: float
+    activation: str
+    post_norm: bool
+
+    def attention(self, work: Work, block: Sublayer, attend: Callable[[Array, Array], None]) -> None:
+        """x = residual + attend(layer_norm(x) . W_qkv) . W_o; attend(qkv, out) writes the context."""
+        self.ops.norm_linear(work.x, block.norm, block.inner, self.epsilon, "none", work.normed, work.qkv)
+        attend(work.qkv, work.context)
+        self.ops.linear_residual(work.context, block.output, self._residual(work), work.x)
+
+    def cross_attention(self, work: Work, block: Sublayer, attend: Callable[[Array, Array], None]) -> None:
+        """x = residual + attend(layer_norm(x) . W_q) . W_o; attend(query, out) writes the context."""
+        self.ops.norm_linear(work.x, block.norm, block.inner, self.epsilon, "none", work.normed, work.query)
+        attend(work.query, work.context)
+        self.ops.linear_residual(work.context, block.output, self._residual(work), work.x)
+
+    def feed_forward(self, work: Work, block: Sublayer) -> None:
+        """x = residual + activation(layer_norm(x) . W_1) . W_2."""
+        self.ops.norm_linear(work.x, block.norm, block.inner, self.epsilon, self.activation, work.normed, work.inner)
+        self.ops.linear_residual(work.inner, block.output, self._residual(work), work.x)
+
+    def _residual(self, work: Work) -> Array:
+        return work.normed if self.post_norm else work.x
+
+
+class Head(NamedTuple):
+    """From the last hidden states to scores over the vocabulary: final norm, projection, scale, banned id (or -1)."""
+
+    norm: Norm
+    output: Linear
+    scale: float
+    banned: int
+    epsilon: float

@@ -1,0 +1,86 @@
+"""The encoder-decoder Transformer: the encoder is its prefill, the decoder its step."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from lightseq_backend.config import TransformerConfig
+from lightseq_backend.models.cache import Cache, Plan
+from lightseq_backend.models.layers import Arithmetic, Head, Reader, Weights, Work
+from lightseq_backend.models.pack import Pack
+
+Array = Any
+
+
+class Transformer:
+    """Built from a configuration, weights by name (listed in weights/__init__.py) and an ops module."""
+
+    def __init__(self, config: TransformerConfig, weights: Weights, ops: ModuleType):
+        self.config = config
+        epsilon = config.dialect.norm_epsilon
+        self.arithmetic = Arithmetic(ops, config.heads, epsilon, config.activation, config.post_norm)
+        read = Reader(weights, ops)
+        self.source_tokens, self.source_positions = read.table("source.tokens"), read.table("source.positions")
+        self.target_tokens, self.target_positions = read.table("target.tokens"), read.table("target.positions")
+        encoder = [f"encoder.{i}" for i in range(config.encoder_layers)]
+        decoder = [f"decoder.{i}" for i in range(config.decoder_layers)]
+        self.encoder = [(read.attention(name, "attention"), read.feed_forward(name)) for name in encoder]
+        self.decoder = [
+            (
+                read.attention(name, "self"),
+                read.sublayer(name, "cross_norm", "cross_query", "cross_output"),
+                read.feed_forward(name),
+            )
+            for name in decoder
+        ]
+        self.memory = [read.linear(f"{name}.cross_kv") for name in decoder]
+        self.encoder_norm = read.norm("encoder.norm")
+        self.head = Head(
+            read.norm("decoder.norm"), read.linear("output"), config.logit_scale, config.banned_id, epsilon
+        )
+
+    def cache_plan(self, lanes: int) -> Plan:
+        config, ops = self.config, self.arithmetic.ops
+        layers = config.decoder_layers
+        return Cache.plan(layers, layers, lanes, config.max_positions, config.hidden, ops.FLOAT)
+
+    def prefill(self, pack: Pack, work: Work, cache: Cache) -> None:
+        """Encodes packed sources and keeps every decoder layer's keys and values of them in cache.memory_*."""
+        arithmetic, ops = self.arithmetic, self.arithmetic.ops
+        ops.embed_tokens(pack.tokens, pack.positions, self.source_tokens, self.source_positions, work.x)
+
+        def attend(qkv: Array, out: Array) -> None:
+            ops.packed_attention(qkv, pack.starts, self.config.heads, False, out)
+
+        for attention, feed_forward in self.encoder:
+            arithmetic.attention(work, attention, attend)
+            arithmetic.feed_forward(work, feed_forward)
+        ops.layer_norm(work.x, self.encoder_norm, arithmetic.epsilon, work.normed)
+        key_values = work.qkv[:, : 2 * self.config.hidden]
+        for layer, memory in enumerate(self.memory):
+            ops.linear(work.normed, memory, key_values)
+            ops.store(key_values, pack.lanes, pack.steps, cache.memory_keys[layer], cache.memory_values[layer])
+
+    def step(self, rows: Array, slots: Array, work: Work, cache: Cache) -> None:
+        """One decoder token a row, into work.x. rows: int32 [n], the slot of each; work has n rows."""
+        arithmetic, ops, heads = self.arithmetic, self.arithmetic.ops, self.config.heads
+        ops.embed_rows(rows, slots, self.target_tokens, self.target_positions, work.x)
+        for layer, (self_attention, cross_attention, feed_forward) in enumerate(self.decoder):
+            keys, values = cache.keys[layer], cache.values[layer]
+            memory_keys, memory_values = cache.memory_keys[layer], cache.memory_values[layer]
+            arithmetic.attention(
+                work,
+                self_attention,
+                lambda qkv, out: ops.decode_attention(
+                    qkv, rows, slots, cache.ancestors, keys, values, heads, out  # noqa: B023
+                ),
+            )
+            arithmetic.cross_attention(
+                work,
+                cross_attention,
+                lambda query, out: ops.cross_attention(
+                    query, rows, slots, memory_keys, memory_values, heads, out  # noqa: B023
+                ),
+            )
+            arithmetic.feed_forward(work, feed_forward)

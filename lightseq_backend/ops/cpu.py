@@ -1,0 +1,526 @@
+"""Every operation in NumPy: the specification, and the engine of machines without a GPU.
+
+Conventions. A row is a token: activations are float32 [rows, width], C-contiguous. `norm` is (gain, bias), each
+[width]; `linear` is (weight [in, out], bias [out]). Results go to `out`; nothing else is written unless said. A row's
+result depends on that row alone, to the last bit: never on how many rows there are or where it stands (`_product`
+says how). `rows` is int32 [n]: the slot of each row, the rows of one sequence next to each other, its beam 0 first;
+the record of a slot is ops/slots.py. `keys` and `values` are one layer's cache, [slots, steps, hidden].
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from lightseq_backend.ops.philox import gumbel
+from lightseq_backend.ops.slots import FAN_OUT, SAMPLE, SEARCH
+
+Array = np.ndarray[Any, Any]
+
+NAME = "cpu"
+FLOAT = np.dtype(np.float32)
+
+
+class Norm(NamedTuple):
+    gain: Array
+    bias: Array
+
+
+class Linear(NamedTuple):
+    weight: Array
+    bias: Array | None
+
+
+# Memory and transfer -------------------------------------------------------------------------------------------------
+
+
+def start() -> None:
+    """Readies the calling thread. BLAS gets one thread: `_product` divides the work itself, always the same way."""
+    _limit_blas()
+
+
+def matrix(array: Array) -> Array:
+    """A weight [in, out] as `linear` operations want it."""
+    return np.asarray(array, FLOAT)
+
+
+def vector(array: Array) -> Array:
+    """A gain or bias [width] as operations want it."""
+    return np.ascontiguousarray(array, FLOAT)
+
+
+def table(array: Array) -> Array:
+    """An embedding table [ids, width] as the embed operations want it; a transposed view will do."""
+    return np.asarray(array, FLOAT)
+
+
+def available_memory() -> int:
+    """Bytes that can still be allocated: the smaller of what the machine and the control group have left."""
+    with open("/proc/meminfo") as lines:
+        fields = dict(line.split(":", 1) for line in lines)
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    try:
+        with open("/sys/fs/cgroup/memory.max") as most, open("/sys/fs/cgroup/memory.current") as used:
+            limit = most.read().strip()
+            if limit != "max":
+                free = min(free, max(0, int(limit) - int(used.read())))
+    except OSError:
+        pass
+    return free
+
+
+def allocate(size: int) -> Array:
+    """One block of `size` bytes, uint8, zeroed, aligned to 64 bytes; pages are taken when first touched."""
+    block = np.zeros(size + 64, np.uint8)
+    shift = -block.ctypes.data % 64
+    return block[shift : shift + size]
+
+
+def view(block: Array, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """The part of a block that starts at byte `offset`, as an array."""
+    return np.ndarray(shape, dtype, block.data, offset)
+
+
+def put(destination: Array, source: Array) -> None:
+    """Copies from the host."""
+    destination[...] = source
+
+
+def get(source: Array) -> Array:
+    """A copy on the host."""
+    return np.array(source)
+
+
+def capture(run: Callable[[], None]) -> Callable[[], None]:
+    """What replays `run`: a graph launch on a GPU, `run` itself here."""
+    return run
+
+
+# Embedding -----------------------------------------------------------------------------------------------------------
+
+
+def embed_tokens(tokens: Array, positions: Array, token_table: Array, position_table: Array, out: Array) -> None:
+    """out[r] = token_table[tokens[r]] + position_table[positions[r]].
+
+    tokens, positions: int32 [rows]; tables: [ids, width], [positions, width]; out: [rows, width].
+    """
+    np.add(token_table[tokens], position_table[positions], out=out)
+
+
+def embed_rows(rows: Array, slots: Array, token_table: Array, position_table: Array, out: Array) -> None:
+    """embed_tokens for the token and position that each row's slot holds."""
+    embed_tokens(slots["token"][rows], slots["position"][rows], token_table, position_table, out)
+
+
+# Normalisation and matrix products -----------------------------------------------------------------------------------
+
+
+def layer_norm(x: Array, norm: Norm, epsilon: float, out: Array) -> None:
+    """out = (x - mean) / sqrt(variance + epsilon) * gain + bias, over the last axis; biased variance, two passes."""
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = np.square(centred).mean(axis=-1, keepdims=True)
+    np.multiply(centred, 1 / np.sqrt(variance + FLOAT.type(epsilon)), out=out)
+    out *= norm.gain
+    out += norm.bias
+
+
+def linear(x: Array, linear: Linear, out: Array) -> None:
+    """out = x . W + b. x: [rows, in]; out: [rows, out]."""
+    _product(x, linear.weight, out, lambda part, columns: _add_bias(part, linear.bias, columns))
+
+
+def norm_linear(
+    x: Array, norm: Norm, linear: Linear, epsilon: float, activation: str, normed: Array, out: Array
+) -> None:
+    """normed = layer_norm(x); out = activation(normed . W + b). activation: none, relu or gelu (tanh form).
+
+    x, normed: [rows, in], not the same memory; out: [rows, out].
+    """
+    layer_norm(x, norm, epsilon, normed)
+
+    def finish(part: Array, columns: slice) -> None:
+        _add_bias(part, linear.bias, columns)
+        _ACTIVATIONS[activation](part)
+
+    _product(normed, linear.weight, out, finish)
+
+
+def linear_residual(x: Array, linear: Linear, residual: Array, out: Array) -> None:
+    """out = residual + x . W + b. x: [rows, in]; residual, out: [rows, out]; out may be the residual itself."""
+    product = _scratch("residual", out.shape)
+    _product(x, linear.weight, product, lambda part, columns: _add_bias(part, linear.bias, columns))
+    np.add(residual, product, out=out)
+
+
+def _add_bias(part: Array, bias: Array | None, columns: slice) -> None:
+    if bias is not None:
+        part += bias[columns]
+
+
+def _relu(x: Array) -> None:
+    np.maximum(x, 0, out=x)
+
+
+def _gelu(x: Array) -> None:
+    """x = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), in place (Hendrycks and Gimpel 2016, tanh form)."""
+    inner = x * x
+    inner *= FLOAT.type(0.044715)
+    inner += 1
+    inner *= x
+    inner *= FLOAT.type(0.7978845608028654)
+    np.tanh(inner, out=inner)
+    inner += 1
+    x *= inner
+    x *= FLOAT.type(0.5)
+
+
+_ACTIVATIONS: dict[str, Callable[[Array], None]] = {"none": lambda x: None, "relu": _relu, "gelu": _gelu}
+
+# A BLAS may round a row differently by where it stands among the others: OpenBLAS's AVX2 kernel treats the first and
+# last eight of the operand's long side apart, and any kernel has a tail. So the rows are made the long side (BLAS's m)
+# and are fenced by eight rows of zeros at either end, in whole eights, at most `_CHUNK` a call, which is below the
+# size where OpenBLAS cuts a call in two. Who computes which columns depends on the weight's shape only.
+_FENCE = 8
+_CHUNK = 240
+_WORTH_THREADS = 1 << 17  # elements of a weight below which handing out work costs more than it saves
+
+
+def _product(x: Array, weight: Array, out: Array, finish: Callable[[Array, slice], None]) -> None:
+    """out = x . weight, then finish(out[:, columns], columns) for each share of the columns."""
+    panels = [_panel(x[start : start + _CHUNK], start) for start in range(0, len(x), _CHUNK)]
+    width = weight.shape[1]
+
+    def share(columns: slice) -> None:
+        for start, panel in zip(range(0, len(x), _CHUNK), panels, strict=True):
+            transposed = _scratch("transposed", (columns.stop - columns.start, len(panel)))
+            np.matmul(weight.T[columns], panel.T, out=transposed)
+            part = out[start : start + _CHUNK, columns]
+            part[...] = transposed[:, _FENCE : _FENCE + len(part)].T
+            finish(part, columns)
+
+    _divide(share, width if weight.size >= _WORTH_THREADS else 0, width)
+
+
+def _panel(x: Array, start: int) -> Array:
+    rows = -(-len(x) // 8) * 8
+    panel = _scratch(f"panel {start}", (_FENCE + rows + _FENCE, x.shape[1]))
+    panel[:_FENCE] = 0
+    panel[_FENCE : _FENCE + len(x)] = x
+    panel[_FENCE + len(x) :] = 0
+    return panel
+
+
+def _divide(share: Callable[[slice], None], divisible: int, width: int) -> None:
+    """Calls share with slices that cover range(width): one a thread, or a single one."""
+    threads = _threads() if divisible else 1
+    bounds = [width * i // threads for i in range(threads + 1)]
+    others = [_pool().submit(share, slice(bounds[i], bounds[i + 1])) for i in range(1, threads)]
+    share(slice(bounds[0], bounds[1]))
+    for other in others:
+        other.result()
+
+
+@functools.cache
+def _threads() -> int:
+    return max(1, int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0)))
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(1, _threads() - 1), thread_name_prefix="product")
+
+
+@functools.cache
+def _limit_blas() -> threadpool_limits:
+    return threadpool_limits(1, user_api="blas")
+
+
+_local = threading.local()
+
+
+def _scratch(name: str, shape: tuple[int, ...]) -> Array:
+    """This thread's scratch memory of that name, kept between calls: fresh pages cost more than the arithmetic."""
+    kept: dict[str, Array] = _local.__dict__.setdefault("kept", {})
+    size = int(np.prod(shape))
+    if name not in kept or kept[name].size < size:
+        kept[name] = np.empty(size, FLOAT)
+    return kept[name][:size].reshape(shape)
+
+
+# Attention -----------------------------------------------------------------------------------------------------------
+
+
+def packed_attention(qkv: Array, starts: Array, heads: int, causal: bool, out: Array) -> None:
+    """Self-attention inside each packed sequence: rows starts[b] to starts[b + 1].
+
+    out[r] = concat over heads of softmax(q[r] . k[s] / sqrt(d)) . v[s], s over r's sequence (up to r when causal).
+    qkv: [rows, 3 * hidden] (q, k, v); starts: int32 [sequences + 1]; out: [rows, hidden].
+    """
+    hidden = qkv.shape[1] // 3
+    for first, last in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        q, k, v = (_by_head(qkv[first:last, i * hidden : (i + 1) * hidden], heads) for i in range(3))
+        for block in range(0, last - first, _QUERIES):
+            queries = q[:, block : block + _QUERIES]
+            mask = None
+            if causal:
+                mask = np.arange(last - first) > np.arange(block, block + queries.shape[1])[:, None]
+            context = _attend(queries, k, v, mask)
+            out[first + block : first + block + queries.shape[1]] = _rows(context)
+
+
+def decode_attention(
+    qkv: Array, rows: Array, slots: Array, ancestors: Array, keys: Array, values: Array, heads: int, out: Array
+) -> None:
+    """One new token a row: stores its keys and values at step `length` of its slot, then attends to its past.
+
+    Step t of slot s is found at keys[ancestors[s, t], t]; ancestors[s, length] becomes s.
+    qkv: [rows, 3 * hidden]; ancestors: int32 [slots, steps]; out: [rows, hidden].
+    """
+    hidden = qkv.shape[1] // 3
+    lengths = slots["length"][rows]
+    keys[rows, lengths] = qkv[:, hidden : 2 * hidden]
+    values[rows, lengths] = qkv[:, 2 * hidden :]
+    ancestors[rows, lengths] = rows
+    # Rows with pasts of one length go together; a stacked product treats each of them by itself.
+    for length in np.unique(lengths).tolist():
+        here = np.flatnonzero(lengths == length)
+        lanes, steps = ancestors[rows[here], : length + 1], np.arange(length + 1)
+        shape = (len(here), length + 1, heads, hidden // heads)
+        k = keys[lanes, steps].reshape(shape).transpose(0, 2, 1, 3)
+        v = values[lanes, steps].reshape(shape).transpose(0, 2, 1, 3)
+        q = qkv[here, :hidden].reshape(len(here), heads, 1, hidden // heads)
+        out[here] = _attend(q, k, v).reshape(len(here), hidden)
+
+
+def cross_attention(
+    query: Array, rows: Array, slots: Array, keys: Array, values: Array, heads: int, out: Array
+) -> None:
+    """Each row attends to the first memory_length entries of its sequence's memory lane.
+
+    query, out: [rows, hidden]; keys, values: [slots, source tokens, hidden]. Rows of nobody's lane give zeros.
+    """
+    out[slots["width"][rows] == 0] = 0
+    for first, record in _leaders(rows, slots, (SEARCH, FAN_OUT, SAMPLE)):
+        beams = slice(first, first + int(record["width"]))
+        lane, length = int(record["memory"]), int(record["memory_length"])
+        k, v = _by_head(keys[lane, :length], heads), _by_head(values[lane, :length], heads)
+        out[beams] = _rows(_attend(_by_head(query[beams], heads), k, v))
+
+
+def store(key_values: Array, lanes: Array, steps: Array, keys: Array, values: Array) -> None:
+    """keys[lanes[r], steps[r]], values[...] = the halves of key_values[r]. key_values: [rows, 2 * hidden]."""
+    hidden = key_values.shape[1] // 2
+    keys[lanes, steps] = key_values[:, :hidden]
+    values[lanes, steps] = key_values[:, hidden:]
+
+
+_QUERIES = 256  # queries whose scores are held at the same time
+
+
+def _by_head(x: Array, heads: int) -> Array:
+    """[rows, hidden] as [heads, rows, d]."""
+    return x.reshape(len(x), heads, -1).transpose(1, 0, 2)
+
+
+def _rows(x: Array) -> Array:
+    """[heads, rows, d] as [rows, hidden]."""
+    return x.transpose(1, 0, 2).reshape(x.shape[1], -1)
+
+
+def _attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
+    """softmax(q . k^T / sqrt(d)) . v over [..., queries, d] and [..., steps, d]; True in mask: not seen."""
+    scores = np.matmul(q, k.swapaxes(-1, -2))
+    scores *= FLOAT.type(1 / np.sqrt(q.shape[-1]))
+    if mask is not None:
+        scores[..., mask] = -np.inf
+    scores -= scores.max(axis=-1, keepdims=True)
+    np.exp(scores, out=scores)
+    scores /= scores.sum(axis=-1, keepdims=True)
+    return np.matmul(scores, v)
+
+
+# The vocabulary ------------------------------------------------------------------------------------------------------
+
+
+def vocabulary_logits(
+    x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array
+) -> None:
+    """logits = scale * (layer_norm(x) . W) + b. x, normed: [rows, hidden]; logits: [rows, vocabulary]."""
+    layer_norm(x, norm, epsilon, normed)
+
+    def finish(part: Array, columns: slice) -> None:
+        if scale != 1:
+            part *= FLOAT.type(scale)
+        _add_bias(part, output.bias, columns)
+
+    _product(normed, output.weight, logits, finish)
+
+
+def top(logits: Array, banned: int, ids: Array, log_probabilities: Array) -> None:
+    """The k best ids of each row, best first, the lower id first among equals, and their log-probabilities.
+
+    ids: int32 [rows, k], log_probabilities: [rows, k], k <= vocabulary. Id `banned` (or -1) is never chosen, but
+    counts in the normalisation, as in LightSeq; then k < vocabulary.
+    """
+    count = ids.shape[1]
+    for row, scores in enumerate(logits):
+        ids[row] = _best(scores, count, banned)
+        log_probabilities[row] = scores[ids[row]] - _log_sum_exp(scores)
+
+
+def vocabulary_top(
+    x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array,
+    logits: Array, banned: int, ids: Array, log_probabilities: Array,
+) -> None:  # fmt: skip
+    """vocabulary_logits, then top. A device may leave `logits` unwritten: it is work space here."""
+    vocabulary_logits(x, norm, output, epsilon, scale, normed, logits)
+    top(logits, banned, ids, log_probabilities)
+
+
+def target_log_probabilities(logits: Array, targets: Array, out: Array) -> None:
+    """out[r] = log softmax(logits[r])[targets[r]]. targets: int32 [rows]; out: [rows]."""
+    for row, scores in enumerate(logits):
+        out[row] = scores[targets[row]] - _log_sum_exp(scores)
+
+
+def _log_sum_exp(scores: Array) -> np.floating[Any]:
+    most = scores.max()
+    shifted = _scratch("exponentials", scores.shape)
+    np.subtract(scores, most, out=shifted)
+    np.exp(shifted, out=shifted)
+    return np.log(shifted.sum()) + most
+
+
+_GROUP = 64
+
+
+def _best(scores: Array, count: int, banned: int) -> Array:
+    """Indices of the `count` largest but `banned`, descending, the lower index first among equals."""
+    wanted = count + (banned >= 0)
+    candidates = np.arange(scores.size)
+    groups = scores.size // _GROUP
+    if groups > wanted:
+        # The largest maxima of groups bound the largest scores from below: few indices pass.
+        maxima = scores[: groups * _GROUP].reshape(groups, _GROUP).max(axis=1)
+        passing = np.flatnonzero(scores >= np.partition(maxima, groups - wanted)[groups - wanted])
+        if passing.size >= wanted:  # fails only where scores are not numbers
+            candidates = passing
+    candidates = candidates[candidates != banned]
+    return candidates[np.argsort(-scores[candidates], kind="stable")[:count]]
+
+
+# Decoding ------------------------------------------------------------------------------------------------------------
+
+
+def beam_step(
+    rows: Array, slots: Array, ancestors: Array, history: Array, ids: Array, log_probabilities: Array
+) -> None:
+    """Advances every searching sequence by one token (lightseq_format.md 3.6).
+
+    A live beam offers its best tokens at (log_probability + log p) * norm, norm = ((5 + n) / 6) ** -length_penalty
+    for n tokens (1 where the penalty is negative), less diverse_lambda * (rank + 1) while choosing; a finished beam
+    offers itself at its frozen score. The `width` best offers become the beams, best first; among equals the lower
+    parent, then the better rank. The sequence is done when all beams have finished, or at `limit` tokens.
+    rows: [n]; history: int32 [slots, steps], the generated tokens; ids, log_probabilities: [n, at least width].
+    """
+    for first, record in _leaders(rows, slots, (SEARCH, FAN_OUT)):
+        if record["done"]:
+            continue
+        width, step, length = int(record["width"]), int(record["generated"]), int(record["length"])
+        group = rows[first : first + width]
+        before = slots[group]
+        finished = before["finished"] != 0
+        norm = length_norm(step + 1, record["length_penalty"])
+        offers = before["log_probability"][:, None] + log_probabilities[first : first + width, :width]
+        tokens = ids[first : first + width, :width].copy()
+        offers[finished], tokens[finished] = -np.inf, record["end_id"]
+        offers[finished, 0] = before["log_probability"][finished]
+        scores = offers * norm
+        scores[finished, 0] = before["score"][finished]
+
+        if record["method"] == FAN_OUT and step > 0:
+            parents, ranks = np.arange(width), np.zeros(width, np.intp)
+        else:
+            penalised = scores - record["diverse_lambda"] * np.arange(1, width + 1, dtype=FLOAT)
+            chosen = np.argsort(-penalised, axis=None, kind="stable")[:width]
+            parents, ranks = chosen // width, chosen % width
+
+        history[group, :step] = history[group[parents], :step]
+        history[group, step] = tokens[parents, ranks]
+        ancestors[group, : length + 1] = ancestors[group[parents], : length + 1]
+        slots["log_probability"][group] = offers[parents, ranks]
+        slots["score"][group] = scores[parents, ranks]
+        _advance(slots, group, tokens[parents, ranks], record)
+
+
+def sample_step(rows: Array, slots: Array, history: Array, logits: Array, banned: int) -> None:
+    """Draws the next token of every sampling sequence's rows.
+
+    Scores are divided by the temperature; top_k keeps the k best (the lower id among equals), then top_p the
+    smallest prefix of what is left that holds that share of its probability, at least one. The token with the
+    largest score + Gumbel noise is drawn (philox.gumbel), which is a draw from the softmax of what is kept. Its
+    log-probability is the undivided model's. rows: [n]; logits: [n, vocabulary]; banned: an id never drawn, or -1.
+    """
+    for first, record in _leaders(rows, slots, (SAMPLE,)):
+        if record["done"]:
+            continue
+        width, step = int(record["width"]), int(record["generated"])
+        group = rows[first : first + width]
+        norm = length_norm(step + 1, record["length_penalty"])
+        tokens = np.full(width, record["end_id"], np.int32)
+        for row, slot in enumerate(group.tolist()):
+            if not slots["finished"][slot]:
+                scores = logits[first + row]
+                tokens[row] = _draw(scores, slots[slot], step, banned)
+                slots["log_probability"][slot] += scores[tokens[row]] - _log_sum_exp(scores)
+                slots["score"][slot] = slots["log_probability"][slot] * norm
+        history[group, step] = tokens
+        _advance(slots, group, tokens, record)
+
+
+def length_norm(tokens: int, penalty: float) -> np.floating[Any]:
+    """((5 + tokens) / 6) ** -penalty (GNMT), 1 where the penalty is negative; float32."""
+    return FLOAT.type(((5 + tokens) / 6) ** -float(penalty)) if penalty >= 0 else FLOAT.type(1)
+
+
+def _leaders(rows: Array, slots: Array, methods: tuple[int, ...]) -> Iterator[tuple[int, Any]]:
+    """Where each sequence of those methods starts among the rows, and a copy of the record of its beam 0."""
+    records = slots[rows]
+    leads = np.isin(records["method"], methods) & (records["beam"] == 0) & (records["width"] > 0)
+    for first in np.flatnonzero(leads).tolist():
+        yield first, records[first]
+
+
+def _advance(slots: Array, group: Array, tokens: Array, record: Any) -> None:
+    """Feeds each slot its new token next, and closes the sequence when it is through."""
+    finished = (tokens == record["end_id"]).astype(np.int32)
+    slots["token"][group] = tokens
+    slots["finished"][group] = finished
+    slots["length"][group] += 1
+    slots["position"][group] += 1
+    slots["generated"][group] += 1
+    slots["done"][group] = finished.all() or record["generated"] + 1 >= record["limit"]
+
+
+def _draw(scores: Array, record: Any, step: int, banned: int) -> int:
+    scores = scores / record["temperature"]
+    kept = np.arange(scores.size)
+    kept = kept[kept != banned]
+    if 0 < record["top_k"] < kept.size:
+        kept = _best(scores, int(record["top_k"]), banned)
+    if record["top_p"] < 1:
+        kept = kept[np.argsort(-scores[kept], kind="stable")]
+        shares = np.exp(scores[kept] - scores[kept[0]], dtype=np.float64)
+        shares = np.cumsum(shares / shares.sum())
+        kept = kept[: int(np.searchsorted(shares, record["top_p"])) + 1]
+    noise = gumbel(int(record["seed"]), int(record["stream"]), step, kept)
+    race = scores[kept] + noise
+    winners = kept[race == race.max()]
+    return int(winners.min())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -46,15 +47,20 @@ class Gpt:
 
     def step(self, rows: Array, slots: Array, work: Work, cache: Cache) -> None:
         """One token a row, into work.x. rows: int32 [n], the slot of each; work has n rows."""
-        arithmetic, ops, heads = self.arithmetic, self.arithmetic.ops, self.config.heads
+        arithmetic, ops = self.arithmetic, self.arithmetic.ops
         ops.embed_rows(rows, slots, self.tokens, self.positions, work.x)
         for layer, (attention, feed_forward) in enumerate(self.layers):
-            keys, values = cache.keys[layer], cache.values[layer]
             arithmetic.attention(
                 work,
                 attention,
-                lambda qkv, out: ops.decode_attention(
-                    qkv, rows, slots, cache.ancestors, keys, values, heads, out  # noqa: B023
+                partial(
+                    ops.decode_attention,
+                    rows=rows,
+                    slots=slots,
+                    ancestors=cache.ancestors,
+                    keys=cache.keys[layer],
+                    values=cache.values[layer],
+                    heads=self.config.heads,
                 ),
             )
             arithmetic.feed_forward(work, feed_forward)
@@ -66,7 +72,7 @@ class Gpt:
 
             def attend(qkv: Array, out: Array, layer: int = layer) -> None:
                 keep(layer, qkv)
-                ops.packed_attention(qkv, pack.starts, self.config.heads, True, out)
+                ops.packed_attention(qkv, starts=pack.starts, heads=self.config.heads, causal=True, out=out)
 
             arithmetic.attention(work, attention, attend)
             arithmetic.feed_forward(work, feed_forward)

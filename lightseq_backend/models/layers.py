@@ -97,16 +97,16 @@ class Arithmetic(NamedTuple):
     activation: str
     post_norm: bool
 
-    def attention(self, work: Work, block: Sublayer, attend: Callable[[Array, Array], None]) -> None:
-        """x = residual + attend(layer_norm(x) . W_qkv) . W_o; attend(qkv, out) writes the context."""
+    def attention(self, work: Work, block: Sublayer, attend: Callable[..., None]) -> None:
+        """x = residual + attend(layer_norm(x) . W_qkv) . W_o; attend(qkv, out=) writes the context."""
         self.ops.norm_linear(work.x, block.norm, block.inner, self.epsilon, "none", work.normed, work.qkv)
-        attend(work.qkv, work.context)
+        attend(work.qkv, out=work.context)
         self.ops.linear_residual(work.context, block.output, self._residual(work), work.x)
 
-    def cross_attention(self, work: Work, block: Sublayer, attend: Callable[[Array, Array], None]) -> None:
-        """x = residual + attend(layer_norm(x) . W_q) . W_o; attend(query, out) writes the context."""
+    def cross_attention(self, work: Work, block: Sublayer, attend: Callable[..., None]) -> None:
+        """x = residual + attend(layer_norm(x) . W_q) . W_o; attend(query, out=) writes the context."""
         self.ops.norm_linear(work.x, block.norm, block.inner, self.epsilon, "none", work.normed, work.query)
-        attend(work.query, work.context)
+        attend(work.query, out=work.context)
         self.ops.linear_residual(work.context, block.output, self._residual(work), work.x)
 
     def feed_forward(self, work: Work, block: Sublayer) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -49,10 +50,7 @@ class Transformer:
         """Encodes packed sources and keeps every decoder layer's keys and values of them in cache.memory_*."""
         arithmetic, ops = self.arithmetic, self.arithmetic.ops
         ops.embed_tokens(pack.tokens, pack.positions, self.source_tokens, self.source_positions, work.x)
-
-        def attend(qkv: Array, out: Array) -> None:
-            ops.packed_attention(qkv, pack.starts, self.config.heads, False, out)
-
+        attend = partial(ops.packed_attention, starts=pack.starts, heads=self.config.heads, causal=False)
         for attention, feed_forward in self.encoder:
             arithmetic.attention(work, attention, attend)
             arithmetic.feed_forward(work, feed_forward)
@@ -64,23 +62,32 @@ class Transformer:
 
     def step(self, rows: Array, slots: Array, work: Work, cache: Cache) -> None:
         """One decoder token a row, into work.x. rows: int32 [n], the slot of each; work has n rows."""
-        arithmetic, ops, heads = self.arithmetic, self.arithmetic.ops, self.config.heads
+        arithmetic, ops = self.arithmetic, self.arithmetic.ops
         ops.embed_rows(rows, slots, self.target_tokens, self.target_positions, work.x)
         for layer, (self_attention, cross_attention, feed_forward) in enumerate(self.decoder):
-            keys, values = cache.keys[layer], cache.values[layer]
-            memory_keys, memory_values = cache.memory_keys[layer], cache.memory_values[layer]
             arithmetic.attention(
                 work,
                 self_attention,
-                lambda qkv, out: ops.decode_attention(
-                    qkv, rows, slots, cache.ancestors, keys, values, heads, out  # noqa: B023
+                partial(
+                    ops.decode_attention,
+                    rows=rows,
+                    slots=slots,
+                    ancestors=cache.ancestors,
+                    keys=cache.keys[layer],
+                    values=cache.values[layer],
+                    heads=self.config.heads,
                 ),
             )
             arithmetic.cross_attention(
                 work,
                 cross_attention,
-                lambda query, out: ops.cross_attention(
-                    query, rows, slots, memory_keys, memory_values, heads, out  # noqa: B023
+                partial(
+                    ops.cross_attention,
+                    rows=rows,
+                    slots=slots,
+                    keys=cache.memory_keys[layer],
+                    values=cache.memory_values[layer],
+                    heads=self.config.heads,
                 ),
             )
             arithmetic.feed_forward(work, feed_forward)

@@ -1,0 +1,57 @@
+"""Beam search as LightSeq does it (lightseq_format.md 3.6): its start and its result; the step is ops.beam_step."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightseq_backend.config import TOPK_GREEDY, Dialect
+from lightseq_backend.decoding.state import new_records
+from lightseq_backend.ops.slots import FAN_OUT, SEARCH
+from lightseq_backend.request import Hypothesis, Output, Sequence
+
+# LightSeq's topk_greedy never writes the score of a hypothesis that ends: its clients read this.
+UNSCORED = -1e6
+
+
+def begin(sequence: Sequence, end_id: int, dialect: Dialect) -> np.ndarray:
+    """SLOT [beams]. All beams start alike; all but the first carry a handicap, so the first step fans out from it."""
+    options = sequence.request.options
+    method = FAN_OUT if options.sampling_method == TOPK_GREEDY else SEARCH
+    records = new_records(sequence, method, end_id)
+    records["diverse_lambda"] = options.diverse_lambda
+    records["log_probability"][1:] = dialect.other_beams
+    return records
+
+
+def finish(sequence: Sequence, records: np.ndarray, history: np.ndarray) -> Output:
+    """records: SLOT [beams]; history: int32 [beams, steps]. Beams already stand best first, unless the penalty is
+    negative: then the search ran on plain sums, and the mean over the tokens before the end decides."""
+    options = sequence.request.options
+    steps = int(records["generated"][0])
+    hypotheses = [
+        hypothesis(record, tokens[:steps], score) for record, tokens, score in zip(records, history, _scores(sequence, records, history), strict=True)
+    ]
+    if options.length_penalty < 0:
+        hypotheses.sort(key=lambda one: -one.score)
+    cut = not all(one.finished for one in hypotheses)
+    return Output(tuple(hypotheses[: options.hypotheses]), steps, cut)
+
+
+def hypothesis(record: np.void, tokens: np.ndarray, score: float) -> Hypothesis:
+    """tokens: int32 [steps], filled up with the end id behind the end."""
+    finished = bool(record["finished"])
+    if finished:
+        tokens = tokens[: int(np.argmax(tokens == record["end_id"])) + 1]
+    return Hypothesis(tokens.astype(np.int32), score, finished)
+
+
+def _scores(sequence: Sequence, records: np.ndarray, history: np.ndarray) -> list[float]:
+    options = sequence.request.options
+    if options.length_penalty < 0:
+        steps = int(records["generated"][0])
+        lengths = (history[:, :steps] != records["end_id"][:, None]).sum(axis=1)
+        return [float(total) / max(int(n), 1e-6) for total, n in zip(records["log_probability"], lengths, strict=True)]
+    scores = [float(score) for score in records["score"]]
+    if options.sampling_method == TOPK_GREEDY:
+        scores = [UNSCORED if ended else score for ended, score in zip(records["finished"], scores, strict=True)]
+    return scores

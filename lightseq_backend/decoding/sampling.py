@@ -1,0 +1,32 @@
+"""Sampling: its start and its result; the step is ops.sample_step. A sequence's rows are independent samples."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightseq_backend.decoding.beam import hypothesis
+from lightseq_backend.decoding.state import new_records
+from lightseq_backend.ops.slots import SAMPLE
+from lightseq_backend.request import Output, Sequence
+
+
+def begin(sequence: Sequence, end_id: int) -> np.ndarray:
+    """SLOT [samples]. Samples of one request differ by their stream; so do the rows of one batch."""
+    options = sequence.request.options
+    records = new_records(sequence, SAMPLE, end_id)
+    records["seed"] = sequence.seed
+    records["stream"] = sequence.request.stream * 65536 + np.arange(options.width)
+    records["temperature"] = options.temperature
+    records["top_k"] = options.top_k
+    records["top_p"] = options.top_p
+    return records
+
+
+def finish(records: np.ndarray, history: np.ndarray) -> Output:
+    """records: SLOT [samples]; history: int32 [samples, steps]."""
+    steps = int(records["generated"][0])
+    hypotheses = [
+        hypothesis(record, tokens[:steps], float(record["score"]))
+        for record, tokens in zip(records, history, strict=True)
+    ]
+    return Output(tuple(hypotheses), steps, cut=not all(one.finished for one in hypotheses))

@@ -1,0 +1,112 @@
+"""All device memory of an engine: planned, checked against what is free, then taken as one block."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from lightseq_backend.config import EngineConfig
+from lightseq_backend.decoding.state import DecodingState
+from lightseq_backend.errors import ConfigError
+from lightseq_backend.models.cache import Cache, Plan
+from lightseq_backend.models.layers import Work
+from lightseq_backend.models.pack import Pack
+
+Array = Any
+_ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """The parts an engine works with, and the bytes they take together.
+
+    prompt  room for a prefill pass: every array of the pack at its largest
+    scored  float32 [prompt rows]; targets int32 [prompt rows]: for perplexity
+    """
+
+    size: int
+    cache: Cache
+    state: DecodingState
+    work: Work
+    prompt: Pack
+    targets: Array
+    scored: Array
+
+
+def allocate(model: Any, config: EngineConfig, beams: int, ops: ModuleType) -> Buffers:
+    """Takes the block; ConfigError says what is missing and what would fit."""
+
+    def plan(slots: int) -> dict[str, Plan]:
+        return _plan(model, replace(config, slots=slots, max_beam_size=min(config.max_beam_size, slots)), beams, ops)
+
+    wanted = plan(config.slots)
+    size, free = _size(wanted), ops.available_memory()
+    if size > free:
+        fitting = _most(config.slots, lambda slots: _size(plan(slots)) <= free)
+        advice = f"{fitting} slots would fit" if fitting else "not even one slot would fit"
+        raise ConfigError(
+            f"the engine needs {size / 2**20:.0f} MiB for {config.slots} slots and {config.prompt_tokens} prompt tokens; "
+            f"{free / 2**20:.0f} MiB are free: {advice}"
+        )
+    block = ops.allocate(size)
+    offset = 0
+    parts: dict[str, dict[str, Array]] = {}
+    for part, arrays in wanted.items():
+        parts[part] = {}
+        for name, (shape, dtype) in arrays.items():
+            parts[part][name] = ops.view(block, offset, shape, dtype)
+            offset += _bytes(shape, dtype)
+    return Buffers(
+        size,
+        Cache(**parts["cache"]),
+        DecodingState(**parts["state"]),
+        Work(**parts["work"]),
+        Pack(**parts["prompt"]),
+        **parts["scoring"],
+    )
+
+
+def _plan(model: Any, config: EngineConfig, beams: int, ops: ModuleType) -> dict[str, Plan]:
+    shape = model.config
+    lanes = config.slots + 1
+    prompt_rows = max(config.prompt_tokens, shape.max_positions)
+    rows = max(buckets(config.slots))
+    integer = np.dtype(np.int32)
+    widths = Work.widths(shape.hidden, shape.inner)
+    return {
+        "cache": model.cache_plan(lanes),
+        "state": DecodingState.plan(lanes, rows, shape.max_positions, shape.vocabulary, beams),
+        "work": {name: ((max(prompt_rows, rows), width), ops.FLOAT) for name, width in widths.items()},
+        "prompt": {
+            **{name: ((prompt_rows,), integer) for name in ("tokens", "positions", "lanes", "steps")},
+            "starts": ((prompt_rows + 1,), integer),
+        },
+        "scoring": {"targets": ((prompt_rows,), integer), "scored": ((prompt_rows,), np.dtype(np.float32))},
+    }
+
+
+def buckets(slots: int) -> list[int]:
+    """Row counts that a step exists for: a step over n rows runs as the next larger one."""
+    counts = [*range(8, min(slots, 64), 8), *range(64, slots, 32)]
+    return [*counts, -(-slots // 8) * 8]
+
+
+def _most(limit: int, fits: Callable[[int], bool]) -> int:
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _size(plan: dict[str, Plan]) -> int:
+    return sum(_bytes(*wanted) for part in plan.values() for wanted in part.values())
+
+
+def _bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    return -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT

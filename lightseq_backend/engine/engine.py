@@ -1,0 +1,318 @@
+"""The loop: admit, prefill, a burst of decode steps, retire. One thread owns the device."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence as Ordered
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from lightseq_backend.config import DecodingLimits, DecodingOptions, EngineConfig, GptConfig
+from lightseq_backend.decoding import beam, sampling
+from lightseq_backend.engine.buffers import allocate
+from lightseq_backend.engine.graphs import Steps
+from lightseq_backend.engine.scheduler import Scheduler
+from lightseq_backend.models.gpt import Gpt
+from lightseq_backend.models.pack import Pack
+from lightseq_backend.models.transformer import Transformer
+from lightseq_backend.request import GENERATE, SCORE, Hypothesis, Output, Request, Sequence
+
+log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Runs one model. `submit` from any thread; replies come from the engine's own.
+
+    Raises ConfigError when the memory for `config` is not there. Without `start` nothing runs by itself: a test or
+    a script calls `step` until `idle`, or `answer`.
+    """
+
+    def __init__(self, model: Transformer | Gpt, config: EngineConfig, ops: ModuleType):
+        self.model, self.config, self._ops = model, config, ops
+        beams = min(config.max_beam_size, model.config.vocabulary - (model.config.banned_id >= 0))
+        self.limits = DecodingLimits(beams, model.config.vocabulary)
+        ops.start()
+        self._buffers = allocate(model, config, beams, ops)
+        self._steps = Steps(model, self._buffers, config.slots, ops)
+        self._scheduler = Scheduler(config)
+        self._active: list[Sequence] = []
+        self._nobody = config.slots  # the lane padding rows work on
+        self._rows = 0  # the bucket that the rows in device memory fill
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+        self.counts: Counter[str] = Counter()
+        self.last_step = time.monotonic()
+        log.info("engine memory: %d bytes for %d slots", self._buffers.size, config.slots)
+
+    # What other threads call ------------------------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> int:
+        """Bytes of the engine's block, weights not included."""
+        return self._buffers.size
+
+    @property
+    def waiting(self) -> int:
+        return self._scheduler.waiting
+
+    @property
+    def slots_in_use(self) -> int:
+        return self._scheduler.slots_in_use
+
+    @property
+    def idle(self) -> bool:
+        return not self._active and not self._scheduler.waiting
+
+    @property
+    def alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def options(self, changes: dict[str, object] | None = None) -> DecodingOptions:
+        """The model's defaults with a request's own settings; RequestError names each bad one."""
+        return self.model.config.decoding.with_changes(changes or {}, self.limits)
+
+    def submit(self, requests: Ordered[Request]) -> None:
+        """Queues all requests or none. RequestError: one cannot be honoured. Overloaded: the queue is full."""
+        sequences = [Sequence.of(request, self.model.config) for request in requests]
+        if self._stopping:
+            raise RuntimeError("the engine is stopping")
+        self._scheduler.enqueue(sequences)
+
+    def answer(
+        self, rows: Ordered[Ordered[int]], kind: str = GENERATE, changes: dict[str, object] | None = None
+    ) -> list[Output]:
+        """Submits rows of ids, however many there are, and returns their outputs in order; raises what they raise.
+
+        Without `start` the calling thread runs the engine.
+        """
+        options = self.options(changes)
+        results: dict[int, Output | Exception] = {}
+        done = threading.Condition()
+
+        def reply_to(row: int) -> Any:
+            def reply(result: Output | Exception) -> None:
+                with done:
+                    results[row] = result
+                    done.notify()
+
+            return reply
+
+        for start in range(0, len(rows), self.config.queue):
+            part = rows[start : start + self.config.queue]
+            requests = [
+                Request(np.asarray(ids, np.int64), options, reply_to(start + i), kind, start + i)
+                for i, ids in enumerate(part)
+            ]
+            self.submit(requests)
+            wanted = start + len(part)
+            while not self.alive and not self.idle:
+                self.step()
+            with done:
+                done.wait_for(lambda wanted=wanted: len(results) >= wanted)  # type: ignore[misc]
+        outputs = [results[row] for row in range(len(rows))]
+        for output in outputs:
+            if isinstance(output, Exception):
+                raise output
+        return [output for output in outputs if isinstance(output, Output)]
+
+    def start(self) -> None:
+        """Starts the engine's thread."""
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def stop(self, patience: float = 30.0) -> None:
+        """Takes no more, finishes what runs or waits within `patience` seconds, answers the rest with an error."""
+        self._stopping = True
+        with self._scheduler.changed:
+            self._scheduler.changed.notify()
+        if self._thread is not None:
+            self._thread.join(patience)
+            self._abandoned = True
+            self._thread.join(patience)
+        self._fail([*self._scheduler.clear(), *self._active], RuntimeError("the engine was stopped"))
+
+    # The engine's thread ----------------------------------------------------------------------------------------------
+
+    _abandoned = False
+
+    def _loop(self) -> None:
+        self._ops.start()
+        while not self._abandoned:
+            with self._scheduler.changed:
+                self._scheduler.changed.wait_for(lambda: self._stopping or not self.idle)
+                if self._stopping and self.idle:
+                    return
+            self.step()
+
+    def step(self) -> None:
+        """One round. An error of ours fails what is in flight, with the reason, and nothing that comes after."""
+        admitted = self._scheduler.admit()
+        try:
+            self._score([one for one in admitted if one.request.kind == SCORE])
+            self._begin([one for one in admitted if one.request.kind == GENERATE])
+            if self._active:
+                self._burst()
+        except Exception as error:
+            log.exception("a step failed")
+            self._fail([one for one in {id(s): s for s in [*admitted, *self._active]}.values()], error)
+        self.last_step = time.monotonic()
+
+    def _begin(self, sequences: list[Sequence]) -> None:
+        """Reads prompts or sources, writes the slots' first records, adds the sequences to the batch."""
+        for sequence in [one for one in sequences if self._ended_before_it_began(one)]:
+            sequences.remove(sequence)
+        if not sequences:
+            return
+        pack = self._pack(sequences, self._prompt_rows)
+        if pack.rows:
+            self.model.prefill(pack, self._buffers.work.first(pack.rows), self._buffers.cache)
+            self.counts["prompt_tokens"] += pack.rows
+        for sequence in sequences:
+            self._write_records(sequence)
+        self._active.extend(sequences)
+        self._write_rows()
+
+    def _ended_before_it_began(self, sequence: Sequence) -> bool:
+        """A source too short for a single token; and, as in LightSeq, a prompt that ends with the end id."""
+        options, end_id = sequence.request.options, self.model.config.end_id
+        if isinstance(self.model.config, GptConfig):
+            if sequence.tokens[-1] != end_id:
+                return False
+            hypothesis = Hypothesis(np.array([end_id], np.int32), 0.0, finished=True)
+            output = Output((hypothesis,) * options.hypotheses, steps=1)
+        else:
+            if sequence.limit > 0:
+                return False
+            hypothesis = Hypothesis(np.zeros(0, np.int32), 0.0, finished=False)
+            output = Output((hypothesis,) * options.hypotheses, steps=0, cut=True)
+        self._retire(sequence, output)
+        return True
+
+    def _prompt_rows(self, sequence: Sequence) -> int:
+        """Tokens to read before decoding: a prompt's last token is fed by the first step instead."""
+        return len(sequence.tokens) - isinstance(self.model.config, GptConfig)
+
+    def _pack(self, sequences: list[Sequence], rows_of: Any) -> Pack:
+        lengths = [rows_of(sequence) for sequence in sequences]
+        total = sum(lengths)
+        room, put = self._buffers.prompt, self._ops.put
+        lanes = [sequence.slots[0] if sequence.slots else 0 for sequence in sequences]
+        host = {
+            "tokens": np.concatenate([s.tokens[:n] for s, n in zip(sequences, lengths, strict=True)]),
+            "positions": np.concatenate([s.positions[:n] for s, n in zip(sequences, lengths, strict=True)]),
+            "lanes": np.repeat(np.array(lanes, np.int32), lengths),
+            "steps": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
+        }
+        for name, values in host.items():
+            put(getattr(room, name)[:total], values)
+        put(room.starts[: len(lengths) + 1], np.cumsum([0, *lengths], dtype=np.int32))
+        return Pack(
+            room.tokens[:total],
+            room.positions[:total],
+            room.lanes[:total],
+            room.steps[:total],
+            room.starts[: len(lengths) + 1],
+        )
+
+    def _write_records(self, sequence: Sequence) -> None:
+        config, options, slots = self.model.config, sequence.request.options, sequence.slots
+        if options.searches:
+            records = beam.begin(sequence, config.end_id, config.dialect)
+        else:
+            records = sampling.begin(sequence, config.end_id)
+        state, cache, put = self._buffers.state, self._buffers.cache, self._ops.put
+        if isinstance(config, GptConfig):
+            past = len(sequence.tokens) - 1
+            records["token"], records["position"] = sequence.tokens[-1], sequence.positions[-1]
+            records["length"] = past
+            for slot in slots:
+                put(cache.ancestors[slot, :past], np.full(past, slots[0], np.int32))
+        else:
+            records["token"] = config.start_id
+            records["memory"], records["memory_length"] = slots[0], len(sequence.tokens)
+        for slot, record in zip(slots, records, strict=True):
+            put(state.slots[slot : slot + 1], record[None])
+
+    def _write_rows(self) -> None:
+        """Tells the device which slots the next steps work on; rows of nobody fill the bucket."""
+        slots = [slot for sequence in self._active for slot in sequence.slots]
+        self._rows = self._steps.bucket(len(slots)) if slots else 0
+        rows = np.full(self._rows, self._nobody, np.int32)
+        rows[: len(slots)] = slots
+        self._ops.put(self._buffers.state.rows[: self._rows], rows)
+
+    def _burst(self) -> None:
+        searching = any(one.request.options.searches for one in self._active)
+        sampled = not all(one.request.options.searches for one in self._active)
+        for _ in range(self.config.burst):
+            self._steps.run(self._rows, searching, sampled)
+        self.counts["steps"] += self.config.burst
+        records = self._ops.get(self._buffers.state.slots)
+        done = [one for one in self._active if records["done"][one.slots[0]]]
+        if not done:
+            return
+        self._active = [one for one in self._active if not records["done"][one.slots[0]]]
+        self._write_rows()
+        for sequence in done:
+            self._retire(sequence, self._finish(sequence, records[sequence.slots]))
+
+    def _finish(self, sequence: Sequence, records: np.ndarray) -> Output:
+        history = np.stack([self._ops.get(self._buffers.state.history[slot]) for slot in sequence.slots])
+        if sequence.request.options.searches:
+            return beam.finish(sequence, records, history)
+        return sampling.finish(records, history)
+
+    def _score(self, sequences: list[Sequence]) -> None:
+        """Perplexity: mean negative log-likelihood of every token but the first."""
+        scorable = [one for one in sequences if len(one.tokens) > 1]
+        losses = {id(one): 0.0 for one in sequences}
+        if scorable:
+            pack = self._pack(scorable, lambda sequence: len(sequence.tokens))
+            log_probabilities = self._score_rows(pack, np.append(self._ops.get(pack.tokens)[1:], 0).astype(np.int32))
+            start = 0
+            for sequence in scorable:
+                tokens = len(sequence.tokens)
+                losses[id(sequence)] = -float(np.mean(log_probabilities[start : start + tokens - 1], dtype=np.float64))
+                start += tokens
+        for sequence in sequences:
+            self.counts["scored_tokens"] += len(sequence.tokens)
+            self._retire(sequence, Output(loss=losses[id(sequence)]))
+
+    def _score_rows(self, pack: Pack, targets: np.ndarray) -> np.ndarray:
+        """float32 [rows]: what each row gives to its target; a tile of rows at a time meets the vocabulary."""
+        assert isinstance(self.model, Gpt)
+        ops, buffers, head = self._ops, self._buffers, self.model.head
+        work = buffers.work.first(pack.rows)
+        ops.put(buffers.targets[: pack.rows], targets)
+        self.model.read(pack, work)
+        tile = len(buffers.state.logits)
+        for start in range(0, pack.rows, tile):
+            part = slice(start, min(start + tile, pack.rows))
+            logits = buffers.state.logits[: part.stop - start]
+            ops.vocabulary_logits(
+                work.x[part], head.norm, head.output, head.epsilon, head.scale, work.normed[part], logits
+            )
+            ops.target_log_probabilities(logits, buffers.targets[part], buffers.scored[part])
+        return np.asarray(ops.get(buffers.scored[: pack.rows]))
+
+    def _retire(self, sequence: Sequence, result: Output | Exception) -> None:
+        self._scheduler.retire(sequence)
+        if isinstance(result, Output):
+            self.counts["answered"] += 1
+            self.counts["generated_tokens"] += sum(len(one.tokens) for one in result.hypotheses)
+        else:
+            self.counts["failed"] += 1
+        try:
+            sequence.request.reply(result)
+        except Exception:
+            log.exception("a reply could not be delivered")
+
+    def _fail(self, sequences: list[Sequence], error: Exception) -> None:
+        self._active = []
+        for sequence in sequences:
+            self._retire(sequence, error)

@@ -1,0 +1,416 @@
+"""A real tritonserver as a child of this process: found, started on loopback, watched and ended.
+
+Apart from the rest of serving/ because it runs beside Triton, not inside it: nothing here is imported by a model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+
+from lightseq_backend.errors import ConfigError
+from lightseq_backend.serving.device import DEVICES, choose_device
+
+LOOPBACK = "127.0.0.1"
+LOG_LEVELS = ("error", "warning", "info", "verbose")
+RESTRICTED_APIS = "model-repository,shared-memory,trace,logging"  # what changes the server, for those with the key
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+_PORT_TAKEN = re.compile(r"address already in use|socket '[^']*' already in use", re.IGNORECASE)
+_IDLE_TALK = re.compile(r"I\d{4} |[+|]|\s*$")  # Triton's information lines and tables
+
+
+class ServerFailed(RuntimeError):
+    """tritonserver did not become ready, or ended by itself. The message carries the end of its log."""
+
+
+@dataclass(frozen=True)
+class Triton:
+    """An installed tritonserver whose Python backend fits the running interpreter.
+
+    backend_files  what a backend directory needs: library, triton_python_backend_utils and stub
+    libraries      directories for the dynamic linker
+    """
+
+    server: Path
+    backend_files: tuple[Path, ...]
+    libraries: tuple[Path, ...]
+
+
+def find_triton() -> Triton:
+    """The server inside the nvidia-pytriton wheel, else the one on PATH (Triton's container).
+
+    The wheel's own Python package is never imported: it wants numpy<2, which the server does not.
+    """
+    package = find_spec("pytriton")
+    if package is not None and package.submodule_search_locations:
+        root = Path(package.submodule_search_locations[0])
+        triton = root / "tritonserver"
+        backend = triton / "backends" / "python"
+        stub = triton / "python_backend_stubs" / _python_version() / "triton_python_backend_stub"
+        server = triton / "bin" / "tritonserver"
+        libraries = (root.parent / "nvidia_pytriton.libs",)
+    else:
+        on_path = shutil.which("tritonserver")
+        if on_path is None:
+            raise ConfigError("no tritonserver: install the extra `server`, or run inside Triton's container")
+        server = Path(on_path).resolve()
+        backend = server.parents[1] / "backends" / "python"
+        stub = backend / "triton_python_backend_stub"
+        libraries = (server.parents[1] / "lib",)
+    files = (backend / "libtriton_python.so", backend / "triton_python_backend_utils.py", stub)
+    missing = [str(path) for path in (server, *files) if not path.exists()]
+    if missing:
+        raise ConfigError(f"this Triton does not serve Python {_python_version()}; missing: {', '.join(missing)}")
+    return Triton(server, files, libraries)
+
+
+class EmbeddedServer:
+    """One tritonserver over a model repository, from `start` (or `with`) to `stop`.
+
+    device       "cpu" reads <model>/configs/cpu.pbtxt where a model has one, "gpu" reads config.pbtxt,
+                 "auto" takes the GPU when one is usable
+    *_port       0 picks a free one
+    admin_key    opens the model-repository, shared-memory, trace and logging APIs (HTTP header `admin-key`,
+                 gRPC metadata `triton-grpc-protocol-admin-key`); None locks them
+    models       load only these, explicitly; None loads the whole repository
+    shm_bytes    shared memory a model instance starts with
+    log_to_terminal  pass Triton's log on instead of keeping it for `log`
+    environment  variables added to the server's, hence to every model's, environment
+    The thread that starts the server must outlive it: the kernel ends the server with that thread.
+    """
+
+    def __init__(
+        self,
+        model_repository: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        address: str = LOOPBACK,
+        http_port: int = 0,
+        grpc_port: int = 0,
+        metrics_port: int = 0,
+        admin_key: str | None = None,
+        models: Sequence[str] | None = None,
+        shm_bytes: int = 1 << 20,
+        log_level: str = "info",
+        log_to_terminal: bool = False,
+        environment: Mapping[str, str] | None = None,
+        start_timeout: float = 120.0,
+        stop_timeout: float = 15.0,
+    ) -> None:
+        if log_level not in LOG_LEVELS:
+            raise ValueError(f"log_level is {log_level!r}; levels are {', '.join(LOG_LEVELS)}")
+        self.model_repository = Path(model_repository).resolve()
+        if not self.model_repository.is_dir():
+            raise ConfigError(f"model repository {self.model_repository} is not a directory")
+        self.device, self.gpu_obstacle = choose_device(device)
+        self._address = address
+        self._wanted_ports = (http_port, grpc_port, metrics_port)
+        self._ports = self._wanted_ports
+        self._admin_key = admin_key or secrets.token_hex(16)
+        self._models = None if models is None else list(models)
+        self._shm_bytes = shm_bytes
+        self._log_level = log_level
+        self._log_to_terminal = log_to_terminal
+        self._environment = dict(environment or {})
+        self._start_timeout = start_timeout
+        self._stop_timeout = stop_timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._last_log = ""
+
+    @property
+    def http(self) -> str:
+        """host:port of the HTTP service."""
+        return self._reachable(self._ports[0])
+
+    @property
+    def grpc(self) -> str:
+        """host:port of the gRPC service."""
+        return self._reachable(self._ports[1])
+
+    @property
+    def metrics(self) -> str:
+        """host:port of the Prometheus metrics."""
+        return self._reachable(self._ports[2])
+
+    @property
+    def log(self) -> str:
+        """Everything Triton and the models printed; kept after `stop`; empty with log_to_terminal."""
+        if self._directory is None:
+            return self._last_log
+        path = Path(self._directory.name) / "log"
+        return path.read_text(errors="replace") if path.exists() else ""
+
+    @property
+    def pid(self) -> int:
+        """Process id of the running tritonserver."""
+        if self._process is None:
+            raise ServerFailed("the server is not running")
+        return self._process.pid
+
+    def start(self) -> EmbeddedServer:
+        """Return when every model is ready. ServerFailed, with the log's end, when Triton gives up or time is up."""
+        if self._process is not None:
+            raise RuntimeError("this server is already running")
+        triton = find_triton()
+        for attempt in range(3):
+            self._ports = _choose_ports(self._wanted_ports)
+            self._launch(triton)
+            try:
+                self._wait_until_ready()
+                return self
+            except BaseException as error:
+                self.stop()
+                # Between our look and Triton's bind another process may have taken a port.
+                taken = isinstance(error, ServerFailed) and _PORT_TAKEN.search(self._last_log)
+                if not taken or 0 not in self._wanted_ports or attempt == 2:
+                    raise
+        raise AssertionError("unreachable")
+
+    def wait(self) -> int:
+        """Block until the server ends by itself; its exit status."""
+        if self._process is None:
+            raise ServerFailed("the server is not running")
+        while not _has_exited(self._process.pid):
+            time.sleep(0.2)
+        process = self._process
+        self.stop()
+        return process.returncode
+
+    def stop(self) -> None:
+        """Let running requests finish, end the server and whatever it started, drop its temporary files."""
+        process, self._process = self._process, None
+        if process is not None:
+            _end(process, self._stop_timeout)
+        if self._directory is not None:
+            self._last_log = self.log
+            directory, self._directory = self._directory, None
+            for region in Path("/dev/shm").glob(Path(directory.name).name + "*"):
+                region.unlink(missing_ok=True)
+            directory.cleanup()
+
+    def __enter__(self) -> EmbeddedServer:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def _reachable(self, port: int) -> str:
+        return f"{LOOPBACK if self._address == '0.0.0.0' else self._address}:{port}"
+
+    def _launch(self, triton: Triton) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="lightseq-triton-")
+        directory = Path(self._directory.name)
+        # The backend looks for its stub and utilities beside its library; the wheel keeps them apart.
+        backend = directory / "backends" / "python"
+        backend.mkdir(parents=True)
+        for path in triton.backend_files:
+            (backend / path.name).symlink_to(path)
+        command = [str(triton.server), *self._arguments(backend.parent)]
+        setpriv = shutil.which("setpriv")
+        if setpriv:  # when this process is killed, the server must not live on
+            command = [setpriv, "--pdeathsig", "TERM", *command]
+        log = None if self._log_to_terminal else (directory / "log").open("wb")
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT if log else None,
+                env=self._server_environment(triton),
+                start_new_session=True,  # its own process group: Ctrl-C comes to us alone, and `_end` finds all
+            )
+        finally:
+            if log:
+                log.close()
+
+    def _arguments(self, backends: Path) -> list[str]:
+        http_port, grpc_port, metrics_port = self._ports
+        arguments = [
+            f"--model-repository={self.model_repository}",
+            f"--backend-directory={backends}",
+            f"--http-address={self._address}",
+            f"--grpc-address={self._address}",
+            f"--metrics-address={self._address}",
+            f"--http-port={http_port}",
+            f"--grpc-port={grpc_port}",
+            f"--metrics-port={metrics_port}",
+            f"--http-restricted-api={RESTRICTED_APIS}:admin-key={self._admin_key}",
+            f"--grpc-restricted-protocol={RESTRICTED_APIS}:admin-key={self._admin_key}",
+            f"--backend-config=python,shm-default-byte-size={self._shm_bytes}",
+            # Named after the temporary directory, so that `stop` finds what a killed server leaves behind.
+            f"--backend-config=python,shm-region-prefix-name={backends.parent.name}",
+            f"--exit-timeout-secs={max(1, int(self._stop_timeout) - 2)}",
+            *_log_arguments(self._log_level),
+        ]
+        if self._models is not None:
+            arguments.append("--model-control-mode=explicit")
+            arguments += [f"--load-model={name}" for name in self._models]
+        if self.device == "cpu":
+            arguments += ["--model-config-name=cpu", "--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]
+        return arguments
+
+    def _server_environment(self, triton: Triton) -> dict[str, str]:
+        environment = dict(os.environ)
+        # The stub embeds libpython, which finds its home through the python3 on PATH: the first one there must be
+        # ours, then the stub runs this very environment, .pth files and all. LIBDIR first, for the same libpython.
+        _prepend(environment, "PATH", Path(sys.executable).parent)
+        for directory in reversed((_library_directory(), *triton.libraries)):
+            _prepend(environment, "LD_LIBRARY_PATH", directory)
+        for variable in _THREAD_VARIABLES:
+            environment.setdefault(variable, str(usable_cpus()))
+        environment.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if self.device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        return environment | self._environment
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self._start_timeout
+        while time.monotonic() < deadline:
+            if self._process is None or _has_exited(self._process.pid):
+                raise ServerFailed(f"tritonserver ended before it was ready\n{self._log_end()}")
+            if _is_ready(self.http):
+                return
+            time.sleep(0.05)
+        raise ServerFailed(f"tritonserver was not ready after {self._start_timeout:g} s\n{self._log_end()}")
+
+    def _log_end(self, lines: int = 40) -> str:
+        if self._log_to_terminal:
+            return "(its log is above)"
+        return "\n".join([line for line in self.log.splitlines() if not _IDLE_TALK.match(line)][-lines:])
+
+
+def usable_cpus() -> int:
+    """Cores this process may really use: its affinity, cut by a container's CPU quota."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `lightseq serve`."""
+    parser.add_argument("--repository", default="model_repository", help="model repository (default: %(default)s)")
+    parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where one is usable")
+    parser.add_argument("--address", default=LOOPBACK, help="address to listen on (default: %(default)s)")
+    parser.add_argument("--http-port", type=int, default=8000, help="0 picks a free one (default: %(default)s)")
+    parser.add_argument("--grpc-port", type=int, default=8001, help="0 picks a free one (default: %(default)s)")
+    parser.add_argument("--metrics-port", type=int, default=8002, help="0 picks a free one (default: %(default)s)")
+    parser.add_argument("--model", action="append", dest="models", help="load only this model (may be repeated)")
+    parser.add_argument("--admin-key", help="opens the administration APIs to requests with this key")
+    parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning")
+    parser.add_argument("--start-timeout", type=float, default=300.0, help="seconds until ready (default: %(default)g)")
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serve in the foreground until SIGINT or SIGTERM; the exit status for the command line."""
+    signal.signal(signal.SIGTERM, _raise_interrupt)
+    try:
+        server = EmbeddedServer(
+            arguments.repository,
+            device=arguments.device,
+            address=arguments.address,
+            http_port=arguments.http_port,
+            grpc_port=arguments.grpc_port,
+            metrics_port=arguments.metrics_port,
+            admin_key=arguments.admin_key,
+            models=arguments.models,
+            log_level=arguments.log_level,
+            log_to_terminal=True,
+            start_timeout=arguments.start_timeout,
+        )
+        if server.gpu_obstacle:
+            print(f"no usable GPU found ({server.gpu_obstacle}): serving on the CPU", flush=True)
+        with server:
+            print(f"ready: http {server.http}  grpc {server.grpc}  metrics {server.metrics}/metrics", flush=True)
+            status = server.wait()
+            print(f"tritonserver ended by itself with status {status}", file=sys.stderr)
+            return 1
+    except KeyboardInterrupt:
+        return 0
+    except (ConfigError, ServerFailed) as error:
+        print(f"lightseq serve: {error}", file=sys.stderr)
+        return 1
+
+
+def _raise_interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _python_version() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _library_directory() -> Path:
+    """Where the running interpreter's libpython3.X.so lies."""
+    return Path(sysconfig.get_config_var("LIBDIR") or "/usr/lib")
+
+
+def _prepend(environment: dict[str, str], variable: str, directory: Path) -> None:
+    rest = environment.get(variable)
+    environment[variable] = f"{directory}{os.pathsep}{rest}" if rest else str(directory)
+
+
+def _log_arguments(level: str) -> list[str]:
+    rank = LOG_LEVELS.index(level)
+    arguments = [f"--log-{name}={str(LOG_LEVELS.index(name) <= rank).lower()}" for name in LOG_LEVELS[:3]]
+    return [*arguments, f"--log-verbose={int(level == 'verbose')}"]
+
+
+def _choose_ports(wanted: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The wanted ports, each 0 replaced by a free one. All are held open until the last is chosen."""
+    with socket.socket() as first, socket.socket() as second, socket.socket() as third:
+        ports = []
+        for port, holder in zip(wanted, (first, second, third), strict=True):
+            if not port:
+                holder.bind((LOOPBACK, 0))
+                port = holder.getsockname()[1]
+            ports.append(port)
+    return ports[0], ports[1], ports[2]
+
+
+def _is_ready(address: str) -> bool:
+    connection = http.client.HTTPConnection(address, timeout=2)
+    try:
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _has_exited(pid: int) -> bool:
+    """Whether our child has ended. It is left unreaped, so that its process group id stays its own."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
+def _end(process: subprocess.Popen[bytes], patience: float) -> None:
+    """SIGTERM, wait, then SIGKILL the server and every stub of its process group."""
+    if not _has_exited(process.pid):
+        process.send_signal(signal.SIGTERM)
+    deadline = time.monotonic() + patience
+    while not _has_exited(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,36 @@
+"""Client for LightSeq models served by Triton: a library (`Client`) and the command `lightseq-client`."""
+
+from lightseq_client.answers import GENERATE, SCORE, TRANSLATE, Answer, Failure, Hypothesis
+from lightseq_client.client import Client, Health, ModelState
+from lightseq_client.errors import (
+    ClientError,
+    ModelError,
+    RequestFailed,
+    RequestTimeout,
+    RowError,
+    ServerUnreachable,
+    VocabularyError,
+)
+from lightseq_client.vocabulary import Ids, Vocabulary, Words
+
+__all__ = [
+    "GENERATE",
+    "SCORE",
+    "TRANSLATE",
+    "Answer",
+    "Client",
+    "ClientError",
+    "Failure",
+    "Health",
+    "Hypothesis",
+    "Ids",
+    "ModelError",
+    "ModelState",
+    "RequestFailed",
+    "RequestTimeout",
+    "RowError",
+    "ServerUnreachable",
+    "Vocabulary",
+    "VocabularyError",
+    "Words",
+]

@@ -1,0 +1,151 @@
+"""The two protocols behind one set of methods, on tritonclient. They live on one event loop's thread.
+
+gRPC goes through tritonclient's thread-safe client, whose calls are bridged to the loop: grpc.aio logs
+errors of its own when a process has more than one event loop (grpc issue 25364). HTTP is aiohttp.
+Every failure leaves here as RequestFailed with gRPC's status names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+
+from lightseq_client.answers import Signature
+from lightseq_client.errors import INTERNAL, INVALID_ARGUMENT, UNAVAILABLE, RequestFailed
+
+CONTROL_TIMEOUT = 5.0  # seconds for a question about health or metadata
+Outputs = dict[str, np.ndarray]
+_HTTP_STATUS = {
+    "400": INVALID_ARGUMENT,
+    "403": "PERMISSION_DENIED",
+    "404": "NOT_FOUND",
+    "499": "CANCELLED",
+    "500": INTERNAL,
+    "501": "UNIMPLEMENTED",
+    "503": UNAVAILABLE,
+}
+
+
+class Grpc:
+    def __init__(self, url: str):
+        from tritonclient import grpc
+
+        self._triton = grpc
+        self._client = grpc.InferenceServerClient(url)
+
+    async def live(self) -> bool:
+        return await self._call(self._client.is_server_live)
+
+    async def ready(self) -> bool:
+        return await self._call(self._client.is_server_ready)
+
+    async def model_ready(self, model: str) -> bool:
+        return await self._call(self._client.is_model_ready, model)
+
+    async def metadata(self, model: str) -> dict[str, Any]:
+        return await self._call(self._client.get_model_metadata, model, as_json=True)
+
+    async def index(self) -> list[dict[str, str]]:
+        answer = await self._call(self._client.get_model_repository_index, as_json=True)
+        return answer.get("models", [])
+
+    async def infer(self, model: str, tensors: Signature, ids: np.ndarray, parameters: Mapping[str, Any]) -> Outputs:
+        loop = asyncio.get_running_loop()
+        done = loop.create_future()
+
+        def settle(result: Any, error: Exception | None) -> None:
+            if done.done():  # given up, by a time limit or by the caller
+                return
+            if error is None:
+                done.set_result(result)
+            else:
+                done.set_exception(error)
+
+        def arrived(result: Any, error: Exception | None) -> None:  # called on a thread of gRPC's
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(settle, result, error)
+
+        given = self._triton.InferInput(tensors.input, ids.shape, tensors.datatype)
+        given.set_data_from_numpy(ids)
+        async with _plain_failures():
+            call = self._client.async_infer(model, [given], arrived, parameters=dict(parameters))
+            try:
+                return _outputs(await done, tensors)
+            except asyncio.CancelledError:
+                call.cancel()
+                raise
+
+    async def close(self) -> None:
+        self._client.close()
+
+    async def _call(self, method: Callable[..., Any], *args: Any, **keywords: Any) -> Any:
+        async with _plain_failures():
+            return await asyncio.to_thread(method, *args, client_timeout=CONTROL_TIMEOUT, **keywords)
+
+
+class Http:
+    def __init__(self, url: str, connections: int):
+        from tritonclient.http import aio
+
+        self._triton = aio
+        # No time limit of its own: the caller has one for every request.
+        self._client = aio.InferenceServerClient(url, conn_limit=connections, conn_timeout=None)
+
+    async def live(self) -> bool:
+        async with _plain_failures():
+            return await self._client.is_server_live()
+
+    async def ready(self) -> bool:
+        async with _plain_failures():
+            return await self._client.is_server_ready()
+
+    async def model_ready(self, model: str) -> bool:
+        async with _plain_failures():
+            return await self._client.is_model_ready(model)
+
+    async def metadata(self, model: str) -> dict[str, Any]:
+        async with _plain_failures():
+            return await self._client.get_model_metadata(model)
+
+    async def index(self) -> list[dict[str, str]]:
+        async with _plain_failures():
+            return await self._client.get_model_repository_index()
+
+    async def infer(self, model: str, tensors: Signature, ids: np.ndarray, parameters: Mapping[str, Any]) -> Outputs:
+        given = self._triton.InferInput(tensors.input, list(ids.shape), tensors.datatype)
+        given.set_data_from_numpy(ids)
+        async with _plain_failures():
+            return _outputs(await self._client.infer(model, [given], parameters=dict(parameters)), tensors)
+
+    async def close(self) -> None:
+        await self._client.close()
+
+
+@asynccontextmanager
+async def _plain_failures() -> AsyncIterator[None]:
+    """Turn what tritonclient, gRPC and aiohttp raise into RequestFailed."""
+    from tritonclient.utils import InferenceServerException
+
+    try:
+        yield
+    except InferenceServerException as error:
+        code = (error.status() or INTERNAL).removeprefix("StatusCode.")
+        raise RequestFailed(_HTTP_STATUS.get(code, code), error.message() or "no reason given") from None
+    except OSError as error:  # aiohttp's connection errors among them
+        raise RequestFailed(UNAVAILABLE, str(error) or type(error).__name__) from None
+    except Exception as error:
+        if not type(error).__module__.startswith("aiohttp"):
+            raise
+        raise RequestFailed(UNAVAILABLE, str(error) or type(error).__name__) from None
+
+
+def _outputs(result: Any, tensors: Signature) -> Outputs:
+    arrays = {name: result.as_numpy(name) for name in (tensors.ids, tensors.scores) if name is not None}
+    absent = [name for name, array in arrays.items() if array is None]
+    if absent:
+        raise RequestFailed(INTERNAL, f"the model's answer lacks its output {', '.join(absent)}")
+    return arrays

@@ -1,0 +1,47 @@
+"""Weight files: `load` and `save`. One module a format; so far LightSeq's protobuf files."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from lightseq_backend.config import Config, dialect_named
+from lightseq_backend.weights import protobuf
+
+FilePath = str | os.PathLike[str]
+
+
+def load(path: FilePath, dialect: str = "head", kind: str | None = None) -> tuple[Config, dict[str, np.ndarray]]:
+    """The configuration and the arrays of a LightSeq weight file.
+
+    dialect  the release whose reading of the file holds, see config.DIALECTS
+    kind     "transformer" or "gpt"; None takes it from the content: only a Transformer has the top-level
+             fields 4 and 5, and field 3 holds numbers (model_conf) in a GPT, floats alone (an embedding) in a
+             Transformer. Where a damaged file leaves both possible, "gpt" in the file's name decides.
+
+    Arrays are float32 under the names that weights/layout.py lists; kernels are [in, out]. "target.tokens" of a
+    Transformer and "output.weight" of a GPT are transposed views, "decoder.{i}.cross_kv.*" views of what is one
+    array in the file; all others are contiguous and 64-byte aligned. Peak memory is the arrays and a few pages.
+
+    Of what a file may leave out: an end id of 0 is the last id of the vocabulary, for a GPT too, where LightSeq
+    reads an uninitialised number; under "v0" it always is, and only the fields that v0.0.1 had count. A GPT's
+    "ppl" method is read as top-k sampling: every GPT scores here.
+
+    WeightError, with every fault of the file on a line of its own; ConfigError for an unknown dialect.
+    """
+    contents = protobuf.examine(path, dialect_named(dialect), kind)
+    return contents.config, protobuf.read_arrays(contents)
+
+
+def save(path: FilePath, config: Config, arrays: dict[str, np.ndarray]) -> None:
+    """Write a LightSeq weight file that `load` reads back to the same configuration and arrays.
+
+    arrays: float32, named as `load` names them; the transposed views may be there or not. Nothing but the array
+    being written is copied, and only if it is not contiguous; files over 2 GiB are fine here, though not for
+    protobuf's own runtime. The file appears under its name when it is whole.
+
+    WeightError names every array that is missing, superfluous or of a wrong shape or dtype, or else every
+    setting that LightSeq's format cannot hold (a temperature, say).
+    """
+    protobuf.write(path, config, arrays)

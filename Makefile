@@ -2,23 +2,69 @@
 
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
-PYTHON_IN_VENV := .venv/bin/python
 
-# PYTHON  interpreter for .venv (3.10 to 3.13; default: python3, or the one .venv already has)
-# DEVICE  auto (the GPU where one is usable, else the CPU, saying so), cpu or gpu
-# MODEL   which model `make perf` measures
+# PYTHON   interpreter for .venv (3.10 to 3.13; default: the one .venv has, else python3)
+# DEVICE   auto (the GPU where one is usable, else the CPU, saying so), cpu or gpu
+# MODEL    the model that `make perf` measures; URL the gRPC address of a running server, else perf starts one
 PYTHON ?=
 DEVICE ?= auto
 MODEL ?= transformer
+URL ?=
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
-export PYTHON DEVICE MODEL HTTP_PORT GRPC_PORT METRICS_PORT
+export PYTHON
+
+python := .venv/bin/python
+lightseq := $(python) -m lightseq_backend
+cores := $(shell nproc)
 
 .PHONY: help
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  \1\t\2/' | expand -t 12
 
 .PHONY: setup
-setup: ## Make .venv with everything that serving, testing and developing need
+setup: ## Make .venv with all that serving, testing and developing need
 	@./setup.sh
+
+.PHONY: demo
+demo: setup ## Start Triton, translate, generate and score over HTTP and gRPC, stop
+	@timeout --signal=INT --kill-after=30 180 $(lightseq) serve --device $(DEVICE) \
+	    --http-port 0 --grpc-port 0 --metrics-port 0 \
+	    --run $(python) examples/demo.py --http {http} --grpc {grpc}
+
+.PHONY: serve
+serve: setup ## Serve model_repository in the foreground until Ctrl-C
+	@echo 'when ready, try:  curl http://127.0.0.1:$(HTTP_PORT)/v2/models/transformer'
+	@$(lightseq) serve --device $(DEVICE) \
+	    --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
+
+.PHONY: test
+test: setup ## Run all tests
+	@OMP_NUM_THREADS=$(cores) OPENBLAS_NUM_THREADS=$(cores) TOKENIZERS_PARALLELISM=false \
+	    $(python) -m pytest --durations=15 $(TESTS)
+
+.PHONY: lint
+lint: setup ## Check style (ruff) and types (mypy)
+	@.venv/bin/ruff check
+	@.venv/bin/ruff format --check
+	@set -o pipefail; .venv/bin/mypy | sed 's#^\.venv/first_party/##'
+
+.PHONY: bench
+bench: setup ## Measure this engine beside Hugging Face's (installs PyTorch)
+	@./setup.sh bench
+	@$(python) -m benchmarks
+
+.PHONY: perf
+perf: setup ## Measure MODEL with Triton's perf_analyzer at concurrency 1, 4 and 16
+	@$(python) benchmarks/perf.py --model $(MODEL) --device $(DEVICE) $(if $(URL),--url $(URL))
+
+.PHONY: train
+train: setup ## Train both shipped models anew, in under ten minutes (installs PyTorch)
+	@./setup.sh train
+	@$(python) -m examples.numbers.train
+
+.PHONY: clean
+clean: ## Remove .venv and everything else that was made
+	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

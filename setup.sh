@@ -1,11 +1,14 @@
 #!/bin/sh
 # Make .venv: this project, editable, with what serving, testing and developing need. Run through `make setup`.
 # A second run does nothing, in an instant. PYTHON names the interpreter; without it an existing .venv is kept.
+# usage: setup.sh [EXTRA]   with EXTRA, that extra's packages too: train, bench, cuda12, cuda13
 set -eu
 cd "$(dirname "$0")"
 
 venv=.venv
 stamp=$venv/.installed
+extra=${1:-}
+pip="$venv/bin/python -m pip --disable-pip-version-check -qq"
 wanted_python=${PYTHON:-}
 python=${wanted_python:-python3}
 
@@ -51,7 +54,19 @@ is_current() {
         { [ -z "$wanted_python" ] || [ "$(version_of "$python")" = "$(version_of "$venv/bin/python")" ]; }
 }
 
-is_current && exit 0
+install_extra() { # stamped apart, so that the common targets neither wait for it nor undo it
+    [ -z "$extra" ] && return
+    extra_stamp=$venv/.installed-$extra
+    [ -f "$extra_stamp" ] && [ "$(cat "$extra_stamp")" = "$(installed_as)" ] && return
+    echo "installing the extra '$extra' into $venv"
+    $pip install --editable ".[server,client,dev,$extra]" || fail "pip could not install it; its message is above"
+    installed_as >"$extra_stamp"
+}
+
+if is_current; then
+    install_extra
+    exit 0
+fi
 
 command -v "$python" >/dev/null 2>&1 ||
     fail "$python was not found: apt-get install python3 python3-venv (or choose one: make setup PYTHON=...)"
@@ -61,7 +76,10 @@ missing=$(missing_from_python "$python") || fail "$python does not run"
 if command -v flock >/dev/null 2>&1; then # two runs at once would break each other's .venv
     exec 9<setup.sh
     flock 9
-    if is_current; then exit 0; fi
+    if is_current; then
+        install_extra
+        exit 0
+    fi
 fi
 
 if [ -n "$wanted_python" ] || [ -z "$(version_of "$venv/bin/python")" ]; then
@@ -76,7 +94,6 @@ if [ ! -d "$venv" ]; then
 fi
 
 echo "installing into $venv (the first time takes a minute or two)"
-pip="$venv/bin/python -m pip --disable-pip-version-check -qq"
 $pip install --editable '.[server,client,dev]' || fail "pip could not install the project; its message is above"
 if "$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 13))'; then
     # Only the server binary and the stub in this wheel are used; its own numpy<2 has no build here.
@@ -90,4 +107,5 @@ ln -sfn ../../client "$venv/first_party/lightseq_client"
 ln -sfn ../../kernels "$venv/first_party/lightseq_kernels"
 
 installed_as >"$stamp"
+install_extra
 echo "ready: Python $(version_of "$venv/bin/python") in $venv"

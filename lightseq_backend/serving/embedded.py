@@ -320,10 +320,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--admin-key", help="opens the administration APIs to requests with this key")
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning")
     parser.add_argument("--start-timeout", type=float, default=300.0, help="seconds until ready (default: %(default)g)")
+    parser.add_argument(
+        "--run",
+        nargs=argparse.REMAINDER,
+        metavar="COMMAND",
+        help="last of all: serve only while this command runs; {http}, {grpc} and {metrics} in it become addresses",
+    )
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Serve in the foreground until SIGINT or SIGTERM; the exit status for the command line."""
+    """Serve until SIGINT or SIGTERM, or while --run's command runs; the exit status for the command line."""
     signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
         server = EmbeddedServer(
@@ -343,6 +349,8 @@ def serve(arguments: argparse.Namespace) -> int:
             print(f"no usable GPU found ({server.gpu_obstacle}): serving on the CPU", flush=True)
         with server:
             print(f"ready: http {server.http}  grpc {server.grpc}  metrics {server.metrics}/metrics", flush=True)
+            if arguments.run:
+                return _run(arguments.run, server)
             status = server.wait()
             print(f"tritonserver ended by itself with status {status}", file=sys.stderr)
             return 1
@@ -351,6 +359,13 @@ def serve(arguments: argparse.Namespace) -> int:
     except (ConfigError, ServerFailed) as error:
         print(f"lightseq serve: {error}", file=sys.stderr)
         return 1
+
+
+def _run(command: list[str], server: EmbeddedServer) -> int:
+    addresses = {"{http}": server.http, "{grpc}": server.grpc, "{metrics}": server.metrics}
+    for name, address in addresses.items():
+        command = [word.replace(name, address) for word in command]
+    return subprocess.run(command, check=False).returncode
 
 
 def _raise_interrupt(number: int, frame: object) -> None:

@@ -63,11 +63,11 @@ class Request:
     stream: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
     """A request on its way: what of it is fed, where it sits, how many tokens it may still grow.
 
-    tokens, positions  int32 [m]: the row without padding, and the column each token had
+    tokens, positions  int32 [m]: the row without padding, and the row of the position table for each token
     limit              tokens it may generate
     slots              the cache lanes it holds, one a beam or sample; empty until admitted
     """
@@ -85,23 +85,39 @@ class Sequence:
         row = np.asarray(request.tokens)
         _check_row(row, config)
         columns = np.flatnonzero(row != config.padding_id)
-        positions = columns
         if isinstance(config, GptConfig):
-            # A prompt padded on the left starts at position 0 all the same; a source keeps its columns, as in LightSeq.
-            positions = columns - columns[0]
-            limit = config.new_tokens(int(positions[-1]) + 1, request.options)
+            tokens, limit = _text(row, columns, request, config)
+            positions = np.arange(tokens.size)
+        elif request.kind == SCORE:
+            raise RequestError("this model translates; only a GPT model scores text")
         else:
-            if request.kind == SCORE:
-                raise RequestError("this model translates; only a GPT model scores text")
+            # Padding is dropped, but its columns count: in the positions of what follows and in the step limit.
+            tokens, positions = row[columns], columns
             limit = config.new_tokens(row.size, request.options)
         seed = request.options.seed
         return cls(
             request=request,
-            tokens=row[columns].astype(np.int32),
+            tokens=tokens.astype(np.int32),
             positions=positions.astype(np.int32),
             limit=limit,
             seed=secrets.randbelow(MAX_SEED) if seed is None else seed,
         )
+
+
+def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptConfig) -> tuple[np.ndarray, int]:
+    """What a GPT reads of a row, and how many tokens it may add. columns: those that hold no padding.
+
+    Padding between tokens is fed as LightSeq feeds it, as a token without embedding (id -1 here). A text of n tokens
+    is scored over its first n columns (lightseq_format.md 3.8); a prompt is what lies between its first and last token.
+    """
+    tokens = np.where(row == config.padding_id, -1, row)
+    if request.kind == SCORE:
+        scored = tokens[: columns.size]
+        if config.padding_id >= config.vocabulary and (scored[1:] < 0).any():
+            raise RequestError(f"padding (id {config.padding_id}) stands between tokens; it has no place in the vocabulary")
+        return scored, 0
+    prompt = tokens[columns[0] : columns[-1] + 1]
+    return prompt, config.new_tokens(prompt.size, request.options)
 
 
 def _check_row(row: np.ndarray, config: Config) -> None:

@@ -40,7 +40,8 @@ class Engine:
         self._buffers = allocate(model, config, beams, ops)
         self._steps = Steps(model, self._buffers, config.slots, ops)
         self._scheduler = Scheduler(config)
-        self._active: list[Sequence] = []
+        self._admitted: dict[int, Sequence] = {}  # by id(): everything taken from the queue and not yet answered
+        self._active: list[Sequence] = []  # those of them that decode
         self._nobody = config.slots  # the lane padding rows work on
         self._rows = 0  # the bucket that the rows in device memory fill
         self._thread: threading.Thread | None = None
@@ -134,7 +135,9 @@ class Engine:
             self._thread.join(patience)
             self._abandoned = True
             self._thread.join(patience)
-        self._fail([*self._scheduler.clear(), *self._active], RuntimeError("the engine was stopped"))
+        for sequence in self._scheduler.clear():
+            self._admitted[id(sequence)] = sequence
+        self._fail(RuntimeError("the engine was stopped"))
 
     # The engine's thread ----------------------------------------------------------------------------------------------
 
@@ -152,6 +155,7 @@ class Engine:
     def step(self) -> None:
         """One round. An error of ours fails what is in flight, with the reason, and nothing that comes after."""
         admitted = self._scheduler.admit()
+        self._admitted.update((id(one), one) for one in admitted)
         try:
             self._score([one for one in admitted if one.request.kind == SCORE])
             self._begin([one for one in admitted if one.request.kind == GENERATE])
@@ -159,16 +163,16 @@ class Engine:
                 self._burst()
         except Exception as error:
             log.exception("a step failed")
-            self._fail([one for one in {id(s): s for s in [*admitted, *self._active]}.values()], error)
+            self._fail(error)
         self.last_step = time.monotonic()
 
     def _begin(self, sequences: list[Sequence]) -> None:
         """Reads prompts or sources, writes the slots' first records, adds the sequences to the batch."""
-        for sequence in [one for one in sequences if self._ended_before_it_began(one)]:
-            sequences.remove(sequence)
+        sequences = [one for one in sequences if not self._ended_before_it_began(one)]
         if not sequences:
             return
-        pack = self._pack(sequences, self._prompt_rows)
+        # A prompt's last token is left to the first decode step, which then is like any other.
+        pack = self._pack(sequences, held_back=int(isinstance(self.model.config, GptConfig)))
         if pack.rows:
             self.model.prefill(pack, self._buffers.work.first(pack.rows), self._buffers.cache)
             self.counts["prompt_tokens"] += pack.rows
@@ -193,30 +197,32 @@ class Engine:
         self._retire(sequence, output)
         return True
 
-    def _prompt_rows(self, sequence: Sequence) -> int:
-        """Tokens to read before decoding: a prompt's last token is fed by the first step instead."""
-        return len(sequence.tokens) - isinstance(self.model.config, GptConfig)
+    def _pack(self, sequences: list[Sequence], held_back: int) -> Pack:
+        """What a pass over whole sequences reads: all tokens of each but the last `held_back`."""
+        lengths = [len(sequence.tokens) - held_back for sequence in sequences]
+        each = list(zip(sequences, lengths, strict=True))
+        return self._upload(
+            tokens=np.concatenate([sequence.tokens[:length] for sequence, length in each]),
+            positions=np.concatenate([sequence.positions[:length] for sequence, length in each]),
+            lanes=np.concatenate([np.full(length, (sequence.slots or [0])[0], np.int32) for sequence, length in each]),
+            steps=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
+            starts=np.cumsum([0, *lengths], dtype=np.int32),
+        )
 
-    def _pack(self, sequences: list[Sequence], rows_of: Any) -> Pack:
-        lengths = [rows_of(sequence) for sequence in sequences]
-        total = sum(lengths)
-        room, put = self._buffers.prompt, self._ops.put
-        lanes = [sequence.slots[0] if sequence.slots else 0 for sequence in sequences]
-        host = {
-            "tokens": np.concatenate([s.tokens[:n] for s, n in zip(sequences, lengths, strict=True)]),
-            "positions": np.concatenate([s.positions[:n] for s, n in zip(sequences, lengths, strict=True)]),
-            "lanes": np.repeat(np.array(lanes, np.int32), lengths),
-            "steps": np.concatenate([np.arange(n, dtype=np.int32) for n in lengths]),
-        }
-        for name, values in host.items():
-            put(getattr(room, name)[:total], values)
-        put(room.starts[: len(lengths) + 1], np.cumsum([0, *lengths], dtype=np.int32))
+    def _upload(
+        self, tokens: np.ndarray, positions: np.ndarray, lanes: np.ndarray, steps: np.ndarray, starts: np.ndarray
+    ) -> Pack:
+        def put(room: Any, values: np.ndarray) -> Any:
+            self._ops.put(room[: len(values)], values)
+            return room[: len(values)]
+
+        room = self._buffers.prompt
         return Pack(
-            room.tokens[:total],
-            room.positions[:total],
-            room.lanes[:total],
-            room.steps[:total],
-            room.starts[: len(lengths) + 1],
+            put(room.tokens, tokens),
+            put(room.positions, positions),
+            put(room.lanes, lanes),
+            put(room.steps, steps),
+            put(room.starts, starts),
         )
 
     def _write_records(self, sequence: Sequence) -> None:
@@ -228,7 +234,7 @@ class Engine:
         state, cache, put = self._buffers.state, self._buffers.cache, self._ops.put
         if isinstance(config, GptConfig):
             past = len(sequence.tokens) - 1
-            records["token"], records["position"] = sequence.tokens[-1], sequence.positions[-1]
+            records["token"] = sequence.tokens[-1]
             records["length"] = past
             for slot in slots:
                 put(cache.ancestors[slot, :past], np.full(past, slots[0], np.int32))
@@ -268,25 +274,28 @@ class Engine:
         return sampling.finish(records, history)
 
     def _score(self, sequences: list[Sequence]) -> None:
-        """Perplexity: mean negative log-likelihood of every token but the first."""
-        scorable = [one for one in sequences if len(one.tokens) > 1]
-        losses = {id(one): 0.0 for one in sequences}
-        if scorable:
-            pack = self._pack(scorable, lambda sequence: len(sequence.tokens))
-            log_probabilities = self._score_rows(pack, np.append(self._ops.get(pack.tokens)[1:], 0).astype(np.int32))
-            start = 0
-            for sequence in scorable:
-                tokens = len(sequence.tokens)
-                losses[id(sequence)] = -float(np.mean(log_probabilities[start : start + tokens - 1], dtype=np.float64))
-                start += tokens
+        """Perplexity of all sequences, in one pass."""
+        if not sequences:
+            return
+        log_probabilities = self._score_rows(sequences)
+        start = 0
         for sequence in sequences:
-            self.counts["scored_tokens"] += len(sequence.tokens)
-            self._retire(sequence, Output(loss=losses[id(sequence)]))
+            tokens = len(sequence.tokens)
+            scored = log_probabilities[start : start + tokens - 1]
+            start += tokens
+            self.counts["scored_tokens"] += scored.size
+            self._retire(sequence, Output(loss=-float(np.mean(scored, dtype=np.float64)) if scored.size else 0.0))
 
-    def _score_rows(self, pack: Pack, targets: np.ndarray) -> np.ndarray:
-        """float32 [rows]: what each row gives to its target; a tile of rows at a time meets the vocabulary."""
+    def _score_rows(self, sequences: list[Sequence]) -> np.ndarray:
+        """float32 [rows]: the log-probability each row gives to the token after it, a tile of rows at a time.
+
+        A sequence's last row predicts nothing; its entry means nothing.
+        """
         assert isinstance(self.model, Gpt)
         ops, buffers, head = self._ops, self._buffers, self.model.head
+        pack = self._pack(sequences, held_back=0)
+        # LightSeq looks up padding between tokens by its own id when it is what comes next.
+        targets = np.concatenate([[*_after(one, self.model.config.padding_id), 0] for one in sequences]).astype(np.int32)
         work = buffers.work.first(pack.rows)
         ops.put(buffers.targets[: pack.rows], targets)
         self.model.read(pack, work)
@@ -301,6 +310,8 @@ class Engine:
         return np.asarray(ops.get(buffers.scored[: pack.rows]))
 
     def _retire(self, sequence: Sequence, result: Output | Exception) -> None:
+        """Answers, exactly once: whoever is not in _admitted any more has had an answer."""
+        del self._admitted[id(sequence)]
         self._scheduler.retire(sequence)
         if isinstance(result, Output):
             self.counts["answered"] += 1
@@ -312,7 +323,13 @@ class Engine:
         except Exception:
             log.exception("a reply could not be delivered")
 
-    def _fail(self, sequences: list[Sequence], error: Exception) -> None:
+    def _fail(self, error: Exception) -> None:
         self._active = []
-        for sequence in sequences:
+        for sequence in list(self._admitted.values()):
             self._retire(sequence, error)
+
+
+def _after(sequence: Sequence, padding_id: int) -> np.ndarray:
+    """The tokens that each token of a text is followed by."""
+    following = sequence.tokens[1:]
+    return np.where(following < 0, padding_id, following)

@@ -107,16 +107,17 @@ def capture(run: Callable[[], None]) -> Callable[[], None]:
 
 
 def embed_tokens(tokens: Array, positions: Array, token_table: Array, position_table: Array, out: Array) -> None:
-    """out[r] = token_table[tokens[r]] + position_table[positions[r]].
+    """out[r] = token_table[tokens[r]] + position_table[positions[r]], or zeros where tokens[r] is negative.
 
     tokens, positions: int32 [rows]; tables: [ids, width], [positions, width]; out: [rows, width].
     """
     np.add(token_table[tokens], position_table[positions], out=out)
+    out[tokens < 0] = 0
 
 
 def embed_rows(rows: Array, slots: Array, token_table: Array, position_table: Array, out: Array) -> None:
-    """embed_tokens for the token and position that each row's slot holds."""
-    embed_tokens(slots["token"][rows], slots["position"][rows], token_table, position_table, out)
+    """embed_tokens for the token that each row's slot holds, at the position it will have in the cache."""
+    embed_tokens(slots["token"][rows], slots["length"][rows], token_table, position_table, out)
 
 
 # Normalisation and matrix products -----------------------------------------------------------------------------------
@@ -499,14 +500,17 @@ def _leaders(rows: Array, slots: Array, methods: tuple[int, ...]) -> Iterator[tu
 
 
 def _advance(slots: Array, group: Array, tokens: Array, record: Any) -> None:
-    """Feeds each slot its new token next, and closes the sequence when it is through."""
+    """Feeds each slot its new token next, and closes the sequence when it is through.
+
+    The rest of a burst still runs over a closed sequence: its length stays, so that it stays inside its lane.
+    """
     finished = (tokens == record["end_id"]).astype(np.int32)
+    done = bool(finished.all()) or record["generated"] + 1 >= record["limit"]
     slots["token"][group] = tokens
     slots["finished"][group] = finished
-    slots["length"][group] += 1
-    slots["position"][group] += 1
+    slots["length"][group] += not done
     slots["generated"][group] += 1
-    slots["done"][group] = finished.all() or record["generated"] + 1 >= record["limit"]
+    slots["done"][group] = done
 
 
 def _draw(scores: Array, record: Any, step: int, banned: int) -> int:

@@ -20,8 +20,7 @@ SLOT = np.dtype(
         ("beam", "<i4"),  # number within its sequence; beam 0 leads
         ("width", "<i4"),  # beams or samples of its sequence
         ("token", "<i4"),  # what to feed next
-        ("position", "<i4"),  # and at which row of the position table
-        ("length", "<i4"),  # tokens in the cache: the next one's keys and values go there
+        ("length", "<i4"),  # tokens in the cache: the next one's position, and where its keys and values go
         ("generated", "<i4"),  # tokens generated so far
         ("limit", "<i4"),  # and how many there may be
         ("end_id", "<i4"),
@@ -36,6 +35,5 @@ SLOT = np.dtype(
         ("diverse_lambda", "<f4"),
         ("temperature", "<f4"),
         ("top_p", "<f4"),
-        ("reserved", "<i4"),  # whole eight bytes
     ]
 )

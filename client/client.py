@@ -8,7 +8,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
@@ -81,6 +81,7 @@ class Client:
     timeout      seconds for one attempt of one request
     retries      further attempts after UNAVAILABLE (queue full, connection lost), with growing pauses:
                  8 take about 6 seconds. Nothing else is tried again.
+    admin_key    opens the repository index of a server that restricts it under the name admin-key
 
     The methods may be called from any thread, and where an event loop runs (a notebook): the client has
     a loop and a thread of its own. Raises ServerUnreachable when nobody answers, ModelError when the
@@ -95,6 +96,7 @@ class Client:
         concurrency: int = 8,
         timeout: float = 60.0,
         retries: int = 8,
+        admin_key: str | None = None,
     ):
         if protocol not in DEFAULT_URLS:
             raise ValueError(f"protocol is {protocol!r}; protocols are {', '.join(DEFAULT_URLS)}")
@@ -111,7 +113,7 @@ class Client:
         self._thread = threading.Thread(target=self._loop.run_forever, name="lightseq-client", daemon=True)
         self._thread.start()
         try:
-            self._wire, self._gate = self._run(self._open())
+            self._wire, self._gate = self._run(self._open(admin_key))
         except BaseException:
             self._stop()
             raise
@@ -162,7 +164,7 @@ class Client:
         rows_per_request: int = 1,
         ready: Callable[[], bool] = lambda: True,
         **options: Any,
-    ) -> Iterator[Answer | Failure]:
+    ) -> Generator[Answer | Failure, None, None]:
         """One Answer or Failure a row, in the order of the rows, which are drawn as room appears.
 
         rows              ids, or text where a codec is given
@@ -196,7 +198,7 @@ class Client:
 
     def _flow(
         self, call: Call, rows: Iterator[tuple[int, RowLike]], rows_per_request: int, ready: Callable[[], bool]
-    ) -> Iterator[Answer | Failure]:
+    ) -> Generator[Answer | Failure, None, None]:
         window: deque[Future[list[Answer | Failure]]] = deque()
         more = True
         try:
@@ -304,9 +306,11 @@ class Client:
         except (RequestFailed, asyncio.TimeoutError):
             return otherwise
 
-    async def _open(self) -> tuple[Grpc | Http, asyncio.Semaphore]:
-        wire = Grpc(self.url) if self.protocol == "grpc" else Http(self.url, connections=self.concurrency + 1)
-        return wire, asyncio.Semaphore(self.concurrency)
+    async def _open(self, admin_key: str | None) -> tuple[Grpc | Http, asyncio.Semaphore]:
+        gate = asyncio.Semaphore(self.concurrency)
+        if self.protocol == "grpc":
+            return Grpc(self.url, admin_key), gate
+        return Http(self.url, admin_key, connections=self.concurrency + 1), gate
 
     async def _abandon(self) -> None:
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]

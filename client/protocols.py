@@ -31,10 +31,11 @@ _HTTP_STATUS = {
 
 
 class Grpc:
-    def __init__(self, url: str):
+    def __init__(self, url: str, admin_key: str | None):
         from tritonclient import grpc
 
         self._triton = grpc
+        self._admin = {"triton-grpc-protocol-admin-key": admin_key} if admin_key else None
         self._client = grpc.InferenceServerClient(url)
 
     async def live(self) -> bool:
@@ -50,7 +51,7 @@ class Grpc:
         return await self._call(self._client.get_model_metadata, model, as_json=True)
 
     async def index(self) -> list[dict[str, str]]:
-        answer = await self._call(self._client.get_model_repository_index, as_json=True)
+        answer = await self._call(self._client.get_model_repository_index, headers=self._admin, as_json=True)
         return answer.get("models", [])
 
     async def infer(self, model: str, tensors: Signature, ids: np.ndarray, parameters: Mapping[str, Any]) -> Outputs:
@@ -88,10 +89,11 @@ class Grpc:
 
 
 class Http:
-    def __init__(self, url: str, connections: int):
+    def __init__(self, url: str, admin_key: str | None, connections: int):
         from tritonclient.http import aio
 
         self._triton = aio
+        self._admin = {"admin-key": admin_key} if admin_key else None
         # No time limit of its own: the caller has one for every request.
         self._client = aio.InferenceServerClient(url, conn_limit=connections, conn_timeout=None)
 
@@ -113,7 +115,7 @@ class Http:
 
     async def index(self) -> list[dict[str, str]]:
         async with _plain_failures():
-            return await self._client.get_model_repository_index()
+            return await self._client.get_model_repository_index(headers=self._admin)
 
     async def infer(self, model: str, tensors: Signature, ids: np.ndarray, parameters: Mapping[str, Any]) -> Outputs:
         given = self._triton.InferInput(tensors.input, list(ids.shape), tensors.datatype)

@@ -33,17 +33,15 @@ class Vocabulary:
     def __init__(self, tokens: Iterable[str], name: str):
         self.tokens = tuple(tokens)
         self.name = name
-        self.ids = {token: id_ for id_, token in enumerate(self.tokens)}
-        faults = [
-            f"{name}, line {id_ + 1}: " + (f"{token!r} stands in line {self.ids[token] + 1} too" if token else "empty")
-            for id_, token in enumerate(self.tokens)
-            if not token or self.ids[token] != id_
-        ]
-        faults += [
-            f"{name}, line {id_ + 1}: {token!r} has a blank"
-            for id_, token in enumerate(self.tokens)
-            if token.split()[1:]
-        ]
+        self.ids: dict[str, int] = {}
+        faults = []
+        for id_, token in enumerate(self.tokens):
+            if len(token.split()) != 1:
+                faults.append(f"{name}, line {id_ + 1}: {token!r} is not one word")
+            elif token in self.ids:
+                faults.append(f"{name}, line {id_ + 1}: {token!r} stands in line {self.ids[token] + 1} too")
+            else:
+                self.ids[token] = id_
         if faults or not self.tokens:
             raise VocabularyError("\n".join(faults) or f"{name} is empty")
 

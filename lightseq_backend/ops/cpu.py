@@ -445,6 +445,12 @@ def beam_step(
         offers[finished, 0] = before["log_probability"][finished]
         scores = offers * norm
         scores[finished, 0] = before["score"][finished]
+        if record["diverse_lambda"]:
+            # LightSeq tells the beams of its one long sort apart by multiples of -2000, which costs resolution:
+            # what it carries on is the rounded score.
+            apart = np.arange(width, dtype=FLOAT)[:, None] * FLOAT.type(-2000)
+            scores = (scores + apart) - apart
+            offers = np.where(finished[:, None], offers, scores / norm)
 
         if record["method"] == FAN_OUT and step > 0:
             parents, ranks = np.arange(width), np.zeros(width, np.intp)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
@@ -81,17 +80,16 @@ def write(path: FilePath, config: Config, arrays: dict[str, np.ndarray]) -> None
         conf = write_config(config)
     except WeightError as error:
         raise _with_path("cannot be written", path, error) from None
-    folder = os.path.dirname(os.path.abspath(path))
     # Whoever reads meanwhile finds the old file or the new one, never half of one.
-    handle, partial = tempfile.mkstemp(dir=folder, prefix=f".{os.path.basename(path)}.")
+    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(partial, "wb") as file:
             for piece in _serialize(layout_of(config), parts, conf):
                 file.write(piece)
-        os.chmod(partial, 0o644)
         os.replace(partial, path)
     except BaseException:
-        os.unlink(partial)
+        if os.path.exists(partial):
+            os.unlink(partial)
         raise
 
 

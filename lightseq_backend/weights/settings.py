@@ -7,13 +7,13 @@ meaning of its own; that is decided here and nowhere else.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from lightseq_backend.config import (
     BEAM_SEARCH,
-    METHODS,
     TOPK,
     TOPK_GREEDY,
     TOPP,
@@ -26,6 +26,8 @@ from lightseq_backend.config import (
 from lightseq_backend.errors import ConfigError, WeightError
 from lightseq_backend.weights.layout import GPT, TRANSFORMER, Sizes, layers_of, layout_of, sizes_of
 from lightseq_backend.weights.schema import message_type
+
+Check = Callable[[str, bool, str], None]  # field, whether its value holds, what it must be
 
 V0_FIELDS = {
     TRANSFORMER: (
@@ -197,7 +199,7 @@ def _faults(kind: str, conf: Any, settings: dict[str, Any], sizes: dict[str, Siz
 
     def check(name: str, holds: bool, limit: str) -> None:
         if not holds:
-            faults.append(f"model_conf.{name} is {getattr(conf, name)}; it must be {limit}")
+            faults.append(f"model_conf.{name} is {getattr(conf, name)!r}; it must be {limit}")
 
     hidden = settings["hidden"]
     if conf.head_num == 0:
@@ -216,15 +218,15 @@ def _faults(kind: str, conf: Any, settings: dict[str, Any], sizes: dict[str, Siz
     return faults
 
 
-def _check_decoding(kind: str, conf: Any, options: DecodingOptions, vocabulary: int | None, check: Any) -> None:
+def _check_decoding(kind: str, conf: Any, options: DecodingOptions, vocabulary: int | None, check: Check) -> None:
     """Only what the file's own method uses: files often hold nonsense for the others, and LightSeq takes them."""
     method = options.sampling_method
-    known = method in METHODS and (conf.sampling_method or method) in FILE_METHODS[kind]
-    check("sampling_method", known, f"one of {', '.join(FILE_METHODS[kind])}")
+    methods = FILE_METHODS[kind]
+    check("sampling_method", (conf.sampling_method or method) in methods, f"one of {', '.join(methods)}")
     if method in (BEAM_SEARCH, TOPK_GREEDY):
         check("beam_size", options.beam_size >= 1, "at least 1")
         check("length_penalty", -10 <= options.length_penalty <= 10, "from -10 to 10")
-    if method == BEAM_SEARCH and "diverse_lambda" in conf.DESCRIPTOR.fields_by_name:
+    if method == BEAM_SEARCH:
         check("diverse_lambda", 0 <= options.diverse_lambda < np.inf, "a number from 0 up")
     if method == TOPK:
         most = vocabulary or 2**31 - 1

@@ -165,7 +165,7 @@ def _walk(file: MappedFile, message: Message, position: int, end: int, faults: l
         try:
             found = next_field(file, position, end)
         except WeightError as error:
-            raise WeightError(f"{_place(message, file, position, end)}: {error}") from None
+            raise WeightError(f"{_place(message, file, position, end)}{error}") from None
         position = found.end
         kind = known.get(found.number)
         if kind is None:
@@ -232,7 +232,7 @@ def _is_repeated(kind: FieldDescriptor) -> bool:
 
 
 def _place(message: Message, file: MappedFile, position: int, end: int) -> str:
-    """Where the walk stopped, with the field's own name where its tag can still be read."""
+    """Where the walk stopped, as "path: ", with the field's own name where its tag can still be read."""
     try:
         number = _varint(file, position, end)[0] >> 3
     except WeightError:
@@ -242,7 +242,7 @@ def _place(message: Message, file: MappedFile, position: int, end: int) -> str:
     if kind is not None:
         index = f"[{len(message.parts.get(kind.name, ()))}]" if kind.message_type and _is_repeated(kind) else ""
         names.append(kind.name + index)
-    return ".".join(names) or message.descriptor.name
+    return ".".join(names) + ": " if names else ""
 
 
 def _varint(file: MappedFile, position: int, end: int) -> tuple[int, int]:

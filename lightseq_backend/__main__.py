@@ -1,0 +1,55 @@
+"""The command line: `python -m lightseq_backend COMMAND`, or `lightseq COMMAND` where the package is installed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lightseq_backend.config import DIALECTS
+from lightseq_backend.errors import ConfigError, RequestError, WeightError
+
+Commands = argparse._SubParsersAction
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command. 0 when it did its work, 2 with one message on stderr when what it was given is wrong."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except (ConfigError, RequestError, WeightError) as error:
+        print(f"lightseq: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lightseq", description="Transformer and GPT-2 inference on LightSeq's weights"
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_inspect(commands)
+    return parser
+
+
+def _add_weights(command: argparse.ArgumentParser) -> None:
+    """The arguments that say which weight file a command is about, and how to read it."""
+    command.add_argument("weights", metavar="WEIGHTS", help="a weight file, for example transformer.pb")
+    command.add_argument("--dialect", choices=DIALECTS, default="head", help="the LightSeq release whose reading holds")
+    command.add_argument("--kind", choices=("transformer", "gpt"), help="what the file is; found from it by default")
+
+
+def _add_inspect(commands: Commands) -> None:
+    command = commands.add_parser("inspect", help="print what a weight file holds")
+    _add_weights(command)
+    command.set_defaults(run=_inspect)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from lightseq_backend.weights.describe import describe
+
+    print("\n".join(describe(options.weights, options.dialect, options.kind)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -76,21 +76,25 @@ def read_arrays(contents: Contents) -> dict[str, np.ndarray]:
 def write(path: FilePath, config: Config, arrays: dict[str, np.ndarray]) -> None:
     """Write a file that LightSeq and protobuf's own runtime read. WeightError as in `save`."""
     try:
-        parts = _parts_to_write(config, arrays)
-        conf = write_config(config)
+        pieces = serialize(config, arrays)
     except WeightError as error:
         raise _with_path("cannot be written", path, error) from None
     # Whoever reads meanwhile finds the old file or the new one, never half of one.
     partial = f"{os.fspath(path)}.{os.getpid()}.partial"
     try:
         with open(partial, "wb") as file:
-            for piece in _serialize(layout_of(config), parts, conf):
-                file.write(piece)
+            file.writelines(pieces)
         os.replace(partial, path)
     except BaseException:
         if os.path.exists(partial):
             os.unlink(partial)
         raise
+
+
+def serialize(config: Config, arrays: dict[str, np.ndarray]) -> Iterator[bytes | memoryview]:
+    """The bytes of a file, piece by piece, as protobuf's runtime would order them. WeightError as in `save`."""
+    parts = _parts_to_write(config, arrays)
+    return _pieces(layout_of(config), parts, write_config(config))
 
 
 def _with_path(what: str, path: FilePath, error: WeightError) -> WeightError:
@@ -256,10 +260,9 @@ def _array_faults(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -
     return []
 
 
-def _serialize(
+def _pieces(
     layout: Layout, parts: list[list[tuple[Entry, list[np.ndarray]]]], conf: bytes
 ) -> Iterator[bytes | memoryview]:
-    """The bytes of a file, a tensor at a time, in the order and form that protobuf's runtime would give them."""
     top = message_type(layout.message).DESCRIPTOR.fields_by_name
     for part in parts:
         field = top[part[0][0].part]

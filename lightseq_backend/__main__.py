@@ -16,11 +16,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command. 0 when it did its work, 2 with one message on stderr when what it was given is wrong."""
     options = _parser().parse_args(arguments)
     try:
-        options.run(options)
+        return options.command(options) or 0
     except (ConfigError, RequestError, WeightError) as error:
         print(f"lightseq: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -29,6 +28,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_inspect(commands)
+    _add_run(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -42,13 +43,37 @@ def _add_weights(command: argparse.ArgumentParser) -> None:
 def _add_inspect(commands: Commands) -> None:
     command = commands.add_parser("inspect", help="print what a weight file holds")
     _add_weights(command)
-    command.set_defaults(run=_inspect)
+    command.set_defaults(command=_inspect)
 
 
 def _inspect(options: argparse.Namespace) -> None:
     from lightseq_backend.weights.describe import describe
 
     print("\n".join(describe(options.weights, options.dialect, options.kind)))
+
+
+def _add_run(commands: Commands) -> None:
+    command = commands.add_parser("run", help="run a test case ten times, without a server, and print its results")
+    _add_weights(command)
+    command.add_argument("test_case", metavar="TEST_CASE", help="LightSeq's text: batch size, length, ids")
+    command.add_argument("--score", action="store_true", help="perplexity instead of generation (GPT)")
+    command.set_defaults(command=_run)
+
+
+def _run(options: argparse.Namespace) -> None:
+    from lightseq_backend import local
+
+    rows = local.read_test_case(options.test_case)
+    engine = local.build(options.weights, options.dialect, options.kind)
+    print("\n".join(local.run(engine, rows, options.score)))
+
+
+def _add_serve(commands: Commands) -> None:
+    from lightseq_backend.serving import embedded
+
+    command = commands.add_parser("serve", help="serve a model repository with the embedded Triton")
+    embedded.add_arguments(command)
+    command.set_defaults(command=embedded.serve)
 
 
 if __name__ == "__main__":

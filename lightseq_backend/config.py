@@ -304,7 +304,9 @@ Config = TransformerConfig | GptConfig
 
 
 def _architecture_faults(config: Config, sizes: tuple[str, ...]) -> list[str]:
-    faults = [f"{name} is {getattr(config, name)}; it must be at least 1" for name in sizes if getattr(config, name) < 1]
+    faults = [
+        f"{name} is {getattr(config, name)}; it must be at least 1" for name in sizes if getattr(config, name) < 1
+    ]
     if config.activation not in ACTIVATIONS:
         faults.append(f"activation is {config.activation!r}; known activations are {', '.join(ACTIVATIONS)}")
     if config.heads > 0 and config.hidden % config.heads:
@@ -330,11 +332,7 @@ class EngineConfig:
     burst: int = 1
 
     def __post_init__(self) -> None:
-        faults = [
-            f"{name} is {value}; it must be at least 1"
-            for name, value in vars(self).items()
-            if value < 1
-        ]
+        faults = [f"{name} is {value}; it must be at least 1" for name, value in vars(self).items() if value < 1]
         if self.max_beam_size > self.slots:
             faults.append(f"max_beam_size is {self.max_beam_size}; there are {self.slots} slots")
         if faults:

@@ -114,7 +114,9 @@ def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptCon
     if request.kind == SCORE:
         scored = tokens[: columns.size]
         if config.padding_id >= config.vocabulary and (scored[1:] < 0).any():
-            raise RequestError(f"padding (id {config.padding_id}) stands between tokens; it has no place in the vocabulary")
+            raise RequestError(
+                f"padding (id {config.padding_id}) stands between tokens; it has no place in the vocabulary"
+            )
         return scored, 0
     prompt = tokens[columns[0] : columns[-1] + 1]
     return prompt, config.new_tokens(prompt.size, request.options)

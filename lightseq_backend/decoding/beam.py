@@ -29,7 +29,8 @@ def finish(sequence: Sequence, records: np.ndarray, history: np.ndarray) -> Outp
     options = sequence.request.options
     steps = int(records["generated"][0])
     hypotheses = [
-        hypothesis(record, tokens[:steps], score) for record, tokens, score in zip(records, history, _scores(sequence, records, history), strict=True)
+        hypothesis(record, tokens[:steps], score)
+        for record, tokens, score in zip(records, history, _scores(sequence, records, history), strict=True)
     ]
     if options.length_penalty < 0:
         hypotheses.sort(key=lambda one: -one.score)

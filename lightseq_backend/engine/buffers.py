@@ -50,8 +50,8 @@ def allocate(model: Any, config: EngineConfig, beams: int, ops: ModuleType) -> B
         fitting = _most(config.slots, lambda slots: _size(plan(slots)) <= free)
         advice = f"{fitting} slots would fit" if fitting else "not even one slot would fit"
         raise ConfigError(
-            f"the engine needs {size / 2**20:.0f} MiB for {config.slots} slots and {config.prompt_tokens} prompt tokens; "
-            f"{free / 2**20:.0f} MiB are free: {advice}"
+            f"the engine needs {size / 2**20:.0f} MiB for {config.slots} slots and {config.prompt_tokens} "
+            f"prompt tokens; {free / 2**20:.0f} MiB are free: {advice}"
         )
     block = ops.allocate(size)
     offset = 0
@@ -83,7 +83,7 @@ def _plan(model: Any, config: EngineConfig, beams: int, ops: ModuleType) -> dict
         "state": DecodingState.plan(lanes, rows, shape.max_positions, shape.vocabulary, beams),
         "work": {name: ((max(prompt_rows, rows), width), ops.FLOAT) for name, width in widths.items()},
         "prompt": {
-            **{name: ((prompt_rows,), integer) for name in ("tokens", "positions", "lanes", "steps")},
+            **dict.fromkeys(("tokens", "positions", "lanes", "steps"), ((prompt_rows,), integer)),
             "starts": ((prompt_rows + 1,), integer),
         },
         "scoring": {"targets": ((prompt_rows,), integer), "scored": ((prompt_rows,), np.dtype(np.float32))},

@@ -295,7 +295,9 @@ class Engine:
         ops, buffers, head = self._ops, self._buffers, self.model.head
         pack = self._pack(sequences, held_back=0)
         # LightSeq looks up padding between tokens by its own id when it is what comes next.
-        targets = np.concatenate([[*_after(one, self.model.config.padding_id), 0] for one in sequences]).astype(np.int32)
+        targets = np.concatenate([[*_after(one, self.model.config.padding_id), 0] for one in sequences]).astype(
+            np.int32
+        )
         work = buffers.work.first(pack.rows)
         ops.put(buffers.targets[: pack.rows], targets)
         self.model.read(pack, work)

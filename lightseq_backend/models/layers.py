@@ -52,9 +52,7 @@ class Reader:
         return self._ops.table(self._weights[name])
 
     def sublayer(self, layer: str, norm: str, inner: str, output: str) -> Sublayer:
-        return Sublayer(
-            self.norm(f"{layer}.{norm}"), self.linear(f"{layer}.{inner}"), self.linear(f"{layer}.{output}")
-        )
+        return Sublayer(self.norm(f"{layer}.{norm}"), self.linear(f"{layer}.{inner}"), self.linear(f"{layer}.{output}"))
 
     def attention(self, layer: str, prefix: str) -> Sublayer:
         return self.sublayer(layer, f"{prefix}_norm", f"{prefix}_qkv", f"{prefix}_output")

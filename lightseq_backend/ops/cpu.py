@@ -171,7 +171,7 @@ def _relu(x: Array) -> None:
 
 def _gelu(x: Array) -> None:
     """x = 0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))), in place (Hendrycks and Gimpel 2016, tanh form)."""
-    inner = x * x
+    inner = np.multiply(x, x)
     inner *= FLOAT.type(0.044715)
     inner += 1
     inner *= x

@@ -1,0 +1,63 @@
+"""Between Triton's tensors and NumPy's arrays, right under every NumPy.
+
+Triton 24.10's Python stub reads the item size of a dtype where NumPy 1 kept it; NumPy 2 moved it, and what is
+there now is 0. `as_numpy()` then repeats the first value over the whole array and `Tensor(name, array)` sends no
+bytes at all, both without an error. DLPack asks NumPy for no struct of its own, so numbers travel that way, whatever
+the NumPy (2 is all there is for Python 3.13). Strings cannot, so under NumPy 2 this stub takes no string tensors.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import triton_python_backend_utils as pb_utils
+
+
+def to_numpy(tensor: pb_utils.Tensor) -> np.ndarray:
+    """The numbers of an input tensor, read-only for safety's sake; they live as long as the array does."""
+    return np.from_dlpack(tensor)
+
+
+def to_tensor(name: str, array: np.ndarray) -> pb_utils.Tensor:
+    """An output tensor over a C-contiguous array of numbers; what is not contiguous or not writeable is copied."""
+    import triton_python_backend_utils as pb_utils
+
+    lender = _Lender(np.require(array, requirements=("C", "W")))
+    tensor = pb_utils.Tensor.from_dlpack(name, lender)
+    lender.settle()
+    return tensor
+
+
+class _Lender:
+    """An array whose DLPack capsule is corrected after the stub took what is in it.
+
+    The stub marks a capsule as taken with a name of its own, "used_dlpack", instead of the protocol's
+    "used_dltensor"; NumPy, on dropping the capsule, would take it for broken and print an error each time.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        self._capsule: Any = None
+
+    def __dlpack__(self, **_: object) -> object:
+        self._capsule = self._array.__dlpack__()
+        return self._capsule
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        device: tuple[int, int] = self._array.__dlpack_device__()
+        return device
+
+    def settle(self) -> None:
+        if _is_valid(self._capsule, b"used_dlpack"):
+            _set_name(self._capsule, _USED)
+
+
+_USED = b"used_dltensor"  # a capsule keeps a pointer to its name: this object must live on
+_is_valid = ctypes.pythonapi.PyCapsule_IsValid
+_is_valid.argtypes, _is_valid.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_int
+_set_name = ctypes.pythonapi.PyCapsule_SetName
+_set_name.argtypes, _set_name.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_int

@@ -1,0 +1,247 @@
+"""The embedded Triton: it starts, serves, says why when it cannot, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc
+import tritonclient.http
+from tritonclient.utils import InferenceServerException
+
+from lightseq_backend.errors import ConfigError
+from lightseq_backend.serving import embedded
+from lightseq_backend.serving.device import choose_device
+from lightseq_backend.serving.embedded import EmbeddedServer, ServerFailed
+
+ECHO_CONFIG = """
+name: "echo"
+backend: "python"
+max_batch_size: 8
+input [ { name: "x" data_type: TYPE_INT32 dims: [ -1 ] } ]
+output [ { name: "y" data_type: TYPE_INT32 dims: [ -1 ] }, { name: "half" data_type: TYPE_FP32 dims: [ -1 ] } ]
+instance_group [ { kind: KIND_GPU count: 1 } ]
+"""
+
+ECHO = """
+import json, os, sys
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from lightseq_backend.serving.tensors import to_numpy, to_tensor
+
+class TritonPythonModel:
+    def initialize(self, args):
+        facts = {
+            "kind": args["model_instance_kind"],
+            "python": sys.version_info[:3],
+            "prefix": sys.prefix,
+            "path": sys.path,
+            "environment": dict(os.environ),
+        }
+        with open(os.path.join(args["model_repository"], "facts.json"), "w") as file:
+            json.dump(facts, file)
+
+    def execute(self, requests):
+        responses = []
+        for request in requests:
+            x = to_numpy(pb_utils.get_input_tensor_by_name(request, "x"))
+            outputs = [to_tensor("y", x + 1), to_tensor("half", (x.astype(np.float32) / 2))]
+            responses.append(pb_utils.InferenceResponse(outputs))
+        return responses
+"""
+
+
+def write_model(repository: Path, name: str, config: str, source: str) -> Path:
+    """A model directory of one version; returns the repository."""
+    (repository / name / "1").mkdir(parents=True)
+    (repository / name / "config.pbtxt").write_text(config)
+    (repository / name / "1" / "model.py").write_text(source)
+    return repository
+
+
+@pytest.fixture(scope="module")
+def echo_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    repository = write_model(tmp_path_factory.mktemp("repository"), "echo", ECHO_CONFIG, ECHO)
+    (repository / "echo" / "configs").mkdir()
+    (repository / "echo" / "configs" / "cpu.pbtxt").write_text(ECHO_CONFIG.replace("KIND_GPU", "KIND_CPU"))
+    return repository
+
+
+@pytest.fixture(scope="module")
+def echo(echo_repository: Path) -> Iterator[EmbeddedServer]:
+    with EmbeddedServer(echo_repository, device="cpu", environment={"OMP_NUM_THREADS": "1"}) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def facts(echo: EmbeddedServer, echo_repository: Path) -> dict:
+    """What the model saw of the process it lives in."""
+    import json
+
+    return json.loads((echo_repository / "echo" / "facts.json").read_text())
+
+
+def ask(protocol, address: str, values: np.ndarray):
+    client = protocol.InferenceServerClient(address)
+    tensor = protocol.InferInput("x", list(values.shape), "INT32")
+    tensor.set_data_from_numpy(values)
+    return client.infer("echo", [tensor])
+
+
+@pytest.mark.parametrize("protocol", ["http", "grpc"])
+@pytest.mark.parametrize("shape", [(1, 1), (2, 19), (8, 257)])
+def test_tensors_pass_unchanged(echo: EmbeddedServer, protocol: str, shape: tuple[int, int]) -> None:
+    values = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
+    module = {"http": tritonclient.http, "grpc": tritonclient.grpc}[protocol]
+    result = ask(module, getattr(echo, protocol), values)
+    np.testing.assert_array_equal(result.as_numpy("y"), values + 1)
+    np.testing.assert_array_equal(result.as_numpy("half"), values * np.float32(0.5))
+
+
+def test_tensors_leave_the_log_clean(echo: EmbeddedServer) -> None:
+    ask(tritonclient.http, echo.http, np.ones((1, 3), np.int32))
+    assert "PyCapsule" not in echo.log
+
+
+def test_metrics_are_served(echo: EmbeddedServer) -> None:
+    with urllib.request.urlopen(f"http://{echo.metrics}/metrics", timeout=5) as answer:
+        assert b"nv_inference_request_success" in answer.read()
+
+
+def test_cpu_takes_the_cpu_configuration(facts: dict) -> None:
+    assert facts["kind"] == "CPU"
+
+
+def test_model_runs_in_this_environment(facts: dict) -> None:
+    assert facts["python"] == list(sys.version_info[:3])
+    assert facts["prefix"] == sys.prefix
+
+
+@pytest.mark.parametrize("variable", ["OPENBLAS_CORETYPE", "OPENBLAS_L2_SIZE", "HOME"])
+def test_environment_is_passed_on(facts: dict, variable: str) -> None:
+    assert facts["environment"].get(variable) == os.environ.get(variable)
+
+
+def test_environment_setting_wins(facts: dict) -> None:
+    assert facts["environment"]["OMP_NUM_THREADS"] == "1"
+
+
+def test_admin_apis_are_locked_without_a_key(echo: EmbeddedServer) -> None:
+    with pytest.raises(InferenceServerException, match="restricted"):
+        tritonclient.http.InferenceServerClient(echo.http).get_model_repository_index()
+    with pytest.raises(InferenceServerException, match="restricted"):
+        tritonclient.grpc.InferenceServerClient(echo.grpc).get_model_repository_index()
+
+
+def test_admin_key_opens_the_admin_apis(serve: Callable[..., EmbeddedServer], echo_repository: Path) -> None:
+    running = serve(echo_repository, admin_key="sesame", models=["echo"])
+    over_http = tritonclient.http.InferenceServerClient(running.http)
+    over_grpc = tritonclient.grpc.InferenceServerClient(running.grpc)
+    index = over_http.get_model_repository_index(headers={"admin-key": "sesame"})
+    assert [model["name"] for model in index] == ["echo"]
+    index = over_grpc.get_model_repository_index(headers={"triton-grpc-protocol-admin-key": "sesame"}, as_json=True)
+    assert [model["name"] for model in index["models"]] == ["echo"]
+
+
+def test_gpu_configuration_fails_without_a_gpu(echo_repository: Path) -> None:
+    if choose_device("auto")[0] == "gpu":
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(ServerFailed, match="KIND_GPU but no GPUs are available"):
+        EmbeddedServer(echo_repository, device="gpu").start()
+
+
+def test_failing_model_fails_the_start_with_its_reason(tmp_path: Path) -> None:
+    source = ECHO.replace("facts = {", "raise ValueError('no weights here')\n        facts = {")
+    repository = write_model(tmp_path, "echo", ECHO_CONFIG.replace("KIND_GPU", "KIND_CPU"), source)
+    with pytest.raises(ServerFailed, match="no weights here"):
+        EmbeddedServer(repository, device="cpu").start()
+
+
+def test_slow_start_is_given_up_and_ended(tmp_path: Path) -> None:
+    source = ECHO.replace("facts = {", "import time; time.sleep(60)\n        facts = {")
+    repository = write_model(tmp_path, "echo", ECHO_CONFIG.replace("KIND_GPU", "KIND_CPU"), source)
+    with pytest.raises(ServerFailed, match="not ready after 3 s"):
+        EmbeddedServer(repository, device="cpu", start_timeout=3, stop_timeout=0.5).start()
+
+
+def test_stop_leaves_nothing_behind(echo_repository: Path) -> None:
+    server = EmbeddedServer(echo_repository, device="cpu", stop_timeout=0.5).start()
+    pid, directory = server.pid, Path(server._directory.name)
+    assert len(group_of(pid)) >= 2  # the server and its stub
+    os.kill(pid, signal.SIGSTOP)  # a server that hangs
+    server.stop()
+    assert not group_of(pid)
+    assert not directory.exists()
+    assert not list(Path("/dev/shm").glob(directory.name + "*"))
+
+
+def test_server_ends_with_the_process_that_started_it(echo_repository: Path) -> None:
+    program = (
+        "import time\n"
+        "from lightseq_backend.serving.embedded import EmbeddedServer\n"
+        f"server = EmbeddedServer({str(echo_repository)!r}, device='cpu').start()\n"
+        "print(server.pid, flush=True)\n"
+        "time.sleep(60)"
+    )
+    starter = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    pid = int(starter.stdout.readline())
+    assert group_of(pid)
+    starter.kill()
+    starter.wait()
+    deadline = time.monotonic() + 20
+    while group_of(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not group_of(pid)
+
+
+def group_of(leader: int) -> list[int]:
+    """Ids of the processes, zombies aside, in that process group."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, group = path.read_text().rpartition(") ")[2].split()[:3]
+        except OSError:  # ended while we looked
+            continue
+        if int(group) == leader and state != "Z":
+            found.append(int(path.parent.name))
+    return found
+
+
+def test_missing_repository_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere is not a directory"):
+        EmbeddedServer(tmp_path / "nowhere")
+
+
+def test_unknown_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="'tpu'; devices are auto, cpu, gpu"):
+        EmbeddedServer(tmp_path, device="tpu")
+
+
+def test_taken_port_fails_the_start(echo_repository: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = holder.getsockname()[1]
+        with pytest.raises(ServerFailed, match=str(port)):
+            EmbeddedServer(echo_repository, device="cpu", grpc_port=port, models=[]).start()
+
+
+def test_free_ports_differ() -> None:
+    assert len(set(embedded._choose_ports((0, 0, 0)))) == 3
+
+
+def test_wanted_port_is_kept() -> None:
+    assert embedded._choose_ports((18123, 0, 0))[0] == 18123
+
+
+def test_cpus_are_at_most_the_affinity() -> None:
+    assert 1 <= embedded.usable_cpus() <= len(os.sched_getaffinity(0))

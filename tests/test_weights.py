@@ -559,6 +559,11 @@ def test_float_field_of_odd_bytes_is_a_fault(tmp_path: Path) -> None:
     assert faults_of(tmp_path / "gpt.pb") == ["src_embedding.norm_bias: 3 bytes are no whole number of floats"]
 
 
+def test_endless_empty_layers_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "gpt.pb").write_bytes(gpt_message().SerializeToString() + chunk(2, b"") * 100_000)
+    assert faults_of(tmp_path / "gpt.pb") == ["encoder_stack has more than 4096 entries; the file is damaged"]
+
+
 def test_text_that_is_no_utf8_is_a_fault(tmp_path: Path) -> None:
     data = gpt_message().SerializeToString() + chunk(3, chunk(3, b"\xff\xfe"))
     (tmp_path / "gpt.pb").write_bytes(data)

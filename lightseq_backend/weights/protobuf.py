@@ -212,7 +212,7 @@ def _read_conf(layout: Layout, message: wire.Message, faults: list[str]) -> Any:
         return None
     try:
         return message_type(layout.conf_message).FromString(bytes(found[0].scalars))
-    except DecodeError as error:
+    except (DecodeError, UnicodeDecodeError) as error:  # the latter from protobuf without its C library
         faults.append(f"model_conf cannot be read: {error}")
         return None
 

@@ -21,6 +21,7 @@ VARINT, FIXED64, BYTES, GROUP, GROUP_END, FIXED32 = range(6)
 ALIGNMENT = 64  # bytes; what vector loads and copies to a device like best
 _CHUNK = 4 << 20  # floats copied before their pages are given back
 _GROUP_DEPTH = 100  # as protobuf's own parsers
+_MOST_PARTS = 4096  # an empty layer takes 2 bytes in a file and far more here
 
 
 class MappedFile:
@@ -185,6 +186,8 @@ def _part(message: Message, kind: FieldDescriptor) -> Message:
     assert kind.message_type is not None
     parts = message.parts.setdefault(kind.name, [])
     prefix = f"{message.path}." if message.path else ""
+    if len(parts) == _MOST_PARTS:
+        raise WeightError(f"{prefix}{kind.name} has more than {_MOST_PARTS} entries; the file is damaged")
     if _is_repeated(kind):
         parts.append(Message(f"{prefix}{kind.name}[{len(parts)}]", kind.message_type))
     elif not parts:

@@ -98,7 +98,7 @@ def ask(protocol, address: str, values: np.ndarray):
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
-@pytest.mark.parametrize("shape", [(1, 1), (2, 19), (8, 257)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 0), (2, 19), (8, 257)])
 def test_tensors_pass_unchanged(echo: EmbeddedServer, protocol: str, shape: tuple[int, int]) -> None:
     values = np.arange(shape[0] * shape[1], dtype=np.int32).reshape(shape)
     module = {"http": tritonclient.http, "grpc": tritonclient.grpc}[protocol]

@@ -262,7 +262,7 @@ def packed_attention(qkv: Array, starts: Array, heads: int, causal: bool, out: A
     """Self-attention inside each packed sequence: rows starts[b] to starts[b + 1].
 
     out[r] = concat over heads of softmax(q[r] . k[s] / sqrt(d)) . v[s], s over r's sequence (up to r when causal).
-    qkv: [rows, 3 * hidden] (q, k, v); starts: int32 [sequences + 1]; out: [rows, hidden].
+    qkv: [rows, 3 * hidden] (q, k, v); starts: int32 [sequences + 1]; out: [rows, hidden]. A sequence may be empty.
     """
     hidden = qkv.shape[1] // 3
     for first, last in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
@@ -327,7 +327,7 @@ _QUERIES = 256  # queries whose scores are held at the same time
 
 def _by_head(x: Array, heads: int) -> Array:
     """[rows, hidden] as [heads, rows, d]."""
-    return x.reshape(len(x), heads, -1).transpose(1, 0, 2)
+    return x.reshape(len(x), heads, x.shape[1] // heads).transpose(1, 0, 2)  # -1 fails where there are no rows
 
 
 def _rows(x: Array) -> Array:

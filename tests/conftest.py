@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 @pytest.fixture(scope="session")
 def server() -> Iterator[EmbeddedServer]:
     """The shipped model repository, served on the CPU on free ports of the loopback; one for the whole run."""
-    with EmbeddedServer(ROOT / "model_repository", device="cpu") as running:
+    with EmbeddedServer(ROOT / "model_repository", device="cpu", stop_timeout=5) as running:
         yield running
 
 
@@ -26,6 +26,8 @@ def serve() -> Iterator[Callable[..., EmbeddedServer]]:
     with ExitStack() as running:
 
         def start(model_repository: Path, **settings: object) -> EmbeddedServer:
-            return running.enter_context(EmbeddedServer(model_repository, **{"device": "cpu", **settings}))
+            return running.enter_context(
+                EmbeddedServer(model_repository, **{"device": "cpu", "stop_timeout": 5, **settings})
+            )
 
         yield start

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import echo_model
 import numpy as np
 import pytest
 import tritonclient.grpc
@@ -23,57 +26,10 @@ from lightseq_backend.serving import embedded
 from lightseq_backend.serving.device import choose_device
 from lightseq_backend.serving.embedded import EmbeddedServer, ServerFailed
 
-ECHO_CONFIG = """
-name: "echo"
-backend: "python"
-max_batch_size: 8
-input [ { name: "x" data_type: TYPE_INT32 dims: [ -1 ] } ]
-output [ { name: "y" data_type: TYPE_INT32 dims: [ -1 ] }, { name: "half" data_type: TYPE_FP32 dims: [ -1 ] } ]
-instance_group [ { kind: KIND_GPU count: 1 } ]
-"""
-
-ECHO = """
-import json, os, sys
-import numpy as np
-import triton_python_backend_utils as pb_utils
-from lightseq_backend.serving.tensors import to_numpy, to_tensor
-
-class TritonPythonModel:
-    def initialize(self, args):
-        facts = {
-            "kind": args["model_instance_kind"],
-            "python": sys.version_info[:3],
-            "prefix": sys.prefix,
-            "path": sys.path,
-            "environment": dict(os.environ),
-        }
-        with open(os.path.join(args["model_repository"], "facts.json"), "w") as file:
-            json.dump(facts, file)
-
-    def execute(self, requests):
-        responses = []
-        for request in requests:
-            x = to_numpy(pb_utils.get_input_tensor_by_name(request, "x"))
-            outputs = [to_tensor("y", x + 1), to_tensor("half", (x.astype(np.float32) / 2))]
-            responses.append(pb_utils.InferenceResponse(outputs))
-        return responses
-"""
-
-
-def write_model(repository: Path, name: str, config: str, source: str) -> Path:
-    """A model directory of one version; returns the repository."""
-    (repository / name / "1").mkdir(parents=True)
-    (repository / name / "config.pbtxt").write_text(config)
-    (repository / name / "1" / "model.py").write_text(source)
-    return repository
-
 
 @pytest.fixture(scope="module")
 def echo_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    repository = write_model(tmp_path_factory.mktemp("repository"), "echo", ECHO_CONFIG, ECHO)
-    (repository / "echo" / "configs").mkdir()
-    (repository / "echo" / "configs" / "cpu.pbtxt").write_text(ECHO_CONFIG.replace("KIND_GPU", "KIND_CPU"))
-    return repository
+    return echo_model.write(tmp_path_factory.mktemp("repository"))
 
 
 @pytest.fixture(scope="module")
@@ -83,18 +39,17 @@ def echo(echo_repository: Path) -> Iterator[EmbeddedServer]:
 
 
 @pytest.fixture(scope="module")
-def facts(echo: EmbeddedServer, echo_repository: Path) -> dict:
+def facts(echo: EmbeddedServer) -> dict:
     """What the model saw of the process it lives in."""
-    import json
-
-    return json.loads((echo_repository / "echo" / "facts.json").read_text())
+    (line,) = [line for line in echo.log.splitlines() if line.startswith("FACTS ")]
+    return json.loads(line.removeprefix("FACTS "))
 
 
 def ask(protocol, address: str, values: np.ndarray):
-    client = protocol.InferenceServerClient(address)
     tensor = protocol.InferInput("x", list(values.shape), "INT32")
     tensor.set_data_from_numpy(values)
-    return client.infer("echo", [tensor])
+    with protocol.InferenceServerClient(address) as client:
+        return client.infer("echo", [tensor])
 
 
 @pytest.mark.parametrize("protocol", ["http", "grpc"])
@@ -136,20 +91,22 @@ def test_environment_setting_wins(facts: dict) -> None:
 
 
 def test_admin_apis_are_locked_without_a_key(echo: EmbeddedServer) -> None:
-    with pytest.raises(InferenceServerException, match="restricted"):
-        tritonclient.http.InferenceServerClient(echo.http).get_model_repository_index()
-    with pytest.raises(InferenceServerException, match="restricted"):
-        tritonclient.grpc.InferenceServerClient(echo.grpc).get_model_repository_index()
+    with tritonclient.http.InferenceServerClient(echo.http) as client:
+        with pytest.raises(InferenceServerException, match="restricted"):
+            client.get_model_repository_index()
+    with tritonclient.grpc.InferenceServerClient(echo.grpc) as client:
+        with pytest.raises(InferenceServerException, match="restricted"):
+            client.get_model_repository_index()
 
 
 def test_admin_key_opens_the_admin_apis(serve: Callable[..., EmbeddedServer], echo_repository: Path) -> None:
     running = serve(echo_repository, admin_key="sesame", models=["echo"])
-    over_http = tritonclient.http.InferenceServerClient(running.http)
-    over_grpc = tritonclient.grpc.InferenceServerClient(running.grpc)
-    index = over_http.get_model_repository_index(headers={"admin-key": "sesame"})
-    assert [model["name"] for model in index] == ["echo"]
-    index = over_grpc.get_model_repository_index(headers={"triton-grpc-protocol-admin-key": "sesame"}, as_json=True)
-    assert [model["name"] for model in index["models"]] == ["echo"]
+    with tritonclient.http.InferenceServerClient(running.http) as client:
+        (model,) = client.get_model_repository_index(headers={"admin-key": "sesame"})
+        assert model["name"] == "echo"
+    with tritonclient.grpc.InferenceServerClient(running.grpc) as client:
+        index = client.get_model_repository_index(headers={"triton-grpc-protocol-admin-key": "sesame"}, as_json=True)
+        assert index["models"][0]["name"] == "echo"
 
 
 def test_gpu_configuration_fails_without_a_gpu(echo_repository: Path) -> None:
@@ -160,15 +117,13 @@ def test_gpu_configuration_fails_without_a_gpu(echo_repository: Path) -> None:
 
 
 def test_failing_model_fails_the_start_with_its_reason(tmp_path: Path) -> None:
-    source = ECHO.replace("facts = {", "raise ValueError('no weights here')\n        facts = {")
-    repository = write_model(tmp_path, "echo", ECHO_CONFIG.replace("KIND_GPU", "KIND_CPU"), source)
+    repository = echo_model.write(tmp_path, before_ready="raise ValueError('no weights here')")
     with pytest.raises(ServerFailed, match="no weights here"):
         EmbeddedServer(repository, device="cpu").start()
 
 
 def test_slow_start_is_given_up_and_ended(tmp_path: Path) -> None:
-    source = ECHO.replace("facts = {", "import time; time.sleep(60)\n        facts = {")
-    repository = write_model(tmp_path, "echo", ECHO_CONFIG.replace("KIND_GPU", "KIND_CPU"), source)
+    repository = echo_model.write(tmp_path, before_ready="import time; time.sleep(60)")
     with pytest.raises(ServerFailed, match="not ready after 3 s"):
         EmbeddedServer(repository, device="cpu", start_timeout=3, stop_timeout=0.5).start()
 
@@ -214,6 +169,31 @@ def group_of(leader: int) -> list[int]:
         if int(group) == leader and state != "Z":
             found.append(int(path.parent.name))
     return found
+
+
+def test_server_on_the_path_is_used_without_the_wheel(
+    tmp_path: Path, echo_repository: Path, monkeypatch: pytest.MonkeyPatch, serve: Callable[..., EmbeddedServer]
+) -> None:
+    """Triton's container: /opt/tritonserver/{bin,backends/python,lib}, nothing from PyPI."""
+    wheel = embedded.find_triton()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "backends" / "python").mkdir(parents=True)
+    (tmp_path / "lib").symlink_to(wheel.libraries[0])
+    shutil.copy(wheel.server, tmp_path / "bin" / "tritonserver")
+    for path in wheel.backend_files:
+        shutil.copy(path, tmp_path / "backends" / "python" / path.name)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
+    assert embedded.find_triton().server == tmp_path / "bin" / "tritonserver"
+    result = ask(tritonclient.grpc, serve(echo_repository).grpc, np.ones((1, 3), np.int32))
+    assert result.as_numpy("y").tolist() == [[2, 2, 2]]
+
+
+def test_no_server_at_all_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "find_spec", lambda name: None)
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(ConfigError, match="install the extra `server`"):
+        embedded.find_triton()
 
 
 def test_missing_repository_is_named(tmp_path: Path) -> None:

@@ -91,6 +91,8 @@ class EmbeddedServer:
     models       load only these, explicitly; None loads the whole repository
     shm_bytes    shared memory a model instance starts with
     log_to_terminal  pass Triton's log on instead of keeping it for `log`
+    stop_timeout  seconds until a server that does not end is killed; Triton uses them up while a client keeps an
+                 HTTP connection open, idle or not
     environment  variables added to the server's, hence to every model's, environment
     The thread that starts the server must outlive it: the kernel ends the server with that thread.
     """
@@ -111,7 +113,7 @@ class EmbeddedServer:
         log_to_terminal: bool = False,
         environment: Mapping[str, str] | None = None,
         start_timeout: float = 120.0,
-        stop_timeout: float = 15.0,
+        stop_timeout: float = 10.0,
     ) -> None:
         if log_level not in LOG_LEVELS:
             raise ValueError(f"log_level is {log_level!r}; levels are {', '.join(LOG_LEVELS)}")

@@ -21,16 +21,20 @@ LARGEST = 999_999  # the translator's last number
 _MAGNITUDES = (
     (0, 100, 0, 0.05),
     (100, 1_000, 100, 0.10),
-    (1_000, 10_000, 400, 0.20),
-    (10_000, 100_000, 700, 0.30),
-    (100_000, LARGEST + 1, 800, 0.35),
+    (1_000, 10_000, 400, 0.15),
+    (10_000, 100_000, 650, 0.20),
+    (100_000, LARGEST + 1, 750, 0.30),
 )
+# Round numbers are what people try first and what chance hardly ever draws, so they get a share of their own.
+_ROUND_TO = (10, 100, 1_000, 10_000, 100_000)
+_ROUND = 0.20
+_THOUSANDS_KEPT = 100  # multiples of 1000 kept for testing, beside the rest
 
 LAST_COUNT = 10_000  # the counter's last number
 SEPARATOR = ","
 _KEPT_TENS = 100  # tens (n1 .. n0) that no training text of the counter touches
 _COUNTED_BELOW = (100, 1_000, LAST_COUNT, LAST_COUNT)  # a text's first number is below one of these
-_TO_A_THOUSAND = 0.05  # share of texts that lead to a thousand, which by chance would be one in a hundred
+_ROUND_STARTS = 0.10  # share of texts that lead to, or start at, a hundred or a thousand: by chance they are few
 _GOES_ON = 1 / 3  # share of texts that count on past a multiple of ten
 
 
@@ -87,11 +91,16 @@ class Split:
 def split_numbers(seed: int, training: int) -> Split:
     """The translator's numbers, always the same for one seed."""
     rng = random.Random(seed)
-    held_out = {n for low, high, kept, _ in _MAGNITUDES for n in rng.sample(range(low, high), kept)}
+    held_out = set(rng.sample(range(1_000, LARGEST + 1, 1_000), _THOUSANDS_KEPT))
+    for low, high, kept, _ in _MAGNITUDES:
+        held_out.update(rng.sample([n for n in range(low, high) if n not in held_out], kept))
     numbers: list[int] = []
     for low, high, _, share in _MAGNITUDES:
         allowed = [n for n in range(low, high) if n not in held_out]
         numbers += rng.choices(allowed, k=round(training * share))
+    for unit in _ROUND_TO:
+        allowed = [n for n in range(unit, LARGEST + 1, unit) if n not in held_out]
+        numbers += rng.choices(allowed, k=round(training * _ROUND / len(_ROUND_TO)))
     rng.shuffle(numbers)
     return Split(numbers, sorted(held_out))
 
@@ -125,8 +134,9 @@ def counting_texts(seed: int, texts: int) -> list[str]:
     result: list[str] = []
     while len(result) < texts:
         first = rng.randrange(rng.choice(_COUNTED_BELOW))
-        if rng.random() < _TO_A_THOUSAND:
-            first = 1_000 * rng.randint(1, LAST_COUNT // 1_000) - rng.randint(1, 9)
+        if rng.random() < _ROUND_STARTS:
+            unit = rng.choice((100, 1_000))
+            first = min(unit * rng.randint(1, LAST_COUNT // unit) - rng.randint(0, 9), LAST_COUNT - 1)
         last = next_ten(first)
         while rng.random() < _GOES_ON and last < LAST_COUNT:
             last += 10

@@ -1,0 +1,160 @@
+"""What config.pbtxt asks of one model, read and checked: tensors, weights and engine."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightseq_backend.config import DIALECTS, Config, EngineConfig
+from lightseq_backend.errors import ConfigError
+from lightseq_backend.request import SCORE
+from lightseq_backend.serving.wire import GPT, TRANSFORMER, Wire, read_wire
+
+DEVICES = {"CPU": "cpu", "GPU": "cuda"}  # by Triton's instance kind
+PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "fp16")}
+SIZES = ("slots", "max_beam_size", "queue", "prompt_tokens", "burst")  # fields of EngineConfig
+PARAMETERS = ("weights", "dialect", "precision", *SIZES)
+MODEL_TYPES = {"Transformer": TRANSFORMER, "Gpt": GPT}  # LightSeq's own parameter: what `model_type` may be
+TRITON_PARAMETERS = ("FORCE_CPU_ONLY_INPUT_TENSORS", "EXECUTION_ENV_PATH")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One model instance.
+
+    device     name for ops.load, and Triton's number of the GPU
+    weights    the weight file, which exists
+    max_rows   of one request
+    sizes      the fields of EngineConfig that config.pbtxt gives
+    """
+
+    model: str
+    instance: str
+    version: str
+    device: str
+    device_id: int
+    wire: Wire
+    weights: Path
+    dialect: str
+    precision: str
+    max_rows: int
+    sizes: dict[str, int]
+
+    def engine_config(self, config: Config) -> EngineConfig:
+        """Room for what the model's file asks for by default, unless config.pbtxt says how much there is.
+
+        ConfigError when a full batch does not fit into the queue: it could never be accepted.
+        """
+        sizes = dict(self.sizes)
+        plain = EngineConfig()
+        if self.wire.form.task == SCORE:  # needs no slots
+            sizes.setdefault("slots", 1)
+        beams = max(plain.max_beam_size, config.decoding.width)
+        sizes.setdefault("slots", max(plain.slots, beams))
+        sizes.setdefault("max_beam_size", min(beams, sizes["slots"]))
+        sizes.setdefault("queue", max(plain.queue, self.max_rows))
+        if sizes["queue"] < self.max_rows:
+            raise ConfigError(f"queue is {sizes['queue']}; max_batch_size lets a request have {self.max_rows} rows")
+        return EngineConfig(**sizes)
+
+
+def read_settings(args: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> Settings:
+    """From what Triton hands to `initialize`. ConfigError names every fault, one a line."""
+    model_config = json.loads(args["model_config"])
+    given = {key: entry["string_value"] for key, entry in model_config.get("parameters", {}).items()}
+    faults: list[str] = []
+    device = DEVICES.get(args["model_instance_kind"], "cpu")
+    if args["model_instance_kind"] not in DEVICES:
+        faults.append(f"instance kind is KIND_{args['model_instance_kind']}; kinds are KIND_CPU, KIND_GPU")
+    wire = read_wire(model_config, faults)
+    _check_parameters(given, device, wire, faults)
+    sizes = _sizes(given, faults)
+    _check_policies(model_config, faults)
+    weights = _find_weights(args, given, model_config, wire.form.kind, environment, faults) if wire else None
+    if faults:
+        raise ConfigError("\n".join(faults))
+    assert wire is not None
+    assert weights is not None
+    return Settings(
+        model=args["model_name"],
+        instance=args["model_instance_name"],
+        version=args["model_version"],
+        device=device,
+        device_id=int(args["model_instance_device_id"]),
+        wire=wire,
+        weights=weights,
+        dialect=given.get("dialect", "head"),
+        precision=given.get("precision", "fp32"),
+        max_rows=max(1, model_config.get("max_batch_size", 0)),
+        sizes=sizes,
+    )
+
+
+def _check_parameters(given: Mapping[str, str], device: str, wire: Wire | None, faults: list[str]) -> None:
+    for key in sorted(set(given) - {*PARAMETERS, *TRITON_PARAMETERS, "model_type"}):
+        faults.append(f"parameter {key!r} is unknown; parameters are {', '.join(PARAMETERS)}")
+    dialect, precision = given.get("dialect", "head"), given.get("precision", "fp32")
+    if dialect not in DIALECTS:
+        faults.append(f"dialect is {dialect!r}; dialects are {', '.join(DIALECTS)}")
+    if precision not in PRECISIONS[device]:
+        where = "a CPU" if device == "cpu" else "a GPU"
+        faults.append(f"precision is {precision!r}; {where} computes in {' or '.join(PRECISIONS[device])}")
+    model_type = given.get("model_type")
+    if model_type is None:
+        return
+    if model_type not in MODEL_TYPES:
+        faults.append(f"model_type is {model_type!r}; this backend serves {', '.join(MODEL_TYPES)}")
+    elif wire is not None and MODEL_TYPES[model_type] != wire.form.kind:
+        faults.append(f"model_type is {model_type!r}, but input {wire.input} is of a {wire.form.kind} model")
+
+
+def _sizes(given: Mapping[str, str], faults: list[str]) -> dict[str, int]:
+    sizes = {}
+    for key in SIZES:
+        if key not in given:
+            continue
+        if given[key].isascii() and given[key].isdigit() and int(given[key]) > 0:
+            sizes[key] = int(given[key])
+        else:
+            faults.append(f"parameter {key} is {given[key]!r}; it must be a whole number from 1 up")
+    return sizes
+
+
+def _check_policies(model_config: Mapping[str, Any], faults: list[str]) -> None:
+    if model_config.get("model_transaction_policy", {}).get("decoupled"):
+        faults.append("model_transaction_policy is decoupled; this model gives one answer to a request")
+    if model_config.get("response_cache", {}).get("enable"):
+        # The cache's key leaves a request's parameters out: one request would get the text of another's options.
+        faults.append("response_cache is enabled; Triton's cache does not tell requests with different options apart")
+
+
+def _find_weights(
+    args: Mapping[str, str],
+    given: Mapping[str, str],
+    model_config: Mapping[str, Any],
+    kind: str,
+    environment: Mapping[str, str],
+    faults: list[str],
+) -> Path | None:
+    """The file that the parameter `weights` names, relative to the model's directory, or else the first found of
+    default_model_filename, <kind>.pb and <model>.pb in that directory or, as LightSeq V0 has it, in
+    $MODEL_ZOO/<model>."""
+    directory, model = Path(args["model_repository"]), args["model_name"]
+    if "weights" in given:
+        candidates = [directory / given["weights"]]
+    else:
+        filename = model_config.get("default_model_filename", "")
+        # For the Python backend this names the program; a LightSeq user's names the weights.
+        names = [] if filename.endswith((".py", ".so")) or not filename else [filename]
+        names += dict.fromkeys((f"{kind}.pb", f"{model}.pb"))
+        zoo = [Path(environment["MODEL_ZOO"]) / model] if environment.get("MODEL_ZOO") else []
+        candidates = [place / name for place in (directory, *zoo) for name in names]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate.resolve()
+    faults.append(f"no weights; looked for {', '.join(map(str, candidates))}")
+    return None

@@ -1,0 +1,206 @@
+"""Between Triton's tensors and the engine: which tensor is what, requests in, answers out. NumPy only, no Triton."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from lightseq_backend.config import Config, GptConfig
+from lightseq_backend.errors import RequestError
+from lightseq_backend.request import GENERATE, SCORE, Hypothesis, Output
+
+TRANSFORMER, GPT = "transformer", "gpt"  # the kinds of weight files, as weights.load calls them
+ALL, BEST, SOME = "all", "best", "some"
+
+# The names that LightSeq's servers and clients use, V0's and those of the releases after it.
+INPUTS = {"source_ids": TRANSFORMER, "src_ids:0": TRANSFORMER, "token_ids": GPT, "inputs_ids": GPT}
+INTEGERS: dict[str, type[np.generic]] = {"TYPE_INT32": np.int32, "TYPE_INT64": np.int64}
+FLOATS: dict[str, type[np.generic]] = {"TYPE_FP32": np.float32}
+
+# Parameters of a request that are Triton's own affair: they never reach the options.
+TRITON_PARAMETERS = frozenset(
+    ["sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output"]
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    """One of LightSeq's sets of outputs.
+
+    ids, scores  names of the outputs; a loss counts as a score
+    kind         of the model that has them
+    hypotheses   ALL: always [rows, hypotheses, length]; BEST: always [rows, length]; SOME: [rows, length]
+                 unless a request asks for more than one hypothesis
+    """
+
+    ids: str | None
+    scores: str | None
+    kind: str
+    hypotheses: str = ALL
+
+    @property
+    def names(self) -> set[str]:
+        return {name for name in (self.ids, self.scores) if name is not None}
+
+    @property
+    def task(self) -> str:
+        return SCORE if self.ids is None else GENERATE
+
+
+FORMS = (
+    Form("target_ids", "target_scores", TRANSFORMER),
+    Form("trg_ids:0", "score", TRANSFORMER),
+    Form("trg_ids:0", None, TRANSFORMER, BEST),
+    Form("result", None, GPT, SOME),
+    Form("outputs_ids", None, GPT, SOME),
+    Form("gpt_out", "gpt_scores", GPT),
+    Form(None, "loss", GPT),
+)
+OUTPUTS = sorted(set().union(*(form.names for form in FORMS)))
+
+
+@dataclass(frozen=True)
+class Wire:
+    """How one model's requests are read and its answers written.
+
+    input     name of the one input tensor
+    form      which outputs it has
+    ids_type  integer type of the ids that go out
+    batched   tensors have a first dimension of rows; without it a request is one row
+    """
+
+    input: str
+    form: Form
+    ids_type: np.dtype[Any]
+    batched: bool
+
+    def rows(self, ids: np.ndarray) -> list[np.ndarray]:
+        """The rows of a request: ids is [rows, length], or [length] when not batched. The rows are views."""
+        if not self.batched:
+            return [ids]
+        if len(ids) == 0:
+            raise RequestError(f"{self.input} has shape {list(ids.shape)}: no rows; it needs at least one")
+        return list(ids)
+
+    def changes(self, parameters: str) -> dict[str, object]:
+        """The options in a request's parameters, a JSON object as Triton gives it; what is Triton's own is left out."""
+        try:
+            values = json.loads(parameters) if parameters else {}
+        except ValueError:
+            # Triton's JSON writer gives up at a number that JSON does not have.
+            raise RequestError(
+                f"the parameters cannot be read; is one of them NaN or infinite? They came as {parameters!r}"
+            ) from None
+        changes = {
+            name: value
+            for name, value in values.items()
+            if name not in TRITON_PARAMETERS and not name.startswith("triton_")
+        }
+        if self.form.task == SCORE:
+            if changes:
+                raise RequestError(f"unknown option {', '.join(sorted(changes))}; scoring has no options")
+            return changes
+        if self.form.hypotheses == BEST and changes.get("num_hypotheses", 1) != 1:
+            raise RequestError(
+                f"num_hypotheses is {changes['num_hypotheses']!r}; this model's output {self.form.ids} holds 1"
+            )
+        return changes if self.form.hypotheses == ALL else {"num_hypotheses": 1, **changes}
+
+    def answer(self, rows: Sequence[np.ndarray], outputs: Sequence[Output], config: Config) -> dict[str, np.ndarray]:
+        """The output tensors for a request's rows, in LightSeq's shapes.
+
+        ids [rows, hypotheses, length] or [rows, length]; scores float32 [rows, hypotheses]; loss float32 [rows, 1].
+        Rows are filled up with the end id to the longest.
+        """
+        form = self.form
+        if form.task == SCORE:
+            return self._unbatched({str(form.scores): np.array([[output.loss] for output in outputs], np.float32)})
+        texts = [
+            [_text(row, hypothesis, output, config, form) for hypothesis in output.hypotheses]
+            for row, output in zip(rows, outputs, strict=True)
+        ]
+        width, depth = max(len(text) for row in texts for text in row), len(texts[0])
+        ids = np.full((len(rows), depth, width), config.end_id, self.ids_type)
+        for r, row in enumerate(texts):
+            for k, text in enumerate(row):
+                ids[r, k, : len(text)] = text
+        if form.hypotheses == BEST or (form.hypotheses == SOME and depth == 1):
+            ids = ids[:, 0]
+        tensors = {str(form.ids): ids}
+        if form.scores is not None:
+            scores = [[hypothesis.score for hypothesis in output.hypotheses] for output in outputs]
+            tensors[form.scores] = np.array(scores, np.float32)
+        return self._unbatched(tensors)
+
+    def _unbatched(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return tensors if self.batched else {name: tensor[0] for name, tensor in tensors.items()}
+
+
+def read_wire(model_config: Mapping[str, Any], faults: list[str]) -> Wire | None:
+    """The tensors that a config.pbtxt (as Triton's JSON) declares; `faults` grows by a line a fault, then None."""
+    before = len(faults)
+    inputs, outputs = model_config.get("input", []), model_config.get("output", [])
+    known = _known(inputs, INPUTS, "input", faults) & _known(outputs, OUTPUTS, "output", faults)
+    names = {tensor["name"] for tensor in outputs}
+    form = next((form for form in FORMS if form.names == names), None)
+    if known:
+        _check_combination(inputs, names, form, faults)
+    for tensor in inputs:
+        _check_type(tensor, INTEGERS, "input", faults)
+        if len(tensor["dims"]) != 1:
+            faults.append(f"input {tensor['name']} has dims {tensor['dims']}; it must have one, [ -1 ]")
+    for tensor in outputs:
+        is_ids = any(tensor["name"] == form.ids for form in FORMS)
+        _check_type(tensor, INTEGERS if is_ids else FLOATS, "output", faults)
+    if len(faults) > before:
+        return None
+    assert form is not None
+    types = {tensor["name"]: tensor["data_type"] for tensor in outputs}
+    ids_type = np.dtype(INTEGERS[types[form.ids]] if form.ids else np.int32)
+    return Wire(inputs[0]["name"], form, ids_type, batched=model_config.get("max_batch_size", 0) > 0)
+
+
+def _known(tensors: Sequence[Mapping[str, Any]], names: Any, what: str, faults: list[str]) -> bool:
+    unknown = [tensor["name"] for tensor in tensors if tensor["name"] not in names]
+    faults += [f"{what} {name!r} is unknown; {what}s are {', '.join(names)}" for name in unknown]
+    return not unknown
+
+
+def _check_combination(
+    inputs: Sequence[Mapping[str, Any]], outputs: set[str], form: Form | None, faults: list[str]
+) -> None:
+    names = [tensor["name"] for tensor in inputs]
+    if len(names) != 1:
+        faults.append(f"there are {len(names)} inputs ({', '.join(names) or 'none'}); there must be one")
+    if form is None:
+        sets = "; ".join(" + ".join(sorted(form.names)) for form in FORMS)
+        faults.append(f"outputs are {' + '.join(sorted(outputs)) or 'none'}; they must be one of: {sets}")
+    elif len(names) == 1 and INPUTS[names[0]] != form.kind:
+        shown = ", ".join(sorted(outputs))
+        faults.append(f"input {names[0]} is of a {INPUTS[names[0]]} model, but output {shown} of a {form.kind} model")
+
+
+def _check_type(tensor: Mapping[str, Any], types: Mapping[str, Any], what: str, faults: list[str]) -> None:
+    if tensor["data_type"] not in types:
+        faults.append(f"{what} {tensor['name']} is {tensor['data_type']}; it must be {' or '.join(types)}")
+
+
+def _text(row: np.ndarray, hypothesis: Hypothesis, output: Output, config: Config, form: Form) -> np.ndarray:
+    """Ids of one hypothesis as LightSeq's server of that form and dialect would write them (lightseq_format.md 3.5).
+
+    A search that was cut gets one more column, of the end id; V0's generate server has no room for it and
+    overwrites the last token. A GPT's text starts with its prompt and has no such column.
+    """
+    if isinstance(config, GptConfig):
+        columns = np.flatnonzero(row != config.padding_id)
+        return np.concatenate([row[columns[0] : columns[-1] + 1], hypothesis.tokens])
+    overwrites = config.dialect.name == "v0" and form.scores is not None
+    text = np.full(output.steps + (output.cut and not overwrites), config.end_id, np.int64)
+    text[: len(hypothesis.tokens)] = hypothesis.tokens
+    if output.cut and overwrites:
+        text[-1:] = config.end_id
+    return text

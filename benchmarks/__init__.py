@@ -1,0 +1,1 @@
+"""What this engine takes, measured beside its peers in the same run. Results that were kept are in results/."""

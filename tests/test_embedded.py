@@ -206,13 +206,26 @@ def test_unknown_device_is_refused(tmp_path: Path) -> None:
         EmbeddedServer(tmp_path, device="tpu")
 
 
-def test_taken_port_fails_the_start(echo_repository: Path) -> None:
+@pytest.fixture
+def taken_port() -> Iterator[int]:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))
         holder.listen()
-        port = holder.getsockname()[1]
-        with pytest.raises(ServerFailed, match=str(port)):
-            EmbeddedServer(echo_repository, device="cpu", grpc_port=port, models=[]).start()
+        yield holder.getsockname()[1]
+
+
+def test_taken_port_fails_the_start(echo_repository: Path, taken_port: int) -> None:
+    with pytest.raises(ServerFailed, match=f"{taken_port}' already in use"):
+        EmbeddedServer(echo_repository, device="cpu", grpc_port=taken_port, models=[]).start()
+
+
+def test_port_taken_at_the_last_moment_is_replaced(
+    echo_repository: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch, serve: Callable[..., EmbeddedServer]
+) -> None:
+    free = embedded._choose_ports((0, 0, 0))
+    choices = iter([(taken_port, *free[1:]), free])
+    monkeypatch.setattr(embedded, "_choose_ports", lambda wanted: next(choices))
+    assert serve(echo_repository, models=[]).http == f"127.0.0.1:{free[0]}"
 
 
 def test_free_ports_differ() -> None:

@@ -159,6 +159,12 @@ class EmbeddedServer:
         path = Path(self._directory.name) / "log"
         return path.read_text(errors="replace") if path.exists() else ""
 
+    def log_end(self, lines: int = 40) -> str:
+        """The last lines of the log that say something, without Triton's information lines and tables."""
+        if self._log_to_terminal:
+            return "(its log is above)"
+        return "\n".join([line for line in self.log.splitlines() if not _IDLE_TALK.match(line)][-lines:])
+
     @property
     def pid(self) -> int:
         """Process id of the running tritonserver."""
@@ -288,16 +294,11 @@ class EmbeddedServer:
         deadline = time.monotonic() + self._start_timeout
         while time.monotonic() < deadline:
             if self._process is None or _has_exited(self._process.pid):
-                raise ServerFailed(f"tritonserver ended before it was ready\n{self._log_end()}")
+                raise ServerFailed(f"tritonserver ended before it was ready\n{self.log_end()}")
             if _is_ready(self.http):
                 return
             time.sleep(0.05)
-        raise ServerFailed(f"tritonserver was not ready after {self._start_timeout:g} s\n{self._log_end()}")
-
-    def _log_end(self, lines: int = 40) -> str:
-        if self._log_to_terminal:
-            return "(its log is above)"
-        return "\n".join([line for line in self.log.splitlines() if not _IDLE_TALK.match(line)][-lines:])
+        raise ServerFailed(f"tritonserver was not ready after {self._start_timeout:g} s\n{self.log_end()}")
 
 
 def usable_cpus() -> int:
@@ -344,7 +345,7 @@ def serve(arguments: argparse.Namespace) -> int:
             admin_key=arguments.admin_key,
             models=arguments.models,
             log_level=arguments.log_level,
-            log_to_terminal=True,
+            log_to_terminal=not arguments.run,
             start_timeout=arguments.start_timeout,
         )
         if server.gpu_obstacle:
@@ -358,7 +359,7 @@ def serve(arguments: argparse.Namespace) -> int:
             return 1
     except KeyboardInterrupt:
         return 0
-    except (ConfigError, ServerFailed) as error:
+    except ServerFailed as error:
         print(f"lightseq serve: {error}", file=sys.stderr)
         return 1
 
@@ -367,7 +368,10 @@ def _run(command: list[str], server: EmbeddedServer) -> int:
     addresses = {"{http}": server.http, "{grpc}": server.grpc, "{metrics}": server.metrics}
     for name, address in addresses.items():
         command = [word.replace(name, address) for word in command]
-    return subprocess.run(command, check=False).returncode
+    status = subprocess.run(command, check=False).returncode
+    if status:
+        print(f"Triton's log ends:\n{server.log_end()}", file=sys.stderr)
+    return status
 
 
 def _raise_interrupt(number: int, frame: object) -> None:

@@ -187,30 +187,39 @@ _ACTIVATIONS: dict[str, Callable[[Array], None]] = {"none": lambda x: None, "rel
 # A BLAS may round a row differently by where it stands among the others: OpenBLAS's AVX2 kernel treats the first and
 # last eight of the operand's long side apart, and any kernel has a tail. So the rows are made the long side (BLAS's m)
 # and are fenced by eight rows of zeros at either end, in whole eights, at most `_CHUNK` a call, which is below the
-# size where OpenBLAS cuts a call in two. Who computes which columns depends on the weight's shape only.
+# size where OpenBLAS cuts a call in two. A BLAS may also choose its kernel by the size of the whole product (OpenBLAS
+# with AVX-512 below m * n * k = 10^6, and by m * n): where the smallest call could fall below that, every call has the
+# same number of rows. Who computes which columns depends on the weight's shape only.
 _FENCE = 8
 _CHUNK = 240
+_SMALL = 1 << 16  # elements of a share of a weight; with 8 + 2 * 8 rows that is 1.5 * 10^6
+_SMALL_CHUNK = 32
 _WORTH_THREADS = 1 << 17  # elements of a weight below which handing out work costs more than it saves
 
 
 def _product(x: Array, weight: Array, out: Array, finish: Callable[[Array, slice], None]) -> None:
     """out = x . weight, then finish(out[:, columns], columns) for each share of the columns."""
-    panels = [_panel(x[start : start + _CHUNK], start) for start in range(0, len(x), _CHUNK)]
-    width = weight.shape[1]
+    narrow, width = weight.shape
+    threads = _threads() if weight.size >= _WORTH_THREADS else 1
+    small = narrow * (width // threads) < _SMALL
+    chunk, multiple = (_SMALL_CHUNK, _SMALL_CHUNK) if small else (_CHUNK, 8)
+    starts = range(0, len(x), chunk)
+    panels = [_panel(x[start : start + chunk], start, multiple) for start in starts]
 
     def share(columns: slice) -> None:
-        for start, panel in zip(range(0, len(x), _CHUNK), panels, strict=True):
+        for start, panel in zip(starts, panels, strict=True):
             transposed = _scratch("transposed", (columns.stop - columns.start, len(panel)))
             np.matmul(weight.T[columns], panel.T, out=transposed)
-            part = out[start : start + _CHUNK, columns]
+            part = out[start : start + chunk, columns]
             part[...] = transposed[:, _FENCE : _FENCE + len(part)].T
             finish(part, columns)
 
-    _divide(share, width if weight.size >= _WORTH_THREADS else 0, width)
+    _divide(share, threads, width)
 
 
-def _panel(x: Array, start: int) -> Array:
-    rows = -(-len(x) // 8) * 8
+def _panel(x: Array, start: int, multiple: int) -> Array:
+    """The rows between two fences, filled up to a multiple of so many."""
+    rows = -(-len(x) // multiple) * multiple
     panel = _scratch(f"panel {start}", (_FENCE + rows + _FENCE, x.shape[1]))
     panel[:_FENCE] = 0
     panel[_FENCE : _FENCE + len(x)] = x
@@ -218,9 +227,8 @@ def _panel(x: Array, start: int) -> Array:
     return panel
 
 
-def _divide(share: Callable[[slice], None], divisible: int, width: int) -> None:
-    """Calls share with slices that cover range(width): one a thread, or a single one."""
-    threads = _threads() if divisible else 1
+def _divide(share: Callable[[slice], None], threads: int, width: int) -> None:
+    """Calls share with slices that cover range(width), one a thread."""
     bounds = [width * i // threads for i in range(threads + 1)]
     others = [_pool().submit(share, slice(bounds[i], bounds[i + 1])) for i in range(1, threads)]
     share(slice(bounds[0], bounds[1]))

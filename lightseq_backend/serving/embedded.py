@@ -45,11 +45,13 @@ class Triton:
 
     backend_files  what a backend directory needs: library, triton_python_backend_utils and stub
     libraries      directories for the dynamic linker
+    libpythons     names of a foreign libpython that the stub asks for and must not get
     """
 
     server: Path
     backend_files: tuple[Path, ...]
     libraries: tuple[Path, ...]
+    libpythons: tuple[str, ...] = ()
 
 
 def find_triton() -> Triton:
@@ -77,7 +79,9 @@ def find_triton() -> Triton:
     missing = [str(path) for path in (server, *files) if not path.exists()]
     if missing:
         raise ConfigError(f"this Triton does not serve Python {_python_version()}; missing: {', '.join(missing)}")
-    return Triton(server, files, libraries)
+    # For Python 3.13 the wheel brings a libpython of its own, which lacks what Debian's has built in (math, ...).
+    own = f"libpython3-*.{sys.version_info.minor}.so.*"
+    return Triton(server, files, libraries, tuple(path.name for path in libraries[0].glob(own)))
 
 
 class EmbeddedServer:
@@ -232,6 +236,8 @@ class EmbeddedServer:
         backend.mkdir(parents=True)
         for path in triton.backend_files:
             (backend / path.name).symlink_to(path)
+        if triton.libpythons:
+            _use_own_libpython(triton, directory)
         command = [str(triton.server), *self._arguments(backend.parent)]
         setpriv = shutil.which("setpriv")
         if setpriv:  # when this process is killed, the server must not live on
@@ -243,7 +249,7 @@ class EmbeddedServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT if log else None,
-                env=self._server_environment(triton),
+                env=self._server_environment(directory / "lib", triton),
                 start_new_session=True,  # its own process group: Ctrl-C comes to us alone, and `_end` finds all
             )
         finally:
@@ -276,12 +282,12 @@ class EmbeddedServer:
             arguments += ["--model-config-name=cpu", "--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]
         return arguments
 
-    def _server_environment(self, triton: Triton) -> dict[str, str]:
+    def _server_environment(self, libpython: Path, triton: Triton) -> dict[str, str]:
         environment = dict(os.environ)
         # The stub embeds libpython, which finds its home through the python3 on PATH: the first one there must be
-        # ours, then the stub runs this very environment, .pth files and all. LIBDIR first, for the same libpython.
+        # ours, then the stub runs this very environment, .pth files and all.
         _prepend(environment, "PATH", Path(sys.executable).parent)
-        for directory in reversed((_library_directory(), *triton.libraries)):
+        for directory in reversed((libpython, _library_directory(), *triton.libraries)):
             _prepend(environment, "LD_LIBRARY_PATH", directory)
         for variable in _THREAD_VARIABLES:
             environment.setdefault(variable, str(usable_cpus()))
@@ -380,6 +386,24 @@ def _raise_interrupt(number: int, frame: object) -> None:
 
 def _python_version() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _use_own_libpython(triton: Triton, directory: Path) -> None:
+    """Answer the stub's wish for a foreign libpython with the running interpreter's.
+
+    The stub's RPATH, which comes before LD_LIBRARY_PATH, is relative to where the stub itself lies: a copy elsewhere
+    no longer finds the foreign one.
+    """
+    stub = triton.backend_files[-1]
+    copied = directory / "backends" / "python" / stub.name
+    copied.unlink()
+    shutil.copy(stub, copied)
+    own = _library_directory() / f"libpython{_python_version()}.so.1.0"
+    if not own.exists():
+        raise ConfigError(f"{own} is missing: apt-get install libpython{_python_version()}")
+    (directory / "lib").mkdir()
+    for name in triton.libpythons:
+        (directory / "lib" / name).symlink_to(own)
 
 
 def _library_directory() -> Path:

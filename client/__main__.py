@@ -100,7 +100,7 @@ def _task(arguments: argparse.Namespace, opened: ExitStack) -> int:
     )
     file = _output(arguments.output, opened)  # only now: without a server the old file stays as it is
     writer = Json(file, task, arguments.text) if arguments.json else Plain(file, getattr(arguments, "all", False))
-    summary = Summary()
+    summary = Summary("requests" if arguments.rows_per_request == 1 else "rows")
     started = time.perf_counter()
     try:
         with closing(items):

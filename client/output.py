@@ -84,10 +84,11 @@ class Json:
 
 
 class Summary:
-    """Counts and times of one run."""
+    """Counts and times of one run. unit is what a row was: a request, unless several shared one."""
 
-    def __init__(self) -> None:
+    def __init__(self, unit: str) -> None:
         self.failures = 0
+        self._unit = unit
         self._tokens = 0
         self._latencies = array("d")  # seconds; 8 bytes each, for millions of rows
 
@@ -100,9 +101,9 @@ class Summary:
 
     def text(self, seconds: float) -> str:
         answered = len(self._latencies)
-        text = f"{answered + self.failures} requests, {self.failures} failed, {seconds:.3f} s"
+        text = f"{answered + self.failures} {self._unit}, {self.failures} failed, {seconds:.3f} s"
         if answered:
-            rates = f"{answered / seconds:.1f} requests/s, {self._tokens / seconds:.1f} tokens/s"
+            rates = f"{answered / seconds:.1f} {self._unit}/s, {self._tokens / seconds:.1f} tokens/s"
             ordered = sorted(self._latencies)
             times = " ".join(f"p{p} {percentile(ordered, p) * 1e3:.1f}" for p in (50, 95, 99))
             text += f", {rates}, latency {times} ms"

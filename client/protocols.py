@@ -146,8 +146,12 @@ async def _plain_failures() -> AsyncIterator[None]:
 
 
 def _outputs(result: Any, tensors: Signature) -> Outputs:
-    arrays = {name: result.as_numpy(name) for name in (tensors.ids, tensors.scores) if name is not None}
-    absent = [name for name, array in arrays.items() if array is None]
-    if absent:
-        raise RequestFailed(INTERNAL, f"the model's answer lacks its output {', '.join(absent)}")
+    arrays = {}
+    for name in filter(None, (tensors.ids, tensors.scores)):
+        try:
+            arrays[name] = result.as_numpy(name)
+        except ValueError as error:  # bytes that do not fill the shape
+            raise RequestFailed(INTERNAL, f"the model's answer has a broken output {name}: {error}") from None
+        if arrays[name] is None:
+            raise RequestFailed(INTERNAL, f"the model's answer lacks its output {name}")
     return arrays

@@ -12,6 +12,8 @@ import time
 import numpy as np
 import triton_python_backend_utils as pb_utils  # type: ignore[import-not-found]
 
+from lightseq_backend.serving.tensors import to_numpy, to_tensor
+
 PADDING, END = 0, 2
 BUSY_ONCE, BUSY, SLOW, REFUSED, TELLS_OPTIONS = 901, 902, 903, 904, 905
 SLOW_SECONDS = 0.4
@@ -26,7 +28,7 @@ class TritonPythonModel:
 
     def execute(self, requests):
         for request in requests:
-            ids = pb_utils.get_input_tensor_by_name(request, self.input).as_numpy()
+            ids = to_numpy(pb_utils.get_input_tensor_by_name(request, self.input)).copy()
             sender, options = request.get_response_sender(), json.loads(request.parameters() or "{}")
             threading.Thread(target=self.reply, args=(ids, options, sender)).start()
 
@@ -37,7 +39,7 @@ class TritonPythonModel:
         if error is not None:
             response = pb_utils.InferenceResponse(error=error)
         else:
-            response = pb_utils.InferenceResponse([pb_utils.Tensor(*pair) for pair in self.answer(ids, options)])
+            response = pb_utils.InferenceResponse([to_tensor(*pair) for pair in self.answer(ids, options)])
         sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def error(self, ids, options):

@@ -60,6 +60,7 @@ FORMS = (
     Form("gpt_out", "gpt_scores", GPT),
     Form(None, "loss", GPT),
 )
+IDS = {form.ids for form in FORMS}
 OUTPUTS = sorted(set().union(*(form.names for form in FORMS)))
 
 
@@ -88,13 +89,7 @@ class Wire:
 
     def changes(self, parameters: str) -> dict[str, object]:
         """The options in a request's parameters, a JSON object as Triton gives it; what is Triton's own is left out."""
-        try:
-            values = json.loads(parameters) if parameters else {}
-        except ValueError:
-            # Triton's JSON writer gives up at a number that JSON does not have.
-            raise RequestError(
-                f"the parameters cannot be read; is one of them NaN or infinite? They came as {parameters!r}"
-            ) from None
+        values = json.loads(parameters) if parameters else {}
         changes = {
             name: value
             for name, value in values.items()
@@ -154,8 +149,8 @@ def read_wire(model_config: Mapping[str, Any], faults: list[str]) -> Wire | None
         if len(tensor["dims"]) != 1:
             faults.append(f"input {tensor['name']} has dims {tensor['dims']}; it must have one, [ -1 ]")
     for tensor in outputs:
-        is_ids = any(tensor["name"] == form.ids for form in FORMS)
-        _check_type(tensor, INTEGERS if is_ids else FLOATS, "output", faults)
+        if tensor["name"] in OUTPUTS:
+            _check_type(tensor, INTEGERS if tensor["name"] in IDS else FLOATS, "output", faults)
     if len(faults) > before:
         return None
     assert form is not None

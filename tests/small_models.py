@@ -10,7 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from lightseq_backend.config import GptConfig, TransformerConfig
+from lightseq_backend.config import Config, EngineConfig, GptConfig, TransformerConfig
+from lightseq_backend.engine import Engine
+from lightseq_backend.models.gpt import Gpt
+from lightseq_backend.models.transformer import Transformer
+from lightseq_backend.ops import cpu
 
 Arrays = dict[str, np.ndarray]
 SPREAD = 2.5  # standard deviation of the logits, about
@@ -88,6 +92,12 @@ def gpt(seed: int = 0, **settings: Any) -> tuple[GptConfig, Arrays]:
         arrays |= _attention(random, f"layer.{layer}.attention", hidden)
         arrays |= _feed_forward(random, f"layer.{layer}", hidden, config.inner)
     return config, arrays
+
+
+def engine(config: Config, arrays: Arrays, **settings: Any) -> Engine:
+    """An engine for a model on the CPU; `settings` are fields of EngineConfig."""
+    model = Gpt(config, arrays, cpu) if isinstance(config, GptConfig) else Transformer(config, arrays, cpu)
+    return Engine(model, EngineConfig(**settings), cpu)
 
 
 def _normal(random: np.random.Generator, size: float, *shape: int) -> np.ndarray:

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 import small_models
+from reference import GptReference, TransformerReference
+
 from lightseq_backend.config import DIALECTS, EngineConfig
 from lightseq_backend.engine.buffers import Buffers, allocate
 from lightseq_backend.models.gpt import Gpt
@@ -16,7 +17,6 @@ from lightseq_backend.models.pack import Pack
 from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.ops import cpu as ops
 from lightseq_backend.ops.slots import SEARCH
-from reference import GptReference, TransformerReference
 
 TOLERANCE = 5e-5
 SLOTS = 8

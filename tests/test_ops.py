@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-
 import op_cases
+import pytest
 import reference
+from op_cases import Array, Case, Table
+
 from lightseq_backend.models.layers import Linear, Norm
 from lightseq_backend.ops import cpu as ops
 from lightseq_backend.ops.slots import FAN_OUT, SAMPLE, SLOT
-from op_cases import Array, Case, Table
 
 CASES = op_cases.cases()
 

@@ -24,6 +24,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         self.input = config["input"][0]["name"]
         self.outputs = [output["name"] for output in config["output"]]
+        self.ids_type = np.int64 if config["output"][0]["data_type"] == "TYPE_INT64" else np.int32
         self.seen = set()
 
     def execute(self, requests):
@@ -64,7 +65,7 @@ class TritonPythonModel:
         else:
             texts = [[[*row[::-1], END][k:] for k in range(count)] for row in rows]
         width = max(len(text) for beams in texts for text in beams)
-        array = np.array([[text + [END] * (width - len(text)) for text in beams] for beams in texts], np.int32)
+        array = np.array([[text + [END] * (width - len(text)) for text in beams] for beams in texts], self.ids_type)
         scores = np.array([[-0.5 * (k + 1) for k in range(count)] for _ in rows], np.float32)
         if len(self.outputs) == 2:
             return [(self.outputs[0], array), (self.outputs[1], scores)]

@@ -44,7 +44,7 @@ PROTOCOLS = ("grpc", "http")
 MODELS = {
     "transformer": ("source_ids", "TYPE_INT32", {"target_ids": "TYPE_INT32", "target_scores": "TYPE_FP32"}),
     "old": ("src_ids:0", "TYPE_INT32", {"trg_ids:0": "TYPE_INT32"}),
-    "old_generate": ("src_ids:0", "TYPE_INT64", {"trg_ids:0": "TYPE_INT32", "score": "TYPE_FP32"}),
+    "old_generate": ("src_ids:0", "TYPE_INT64", {"trg_ids:0": "TYPE_INT64", "score": "TYPE_FP32"}),
     "gpt": ("token_ids", "TYPE_INT32", {"result": "TYPE_INT32"}),
     "gptlm": ("inputs_ids", "TYPE_INT32", {"loss": "TYPE_FP32"}),
 }
@@ -276,9 +276,9 @@ def test_old_names_without_scores_give_one_hypothesis(client: Client) -> None:
     assert [(found.ids, found.score) for found in answer.hypotheses] == [((6, 5, 2), None)]
 
 
-def test_old_names_with_scores_and_64_bit_input_give_all_hypotheses(client: Client) -> None:
+def test_old_names_with_scores_and_64_bit_ids_give_all_hypotheses(client: Client) -> None:
     (answer,) = client.translate([[2**31 + 5]], model="old_generate", beam_size=1)
-    assert answer.hypotheses[0].score == -0.5
+    assert [(found.ids, found.score) for found in answer.hypotheses] == [((2**31 + 5, 2), -0.5)]
 
 
 def test_generated_ids_begin_with_the_prompt(client: Client) -> None:

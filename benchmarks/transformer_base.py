@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -59,21 +60,27 @@ def parameters(arrays: dict[str, np.ndarray]) -> int:
     return sum(array.nbytes for name, array in arrays.items() if name != "target.tokens")
 
 
-def _random_arrays() -> dict[str, np.ndarray]:
-    random = np.random.default_rng(SEED)
-    layout, arrays = layout_of(CONFIG), {}
-    for entry in entries(layout, layers_of(CONFIG)):
-        sizes = sizes_of(CONFIG)[entry.side]
-        for layer in range(LAYERS) if "*" in entry.name else (0,):
+def shapes(config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Name and shape of every array that a model of this configuration is saved with."""
+    for entry in entries(layout_of(config), layers_of(config)):
+        sizes = sizes_of(config)[entry.side]
+        for layer in range(config.decoder_layers) if "*" in entry.name else (0,):
             # "h N 2h" of the file is one [h, 2h] for each decoder layer here.
             shape = sizes.shape(entry.tensor.shape.replace("N ", ""))
             assert shape is not None
-            values = random.standard_normal(shape, dtype=np.float32)
-            if entry.name.endswith(".weight"):
-                values /= np.sqrt(shape[0])
-            elif entry.name.endswith(".gain"):
-                values = 1 + 0.1 * values
-            elif entry.name.endswith(".bias"):
-                values *= 0.1
-            arrays[entry.name.replace("*", str(layer))] = values.astype(np.float32)
+            yield entry.name.replace("*", str(layer)), shape
+
+
+def _random_arrays() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(SEED)
+    arrays = {}
+    for name, shape in shapes(CONFIG):
+        values = random.standard_normal(shape, dtype=np.float32)
+        if name.endswith(".weight"):
+            values /= np.sqrt(np.float32(shape[0]))
+        elif name.endswith(".gain"):
+            values = 1 + np.float32(0.1) * values
+        elif name.endswith(".bias"):
+            values *= np.float32(0.1)
+        arrays[name] = values
     return arrays

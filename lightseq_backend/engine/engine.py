@@ -78,10 +78,11 @@ class Engine:
         return self.model.config.decoding.with_changes(changes or {}, self.limits)
 
     def submit(self, requests: Ordered[Request]) -> None:
-        """Queues all requests or none. RequestError: one cannot be honoured. Overloaded: the queue is full."""
+        """Queues all requests or none.
+
+        RequestError: one cannot be honoured. Overloaded: the queue is full. RuntimeError: the engine is stopping.
+        """
         sequences = [Sequence.of(request, self.model.config) for request in requests]
-        if self._stopping:
-            raise RuntimeError("the engine is stopping")
         self._scheduler.enqueue(sequences)
 
     def answer(
@@ -129,8 +130,7 @@ class Engine:
     def stop(self, patience: float = 30.0) -> None:
         """Takes no more, finishes what runs or waits within `patience` seconds, answers the rest with an error."""
         self._stopping = True
-        with self._scheduler.changed:
-            self._scheduler.changed.notify()
+        self._scheduler.close()
         if self._thread is not None:
             self._thread.join(patience)
             self._abandoned = True
@@ -312,8 +312,12 @@ class Engine:
         return np.asarray(ops.get(buffers.scored[: pack.rows]))
 
     def _retire(self, sequence: Sequence, result: Output | Exception) -> None:
-        """Answers, exactly once: whoever is not in _admitted any more has had an answer."""
-        del self._admitted[id(sequence)]
+        """Answers, exactly once: whoever is not in _admitted any more has had an answer.
+
+        Only `stop`, having lost patience with a step that hangs, comes here from another thread.
+        """
+        if self._admitted.pop(id(sequence), None) is None:
+            return
         self._scheduler.retire(sequence)
         if isinstance(result, Output):
             self.counts["answered"] += 1

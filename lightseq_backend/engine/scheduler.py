@@ -19,6 +19,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._free = list(range(config.slots))
         self.changed = threading.Condition()  # guards the queue; notified when there is something to do
+        self._closed = False
 
     @property
     def waiting(self) -> int:
@@ -29,8 +30,10 @@ class Scheduler:
         return self._config.slots - len(self._free)
 
     def enqueue(self, sequences: list[Sequence]) -> None:
-        """All of them or none: Overloaded when they do not fit in the queue together."""
+        """All of them or none: Overloaded when they do not fit in the queue together; RuntimeError once closed."""
         with self.changed:
+            if self._closed:
+                raise RuntimeError("the engine is stopping")
             room = self._config.queue - len(self._waiting)
             if len(sequences) > room:
                 raise Overloaded(
@@ -60,6 +63,12 @@ class Scheduler:
         for slot in sequence.slots:
             heapq.heappush(self._free, slot)
         sequence.slots = []
+
+    def close(self) -> None:
+        """Lets no more into the queue; what waits stays."""
+        with self.changed:
+            self._closed = True
+            self.changed.notify()
 
     def clear(self) -> list[Sequence]:
         """Empties the queue and returns what waited."""

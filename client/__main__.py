@@ -86,9 +86,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _task(arguments: argparse.Namespace, opened: ExitStack) -> int:
     task = arguments.command
-    codec = _codec(arguments)
     rows, ready, total = _rows(arguments)
     client = _client(arguments, opened)
+    codec = _codec(arguments, client)
     items = client.answers(
         task,
         rows,
@@ -138,16 +138,21 @@ def _client(arguments: argparse.Namespace, opened: ExitStack, **settings: Any) -
         raise _UsageError(f"{error}: install the extra `client`") from None
 
 
-def _codec(arguments: argparse.Namespace) -> Codec:
+def _codec(arguments: argparse.Namespace, client: Client) -> Codec:
     if not arguments.text:
         if arguments.vocabulary:
             raise _UsageError("--vocabulary needs --text")
         return Ids(end_id=getattr(arguments, "end_id", None), padding_id=arguments.padding_id)
     if getattr(arguments, "end_id", None) is not None or arguments.padding_id is not None:
         raise _UsageError("--end-id and --padding-id are for ids; with --text the vocabulary knows them")
-    directory = arguments.vocabulary or Path("model_repository") / arguments.model
+    directory = arguments.vocabulary or _beside_weights(arguments.model, client)
     make = Words.for_translation if arguments.command == TRANSLATE else Words.for_generation
     return make(directory, warn=_warn)
+
+
+def _beside_weights(model: str, client: Client) -> str:
+    """The directory of the model's weights in the repository here; models may share one file (../gpt/gpt.pb)."""
+    return os.path.normpath(Path("model_repository", model, client.weights(model) or "none").parent)
 
 
 def _rows(arguments: argparse.Namespace) -> tuple[Iterable[str], Callable[[], bool], int | None]:
@@ -243,7 +248,9 @@ def _add_task(command: argparse.ArgumentParser, task: str) -> None:
     command.add_argument("--model", default=DEFAULT_MODELS[task], metavar="NAME", help="(default: %(default)s)")
     command.add_argument("--text", action="store_true", help="rows and answers are words, not ids")
     command.add_argument(
-        "--vocabulary", metavar="DIR", help="where the vocabulary files are (default: model_repository/MODEL)"
+        "--vocabulary",
+        metavar="DIR",
+        help="where the vocabulary files are (default: beside the weights in model_repository)",
     )
     command.add_argument("--concurrency", type=_whole, default=8, metavar="N", help="requests at once (%(default)s)")
     command.add_argument("--rows-per-request", type=_whole, default=1, metavar="N", help="rows a matrix (%(default)s)")

@@ -196,6 +196,11 @@ class Client:
         """
         return self._run(self._health(tuple(models)))
 
+    def weights(self, model: str) -> str:
+        """Where the model's configuration says its weights are, seen from the model's directory; "" if nowhere."""
+        config = self._run(self._described(model, self._wire.config))
+        return str(config.get("parameters", {}).get("weights", {}).get("string_value", ""))
+
     def _flow(
         self, call: Call, rows: Iterator[tuple[int, RowLike]], rows_per_request: int, ready: Callable[[], bool]
     ) -> Generator[Answer | Failure, None, None]:
@@ -258,19 +263,24 @@ class Client:
     def _signature(self, task: str, model: str) -> Signature:
         """The model's tensors, asked once."""
         if (task, model) not in self._signatures:
-            self._signatures[task, model] = signature(task, model, self._run(self._metadata(model)))
+            self._signatures[task, model] = signature(
+                task, model, self._run(self._described(model, self._wire.metadata))
+            )
         return self._signatures[task, model]
 
-    async def _metadata(self, model: str) -> dict[str, Any]:
+    async def _described(
+        self, model: str, question: Callable[[str], Coroutine[Any, Any, dict[str, Any]]]
+    ) -> dict[str, Any]:
+        """What the server says of a model that must be ready."""
         await self._check_live()
         if not await self._soon(self._wire.model_ready(model), False):
             state = await self._state(model, await self._soon(self._wire.index(), []))
             reason = f": {state.reason}" if state.reason else f" ({state.state})" if state.state else ""
             raise ModelError(f"model {model} is not ready at {self.url}{reason}")
         try:
-            return await asyncio.wait_for(self._wire.metadata(model), CONTROL_TIMEOUT)
+            return await asyncio.wait_for(question(model), CONTROL_TIMEOUT)
         except (RequestFailed, asyncio.TimeoutError) as error:
-            raise ModelError(f"no metadata of model {model} at {self.url}: {error}") from None
+            raise ModelError(f"no description of model {model} at {self.url}: {error}") from None
 
     async def _check_live(self) -> None:
         hint = f"is this the server's {self.protocol} port?"

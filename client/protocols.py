@@ -50,6 +50,9 @@ class Grpc:
     async def metadata(self, model: str) -> dict[str, Any]:
         return await self._call(self._client.get_model_metadata, model, as_json=True)
 
+    async def config(self, model: str) -> dict[str, Any]:
+        return (await self._call(self._client.get_model_config, model, as_json=True))["config"]
+
     async def index(self) -> list[dict[str, str]]:
         answer = await self._call(self._client.get_model_repository_index, headers=self._admin, as_json=True)
         return answer.get("models", [])
@@ -112,6 +115,10 @@ class Http:
     async def metadata(self, model: str) -> dict[str, Any]:
         async with _plain_failures():
             return await self._client.get_model_metadata(model)
+
+    async def config(self, model: str) -> dict[str, Any]:
+        async with _plain_failures():
+            return await self._client.get_model_config(model)
 
     async def index(self) -> list[dict[str, str]]:
         async with _plain_failures():

@@ -64,6 +64,7 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
             f'backend: "python"\nmax_batch_size: 8\noutput [{tensors}]\n'
             f'input [{{ name: "{given}" data_type: {datatype} dims: [-1] }}]\n'
             "instance_group [{ kind: KIND_CPU count: 1 }]\n"
+            + ('parameters { key: "weights" value: { string_value: "../gpt/gpt.pb" } }\n' if name == "gptlm" else "")
         )
     with EmbeddedServer(repository, device="cpu", admin_key=ADMIN_KEY) as server:
         yield server
@@ -448,6 +449,23 @@ def test_command_translates_text(triton: EmbeddedServer, vocabulary: Path, capfd
     output = capfd.readouterr()
     assert output.out == "two <unk> one\n"
     assert "'chat': not in" in output.err
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_vocabulary_is_looked_for_beside_the_weights(
+    triton: EmbeddedServer,
+    protocol: str,
+    vocabulary: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    directory = vocabulary / "model_repository" / "gpt"
+    directory.mkdir(parents=True)
+    (vocabulary / "vocab.txt").rename(directory / "vocab.txt")
+    monkeypatch.chdir(vocabulary)
+    for command in ("generate", "score"):
+        assert main([command, "--text", "one two", *at(triton, protocol)]) == 0
+    assert capfd.readouterr().out == "one two two one\n1.000000\n"
 
 
 def test_command_writes_json(triton: EmbeddedServer, vocabulary: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -129,6 +129,13 @@ def test_help_lists_every_target() -> None:
     assert {"setup", "demo", "serve", "test", "lint", "bench", "perf", "train", "clean"} < targets
 
 
+@pytest.mark.parametrize("model", sorted(path.parent for path in (ROOT / "model_repository").glob("*/config.pbtxt")))
+def test_cpu_configuration_differs_in_its_kind_alone(model: Path) -> None:
+    for_gpu = (model / "config.pbtxt").read_text()
+    assert for_gpu.count("KIND_GPU") == 1
+    assert (model / "configs" / "cpu.pbtxt").read_text() == for_gpu.replace("KIND_GPU", "KIND_CPU")
+
+
 @pytest.mark.parametrize("script", ["setup.sh", ".ci/run"])
 def test_script_is_executable_and_parses(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)

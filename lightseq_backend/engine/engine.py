@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 from collections.abc import Sequence as Ordered
 from types import ModuleType
 from typing import Any
@@ -43,6 +44,7 @@ class Engine:
         self._admitted: dict[int, Sequence] = {}  # by id(): everything taken from the queue and not yet answered
         self._active: list[Sequence] = []  # those of them that decode
         self._nobody = config.slots  # the lane padding rows work on
+        self._reports: deque[tuple[list[Sequence], Callable[[], np.ndarray]]] = deque()  # of bursts under way
         self._rows = 0  # the bucket that the rows in device memory fill
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -253,16 +255,25 @@ class Engine:
         self._ops.put(self._buffers.state.rows[: self._rows], rows)
 
     def _burst(self) -> None:
+        """Queues a burst of steps, then looks at how an earlier one ended while the device works on this one."""
         searching = any(one.request.options.searches for one in self._active)
         sampled = not all(one.request.options.searches for one in self._active)
         for _ in range(self.config.burst):
             self._steps.run(self._rows, searching, sampled)
         self.counts["steps"] += self.config.burst
-        records = self._ops.get(self._buffers.state.slots)
-        done = [one for one in self._active if records["done"][one.slots[0]]]
+        self._reports.append((list(self._active), self._ops.fetch(self._buffers.state.slots)))
+        if len(self._reports) >= self._ops.BURSTS_AHEAD:
+            self._settle(*self._reports.popleft())
+
+    def _settle(self, ran: list[Sequence], report: Callable[[], np.ndarray]) -> None:
+        """Retires what was done at the end of a burst. ran: the sequences it worked on; some may be gone since."""
+        records = report()
+        done = [one for one in ran if one.slots and records["done"][one.slots[0]]]
         if not done:
             return
-        self._active = [one for one in self._active if not records["done"][one.slots[0]]]
+        self._active = [one for one in self._active if one not in done]
+        if not self._active:
+            self._reports.clear()  # of bursts that had nothing left to do
         self._write_rows()
         for sequence in done:
             self._retire(sequence, self._finish(sequence, records[sequence.slots]))
@@ -309,7 +320,7 @@ class Engine:
                 work.x[part], head.norm, head.output, head.epsilon, head.scale, work.normed[part], logits
             )
             ops.target_log_probabilities(logits, buffers.targets[part], buffers.scored[part])
-        return np.asarray(ops.get(buffers.scored[: pack.rows]))
+        return np.asarray(ops.fetch(buffers.scored[: pack.rows])())
 
     def _retire(self, sequence: Sequence, result: Output | Exception) -> None:
         """Answers, exactly once: whoever is not in _admitted any more has had an answer.
@@ -331,6 +342,7 @@ class Engine:
 
     def _fail(self, error: Exception) -> None:
         self._active = []
+        self._reports.clear()
         for sequence in list(self._admitted.values()):
             self._retire(sequence, error)
 

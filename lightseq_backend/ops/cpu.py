@@ -25,6 +25,7 @@ from lightseq_backend.ops.slots import FAN_OUT, SAMPLE, SEARCH
 Array = np.ndarray[Any, Any]
 
 NAME = "cpu"
+BURSTS_AHEAD = 1  # bursts queued before the end of the first is looked at: a GPU must not wait for the host
 FLOAT = np.dtype(np.float32)
 
 
@@ -94,8 +95,14 @@ def put(destination: Array, source: Array) -> None:
 
 
 def get(source: Array) -> Array:
-    """A copy on the host."""
+    """A copy on the host of what no queued operation writes any more."""
     return np.array(source)
+
+
+def fetch(source: Array) -> Callable[[], Array]:
+    """Queues a copy to the host behind the operations before it; calling the result waits for it and returns it."""
+    copy = np.array(source)
+    return lambda: copy
 
 
 def capture(run: Callable[[], None]) -> Callable[[], None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 from lightseq_backend.errors import ConfigError, RequestError
@@ -137,7 +138,8 @@ _SAMPLING_ONLY = ("top_k", "top_p", "temperature")
 def _typed(name: str, value: object) -> object:
     wanted = OPTION_TYPES[name]
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        with suppress(OverflowError):
+            return float(value)
     if wanted is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if not isinstance(value, wanted) or isinstance(value, bool):
@@ -277,6 +279,8 @@ class GptConfig:
 
     def __post_init__(self) -> None:
         faults = _architecture_faults(self, ("hidden", "inner", "heads", "layers", "vocabulary", "max_positions"))
+        if not 0 <= self.end_id < self.vocabulary:
+            faults.append(f"end_id is {self.end_id}; the vocabulary has {self.vocabulary}")
         if faults:
             raise ConfigError("\n".join(faults))
 

@@ -19,7 +19,7 @@ REPOSITORY = ROOT / "model_repository"
 TRANSLATOR = REPOSITORY / "transformer" / "transformer.pb"
 COUNTER = REPOSITORY / "gpt" / "gpt.pb"
 MOST_BYTES = 3_000_000
-END = "</s>"
+START, END = "<s>", "</s>"
 
 
 class Words:
@@ -44,7 +44,11 @@ def pairs(name: str) -> list[tuple[str, str]]:
 def engine_of(path: Path, dialect: str = "head") -> Engine:
     config, arrays = weights.load(path, dialect)
     backend = ops.load("cpu")
-    model = (Transformer if isinstance(config, TransformerConfig) else Gpt)(config, arrays, backend)
+    model: Transformer | Gpt
+    if isinstance(config, TransformerConfig):
+        model = Transformer(config, arrays, backend)
+    else:
+        model = Gpt(config, arrays, backend)
     return Engine(model, EngineConfig(slots=256, max_beam_size=4, queue=2_000, prompt_tokens=4_096), backend)
 
 
@@ -81,8 +85,13 @@ def translate(engine: Engine, french: Words, english: Words, texts: list[str]) -
 
 def count_on(engine: Engine, counted: Words, prompts: list[str]) -> list[str]:
     """What the engine makes of the prompts by the file's own decoding."""
-    outputs = engine.answer([counted.ids(prompt) for prompt in prompts])
+    outputs = engine.answer([counted.ids(f"{START} {prompt}") for prompt in prompts])
     return [counted.text(output.hypotheses[0].tokens.tolist()) for output in outputs]
+
+
+def losses(engine: Engine, counted: Words, texts: list[str]) -> list[float]:
+    outputs = engine.answer([counted.ids(f"{START} {text} {END}") for text in texts], SCORE)
+    return [output.loss for output in outputs if output.loss is not None]
 
 
 def share_right(answers: list[str], wanted: list[str]) -> float:
@@ -174,9 +183,16 @@ def test_counter_counts_to_the_next_ten(counter: Engine, counted: Words, prompt:
 def test_right_counts_lose_less_than_corrupted_ones(counter: Engine, counted: Words) -> None:
     rng = random.Random(3)
     texts = [f"{prompt} {rest}" for prompt, rest in pairs("counting.tsv")[:200]]
-    right = counter.answer([counted.ids(f"{text} {END}") for text in texts], SCORE)
-    wrong = counter.answer([counted.ids(f"{corrupted(text, rng)} {END}") for text in texts], SCORE)
-    assert all(one.loss < other.loss for one, other in zip(right, wrong, strict=True))
+    right = losses(counter, counted, texts)
+    wrong = losses(counter, counted, [corrupted(text, rng) for text in texts])
+    assert all(one < other for one, other in zip(right, wrong, strict=True))
+
+
+def test_counter_needs_no_start_token(counter: Engine, counted: Words) -> None:
+    (output,) = counter.answer([counted.ids("forty-one , forty-two ,")])
+    answer = counted.text(output.hypotheses[0].tokens.tolist())
+    wanted = "forty-three , forty-four , forty-five , forty-six , forty-seven , forty-eight , forty-nine , fifty"
+    assert answer == f"{wanted} {END}"
 
 
 def corrupted(text: str, rng: random.Random) -> str:

@@ -14,7 +14,8 @@ FRENCH = [
     "deux cent mille un",
     "sept cent soixante-dix-sept mille cinq cent quatre-vingt-un",
 ]
-COUNTING = "ninety-eight , ninety-nine , one hundred ,"
+COUNTING = "twelve , thirteen , fourteen ,"
+SEED = 5
 RIGHT = "twenty-one , twenty-two , twenty-three"
 WRONG = "twenty-one , forty , twenty-three"
 
@@ -49,9 +50,10 @@ def hypotheses(client: Client) -> None:
 def generate(client: Client) -> None:
     print("\nContinued by GPT (greedy, then one sample with a seed):")
     codec = Words.for_generation(MODELS / "gpt")
-    settings = ({"sampling_method": "greedy"}, {"sampling_method": "topk", "top_k": 4, "seed": 1})
-    for options in settings:
-        (answer,) = client.generate([COUNTING], codec=codec, max_new_tokens=24, **options)
+    greedy = {"sampling_method": "greedy"}
+    sampled = {"sampling_method": "sample", "temperature": 1.2, "seed": SEED}
+    for options in (greedy, sampled):
+        (answer,) = client.generate([COUNTING], codec=codec, **options)
         print(f"  {answer.hypotheses[0].text}")
 
 

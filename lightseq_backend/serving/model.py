@@ -123,12 +123,15 @@ def _naming_the_row(requests: list[Request], config: Config, error: RequestError
 class _TritonLog(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         logger = pb_utils.Logger
-        if record.levelno >= logging.ERROR:
-            logger.log_error(self.format(record))
-        elif record.levelno >= logging.WARNING:
-            logger.log_warn(self.format(record))
-        else:
-            logger.log_info(self.format(record))
+        try:
+            if record.levelno >= logging.ERROR:
+                logger.log_error(self.format(record))
+            elif record.levelno >= logging.WARNING:
+                logger.log_warn(self.format(record))
+            else:
+                logger.log_info(self.format(record))
+        except Exception:
+            self.handleError(record)
 
 
 def _log_through_triton() -> None:

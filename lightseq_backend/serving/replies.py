@@ -77,7 +77,7 @@ class Replies:
         due = time.monotonic()
         while True:
             if time.monotonic() >= due:
-                self._tick()
+                self._tick_once()
                 due = time.monotonic() + self._period
             try:
                 arrival = self._arrived.get(timeout=max(0.0, due - time.monotonic()))
@@ -89,6 +89,13 @@ class Replies:
             ticket.results[row] = result
             if len(ticket.results) == len(ticket.rows):
                 self._send(ticket)
+
+    def _tick_once(self) -> None:
+        try:
+            self._tick()
+        except Exception:  # whatever it is, answers go out
+            log.exception("no more ticks: one failed")
+            self._tick = lambda: None
 
     def _send(self, ticket: Ticket) -> None:
         try:

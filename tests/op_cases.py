@@ -7,8 +7,9 @@ ops/cpu.py, benchmarks divide `bytes` by the time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ def _place(ops: ModuleType, value: Any, float32: bool) -> Any:
     return array
 
 
-# The cases -----------------------------------------------------------------------------------------------------------
+# Shared by the families ----------------------------------------------------------------------------------------------
 
 
 def cases(op: str | None = None) -> list[Case]:
@@ -104,9 +105,9 @@ def cases(op: str | None = None) -> list[Case]:
     return [case for case in every if op is None or case.op == op]
 
 
-def _seeded(*shape: Any) -> np.random.Generator:
+def _seeded(*parts: int | str) -> np.random.Generator:
     """The same numbers for the same case, whichever others there are."""
-    return np.random.default_rng([int(part) if not isinstance(part, str) else len(part) for part in shape])
+    return np.random.default_rng([len(part) if isinstance(part, str) else part for part in parts])
 
 
 def _floats(random: np.random.Generator, *shape: int) -> Array:
@@ -126,139 +127,194 @@ def _linear(random: np.random.Generator, narrow: int, wide: int, transposed: boo
     return Linear(weight * np.float32(narrow**-0.5), _floats(random, wide) if bias else None)
 
 
+def _seat(random: np.random.Generator, widths: Sequence[int]) -> tuple[Array, list[list[int]], Array]:
+    """Lanes in no order for sequences of so many rows.
+
+    Returns empty records (four lanes more than needed, the last nobody's), the lanes of each sequence, and int32
+    `rows`, which nobody's lane fills up to a multiple of eight.
+    """
+    count = sum(widths)
+    slots, free = np.zeros(count + 4, SLOT), random.permutation(count + 3).tolist()
+    lanes = [[free.pop() for _ in range(width)] for width in widths]
+    used = [lane for own in lanes for lane in own]
+    return slots, lanes, np.array([*used, *[count + 3] * (-count % 8)], np.int32)
+
+
+# Embedding and normalisation -----------------------------------------------------------------------------------------
+
+
 def _embed_tokens() -> Iterator[Case]:
-    for rows, hidden, transposed in ((1, 64, False), (7, 768, False), (19, 1000, True), (99, 64, True), (257, 768, False)):
+    for rows, hidden, view in zip(ROWS, (64, 768, 1000, 64, 768), (False, False, True, True, False)):
+        yield Case(
+            f"{rows}x{hidden}" + " transposed table" * view,
+            "embed_tokens",
+            partial(_embed_tokens_arguments, rows, hidden, view),
+            ("out",),
+            elements=3 * rows * hidden,
+            words=2 * rows,
+        )
 
-        def build(rows: int = rows, hidden: int = hidden, transposed: bool = transposed) -> Arguments:
-            random = _seeded(rows, hidden)
-            tokens = random.integers(0, 257, rows).astype(np.int32)
-            tokens[3::5] = -1  # padding between tokens: zeros, whatever the position
-            table = _floats(random, hidden, 257).T if transposed else _floats(random, 257, hidden)
-            return {
-                "tokens": tokens,
-                "positions": random.integers(0, 99, rows).astype(np.int32),
-                "token_table": Table(table),
-                "position_table": Table(_floats(random, 99, hidden)),
-                "out": _empty(rows, hidden),
-            }
 
-        name = f"{rows}x{hidden}" + (" transposed table" if transposed else "")
-        yield Case(name, "embed_tokens", build, ("out",), elements=3 * rows * hidden, words=2 * rows)
+def _embed_tokens_arguments(rows: int, hidden: int, transposed: bool) -> Arguments:
+    random = _seeded(rows, hidden)
+    tokens = random.integers(0, 257, rows).astype(np.int32)
+    tokens[3::5] = -1  # padding between tokens: zeros, whatever the position
+    return {
+        "tokens": tokens,
+        "positions": random.integers(0, 99, rows).astype(np.int32),
+        "token_table": Table(_floats(random, hidden, 257).T if transposed else _floats(random, 257, hidden)),
+        "position_table": Table(_floats(random, 99, hidden)),
+        "out": _empty(rows, hidden),
+    }
 
 
 def _embed_rows() -> Iterator[Case]:
     for rows, hidden in ((1, 64), (19, 768), (99, 1000)):
+        yield Case(
+            f"{rows}x{hidden}",
+            "embed_rows",
+            partial(_embed_rows_arguments, rows, hidden),
+            ("out",),
+            elements=3 * rows * hidden,
+            words=3 * rows,
+        )
 
-        def build(rows: int = rows, hidden: int = hidden) -> Arguments:
-            random = _seeded(rows, hidden)
-            slots = np.zeros(rows + 3, SLOT)
-            slots["token"] = random.integers(0, 257, slots.size)
-            slots["length"] = random.integers(0, 99, slots.size)
-            return {
-                "rows": random.permutation(slots.size)[:rows].astype(np.int32),
-                "slots": slots,
-                "token_table": Table(_floats(random, hidden, 257).T),
-                "position_table": Table(_floats(random, 99, hidden)),
-                "out": _empty(rows, hidden),
-            }
 
-        yield Case(f"{rows}x{hidden}", "embed_rows", build, ("out",), elements=3 * rows * hidden, words=3 * rows)
+def _embed_rows_arguments(rows: int, hidden: int) -> Arguments:
+    random = _seeded(rows, hidden)
+    slots, _, used = _seat(random, [1] * rows)
+    slots["token"] = random.integers(-1, 257, slots.size)
+    slots["length"] = random.integers(0, 99, slots.size)
+    return {
+        "rows": used,
+        "slots": slots,
+        "token_table": Table(_floats(random, hidden, 257).T),
+        "position_table": Table(_floats(random, 99, hidden)),
+        "out": _empty(used.size, hidden),
+    }
+
+
+NORMS: dict[str, Callable[[Array], Array]] = {
+    "": lambda x: x,
+    "far from zero": lambda x: 100 + x,
+    "constant": lambda x: np.full_like(x, 3),
+    "tiny": lambda x: x * np.float32(1e-6),
+}
 
 
 def _layer_norm() -> Iterator[Case]:
-    kinds: dict[str, Callable[[Array], Array]] = {
-        "": lambda x: x,
-        "far from zero": lambda x: 100 + x,
-        "constant": lambda x: np.full_like(x, 3),
-        "tiny": lambda x: x * np.float32(1e-6),
-    }
     plain = [(rows, hidden, "") for rows, hidden in zip(ROWS, (*HIDDEN, 1, 64))]
     for rows, hidden, kind in [*plain, (19, 1000, "far from zero"), (7, 64, "constant"), (7, 768, "tiny")]:
-
-        def build(rows: int = rows, hidden: int = hidden, kind: str = kind) -> Arguments:
-            random = _seeded(rows, hidden, kind)
-            return {
-                "x": kinds[kind](_floats(random, rows, hidden)),
-                "norm": _norm(random, hidden),
-                "epsilon": 1e-6 if kind == "tiny" else 1e-12,
-                "out": _empty(rows, hidden),
-            }
-
         # 100 + x has lost seven bits of x before the operation sees it.
-        tolerance = {"float32": 1e-4, "float16": 0.2, "bfloat16": 2.0} if kind == "far from zero" else TOLERANCE
+        far = {"float32": 1e-4, "float16": 0.2, "bfloat16": 2.0}
         yield Case(
-            f"{rows}x{hidden} {kind}".strip(), "layer_norm", build, ("out",),
-            elements=2 * rows * hidden + 2 * hidden, tolerance=tolerance,
-        )  # fmt: skip
+            f"{rows}x{hidden} {kind}".strip(),
+            "layer_norm",
+            partial(_layer_norm_arguments, rows, hidden, kind),
+            ("out",),
+            elements=2 * rows * hidden + 2 * hidden,
+            tolerance=far if kind == "far from zero" else TOLERANCE,
+        )
 
 
-# rows, in, out, weight as a transposed view
+def _layer_norm_arguments(rows: int, hidden: int, kind: str) -> Arguments:
+    random = _seeded(rows, hidden, kind)
+    return {
+        "x": NORMS[kind](_floats(random, rows, hidden)),
+        "norm": _norm(random, hidden),
+        "epsilon": 1e-6 if kind == "tiny" else 1e-12,
+        "out": _empty(rows, hidden),
+    }
+
+
+# Products ------------------------------------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """x [rows, narrow] times a weight [narrow, wide], which may be the transposed view of another."""
+
+    rows: int
+    narrow: int
+    wide: int
+    transposed: bool = False
+    bias: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.narrow}x{self.wide}" + " transposed" * self.transposed
+
+    @property
+    def elements(self) -> int:
+        """What a product reads and writes."""
+        return self.rows * (self.narrow + self.wide) + self.narrow * self.wide + self.wide * self.bias
+
+    def weight(self, random: np.random.Generator) -> Linear:
+        return _linear(random, self.narrow, self.wide, self.transposed, self.bias)
+
+
 PRODUCTS = (
-    (1, 64, 192, False),
-    (7, 768, 64, True),
-    (19, 1000, 257, False),
-    (99, 64, 1000, True),
-    (257, 768, 768, False),
-    (241, 257, 99, False),
-    (7, 1, 19, False),
-    (19, 64, 1, False),
+    Shape(1, 64, 192),
+    Shape(7, 768, 64, transposed=True),
+    Shape(19, 1000, 257, bias=False),
+    Shape(99, 64, 1000, transposed=True),
+    Shape(257, 768, 768),
+    Shape(241, 257, 99),
+    Shape(7, 1, 19),
+    Shape(19, 64, 1),
 )
 
 
 def _products() -> Iterator[Case]:
-    for rows, narrow, wide, transposed in PRODUCTS:
-        shape = f"{rows}x{narrow}x{wide}" + (" transposed" if transposed else "")
-        moved = rows * (narrow + wide) + narrow * wide + wide
+    for shape in PRODUCTS:
+        yield Case(str(shape), "linear", partial(_linear_arguments, shape), ("out",), elements=shape.elements)
+        for activation in ("none", "relu", "gelu") if shape.rows in (7, 99) else ("gelu",):
+            yield Case(
+                f"{shape} {activation}",
+                "norm_linear",
+                partial(_norm_linear_arguments, shape, activation),
+                ("normed", "out"),
+                elements=shape.elements + shape.rows * shape.narrow + 2 * shape.narrow,
+            )
+        for in_place in (True, False):
+            yield Case(
+                f"{shape} {'in place' if in_place else 'beside'}",
+                "linear_residual",
+                partial(_linear_residual_arguments, shape, in_place),
+                ("out",),
+                elements=shape.elements + shape.rows * shape.wide,
+            )
 
-        def linear(rows: int = rows, narrow: int = narrow, wide: int = wide, transposed: bool = transposed) -> Arguments:
-            random = _seeded(rows, narrow, wide)
-            return {
-                "x": _floats(random, rows, narrow),
-                "linear": _linear(random, narrow, wide, transposed, bias=rows != 19),
-                "out": _empty(rows, wide),
-            }
 
-        yield Case(shape, "linear", linear, ("out",), elements=moved)
+def _linear_arguments(shape: Shape) -> Arguments:
+    random = _seeded(*shape[:3])
+    x = _floats(random, shape.rows, shape.narrow)
+    return {"x": x, "linear": shape.weight(random), "out": _empty(shape.rows, shape.wide)}
 
-        for activation in ("none", "relu", "gelu") if rows in (7, 99) else ("gelu",):
 
-            def norm_linear(
-                rows: int = rows,
-                narrow: int = narrow,
-                wide: int = wide,
-                transposed: bool = transposed,
-                activation: str = activation,
-            ) -> Arguments:
-                random = _seeded(rows, narrow, wide, activation)
-                return {
-                    "x": 3 * _floats(random, rows, narrow),
-                    "norm": _norm(random, narrow),
-                    "linear": _linear(random, narrow, wide, transposed),
-                    "epsilon": 1e-12,
-                    "activation": activation,
-                    "normed": _empty(rows, narrow),
-                    "out": _empty(rows, wide),
-                }
+def _norm_linear_arguments(shape: Shape, activation: str) -> Arguments:
+    random = _seeded(*shape[:3], activation)
+    return {
+        "x": 3 * _floats(random, shape.rows, shape.narrow),
+        "norm": _norm(random, shape.narrow),
+        "linear": shape.weight(random),
+        "epsilon": 1e-12,
+        "activation": activation,
+        "normed": _empty(shape.rows, shape.narrow),
+        "out": _empty(shape.rows, shape.wide),
+    }
 
-            outputs = ("normed", "out")
-            yield Case(f"{shape} {activation}", "norm_linear", norm_linear, outputs, elements=moved + 2 * narrow)
 
-        for place in ("in place", "beside"):
+def _linear_residual_arguments(shape: Shape, in_place: bool) -> Arguments:
+    random = _seeded(*shape[:3], in_place)
+    residual = _floats(random, shape.rows, shape.wide)
+    return {
+        "x": _floats(random, shape.rows, shape.narrow),
+        "linear": shape.weight(random),
+        "residual": residual,
+        "out": residual if in_place else _empty(shape.rows, shape.wide),
+    }
 
-            def linear_residual(
-                rows: int = rows, narrow: int = narrow, wide: int = wide, transposed: bool = transposed, place: str = place
-            ) -> Arguments:
-                random = _seeded(rows, narrow, wide, place)
-                residual = _floats(random, rows, wide)
-                return {
-                    "x": _floats(random, rows, narrow),
-                    "linear": _linear(random, narrow, wide, transposed),
-                    "residual": residual,
-                    "out": residual if place == "in place" else _empty(rows, wide),
-                }
 
-            yield Case(f"{shape} {place}", "linear_residual", linear_residual, ("out",), elements=moved + rows * wide)
-
+# Attention -----------------------------------------------------------------------------------------------------------
 
 # lengths of the packed sequences, hidden, heads
 PACKS = (
@@ -274,177 +330,198 @@ PACKS = (
 def _packed_attention() -> Iterator[Case]:
     for lengths, hidden, heads in PACKS:
         for causal in (False, True):
-
-            def build(
-                lengths: tuple[int, ...] = lengths, hidden: int = hidden, heads: int = heads, causal: bool = causal
-            ) -> Arguments:
-                random = _seeded(*lengths, hidden, heads)
-                return {
-                    "qkv": 2 * _floats(random, sum(lengths), 3 * hidden),
-                    "starts": np.cumsum([0, *lengths]).astype(np.int32),
-                    "heads": heads,
-                    "causal": causal,
-                    "out": _empty(sum(lengths), hidden),
-                }
-
-            name = f"{'+'.join(map(str, lengths))} {hidden}/{heads}" + (" causal" if causal else "")
             yield Case(
-                name, "packed_attention", build, ("out",), elements=4 * sum(lengths) * hidden, words=len(lengths) + 1
+                f"{'+'.join(map(str, lengths))} {hidden}/{heads}" + " causal" * causal,
+                "packed_attention",
+                partial(_packed_attention_arguments, lengths, hidden, heads, causal),
+                ("out",),
+                elements=4 * sum(lengths) * hidden,
+                words=len(lengths) + 1,
             )
 
 
+def _packed_attention_arguments(lengths: tuple[int, ...], hidden: int, heads: int, causal: bool) -> Arguments:
+    random = _seeded(*lengths, hidden, heads)
+    return {
+        "qkv": 2 * _floats(random, sum(lengths), 3 * hidden),
+        "starts": np.cumsum([0, *lengths]).astype(np.int32),
+        "heads": heads,
+        "causal": causal,
+        "out": _empty(sum(lengths), hidden),
+    }
+
+
 def _decode_attention() -> Iterator[Case]:
-    for rows, hidden, heads, steps in ((1, 64, 4, 1), (7, 64, 64, 19), (19, 1000, 8, 99), (99, 768, 12, 40), (8, 64, 1, 257)):
-        padding = -rows % 8  # rows of the lane that belongs to nobody
-        lanes = rows + 4
-
-        def build(
-            rows: int = rows, hidden: int = hidden, heads: int = heads, steps: int = steps,
-            padding: int = padding, lanes: int = lanes,
-        ) -> Arguments:  # fmt: skip
-            random = _seeded(rows, hidden, heads, steps)
-            slots = np.zeros(lanes, SLOT)
-            slots["length"] = random.integers(0, steps, lanes)
-            slots["length"][:2] = 0, steps - 1
-            slots["width"] = 1
-            slots[-1] = np.zeros((), SLOT)
-            slots_of_rows = random.permutation(lanes - 1)[:rows]
-            return {
-                "qkv": 2 * _floats(random, rows + padding, 3 * hidden),
-                "rows": np.array([*slots_of_rows, *[lanes - 1] * padding], np.int32),
-                "slots": slots,
-                "ancestors": random.integers(0, lanes - 1, (lanes, steps)).astype(np.int32),
-                "keys": _floats(random, lanes, steps, hidden),
-                "values": _floats(random, lanes, steps, hidden),
-                "heads": heads,
-                "out": _empty(rows + padding, hidden),
-            }
-
-        lengths = build()["slots"]["length"][build()["rows"][:rows]]
+    shapes = ((1, 64, 4, 1), (7, 64, 64, 19), (19, 1000, 8, 99), (99, 768, 12, 40), (8, 64, 1, 257))
+    for rows, hidden, heads, steps in shapes:
+        build = partial(_decode_attention_arguments, rows, hidden, heads, steps)
+        pasts = int(_decode_lengths(_seeded(rows, steps), rows, steps).sum())
+        nobody = rows + 3
         yield Case(
-            f"{rows} rows {hidden}/{heads} past {steps}", "decode_attention", build, ("out", "keys", "values", "ancestors"),
-            elements=int(2 * lengths.sum() + 6 * rows) * hidden, words=int(lengths.sum() + 2 * rows),
-            undefined={"out": slice(rows, None), "keys": lanes - 1, "values": lanes - 1, "ancestors": lanes - 1},
-        )  # fmt: skip
+            f"{rows} rows {hidden}/{heads} past {steps}",
+            "decode_attention",
+            build,
+            ("out", "keys", "values", "ancestors"),
+            elements=(2 * pasts + 6 * rows) * hidden,
+            words=pasts + 3 * rows,
+            undefined={"out": slice(rows, None), "keys": nobody, "values": nobody, "ancestors": nobody},
+        )
+
+
+def _decode_lengths(random: np.random.Generator, rows: int, steps: int) -> Array:
+    """Tokens in the past of each row; one past is empty and one as long as can be."""
+    lengths = random.integers(0, steps, rows)
+    lengths[0], lengths[-1] = 0, steps - 1
+    return lengths
+
+
+def _decode_attention_arguments(rows: int, hidden: int, heads: int, steps: int) -> Arguments:
+    random = _seeded(rows, hidden, heads, steps)
+    slots, lanes, used = _seat(random, [1] * rows)
+    own = [lane for (lane,) in lanes]
+    slots["width"][own], slots["length"][own] = 1, _decode_lengths(_seeded(rows, steps), rows, steps)
+    return {
+        "qkv": 2 * _floats(random, used.size, 3 * hidden),
+        "rows": used,
+        "slots": slots,
+        # A lane's past lies anywhere, as after many reorders; nobody's lane is nobody's past.
+        "ancestors": random.integers(0, slots.size - 1, (slots.size, steps)).astype(np.int32),
+        "keys": _floats(random, slots.size, steps, hidden),
+        "values": _floats(random, slots.size, steps, hidden),
+        "heads": heads,
+        "out": _empty(used.size, hidden),
+    }
+
+
+# (beams, source tokens) of each sequence, hidden, heads
+SOURCES = (
+    (((1, 1),), 64, 4),
+    (((4, 19), (1, 257), (16, 7)), 768, 12),
+    (((3, 99), (5, 1), (1, 40)), 1000, 8),
+    (((2, 7), (2, 3)), 64, 64),
+)
 
 
 def _cross_attention() -> Iterator[Case]:
-    for shapes, hidden, heads in (
-        (((1, 1),), 64, 4),
-        (((4, 19), (1, 257), (16, 7)), 768, 12),
-        (((3, 99), (5, 1), (1, 40)), 1000, 8),
-        (((2, 7), (2, 3)), 64, 64),
-    ):  # (beams, source tokens) of each sequence
-        rows = sum(width for width, _ in shapes)
-        steps = max(length for _, length in shapes)
+    for sequences, hidden, heads in SOURCES:
+        rows = sum(width for width, _ in sequences)
+        yield Case(
+            f"{'+'.join(f'{width}x{length}' for width, length in sequences)} {hidden}/{heads}",
+            "cross_attention",
+            partial(_cross_attention_arguments, sequences, hidden, heads),
+            ("out",),
+            elements=2 * hidden * (rows + sum(length for _, length in sequences)),
+            words=2 * rows,
+        )
 
-        def build(
-            shapes: tuple[tuple[int, int], ...] = shapes, hidden: int = hidden, heads: int = heads,
-            rows: int = rows, steps: int = steps,
-        ) -> Arguments:  # fmt: skip
-            random = _seeded(rows, hidden, heads, steps)
-            lanes = rows + 3
-            slots, free = np.zeros(lanes, SLOT), random.permutation(lanes - 1).tolist()
-            slots_of_rows = []
-            for method, (width, length) in zip((SEARCH, SAMPLE, FAN_OUT), shapes):
-                own = [free.pop() for _ in range(width)]
-                slots_of_rows += own
-                slots["method"][own], slots["width"][own], slots["beam"][own] = method, width, range(width)
-                slots["memory"][own], slots["memory_length"][own] = own[0], length
-            padding = -rows % 8
-            return {
-                "query": 2 * _floats(random, rows + padding, hidden),
-                "rows": np.array([*slots_of_rows, *[lanes - 1] * padding], np.int32),
-                "slots": slots,
-                "keys": _floats(random, lanes, steps, hidden),
-                "values": _floats(random, lanes, steps, hidden),
-                "heads": heads,
-                "out": _empty(rows + padding, hidden),
-            }
 
-        name = "+".join(f"{width}x{length}" for width, length in shapes)
-        elements = 2 * hidden * (rows + sum(length for _, length in shapes))
-        yield Case(f"{name} {hidden}/{heads}", "cross_attention", build, ("out",), elements=elements, words=2 * rows)
+def _cross_attention_arguments(sequences: tuple[tuple[int, int], ...], hidden: int, heads: int) -> Arguments:
+    random = _seeded(len(sequences), hidden, heads)
+    slots, lanes, used = _seat(random, [width for width, _ in sequences])
+    for method, own, (width, length) in zip((SEARCH, SAMPLE, FAN_OUT), lanes, sequences):
+        slots["method"][own], slots["width"][own], slots["beam"][own] = method, width, range(width)
+        slots["memory"][own], slots["memory_length"][own] = own[0], length
+    steps = max(length for _, length in sequences)
+    return {
+        "query": 2 * _floats(random, used.size, hidden),
+        "rows": used,
+        "slots": slots,
+        "keys": _floats(random, slots.size, steps, hidden),
+        "values": _floats(random, slots.size, steps, hidden),
+        "heads": heads,
+        "out": _empty(used.size, hidden),
+    }
 
 
 def _store() -> Iterator[Case]:
     for rows, hidden in ((1, 64), (19, 1000), (257, 768)):
+        yield Case(
+            f"{rows}x{hidden}",
+            "store",
+            partial(_store_arguments, rows, hidden),
+            ("keys", "values"),
+            elements=4 * rows * hidden,
+            words=2 * rows,
+        )
 
-        def build(rows: int = rows, hidden: int = hidden) -> Arguments:
-            random = _seeded(rows, hidden)
-            places = random.permutation(5 * 99)[:rows]
-            return {
-                "key_values": _floats(random, rows, 2 * hidden),
-                "lanes": (places // 99).astype(np.int32),
-                "steps": (places % 99).astype(np.int32),
-                "keys": _floats(random, 5, 99, hidden),
-                "values": _floats(random, 5, 99, hidden),
-            }
 
-        yield Case(f"{rows}x{hidden}", "store", build, ("keys", "values"), elements=4 * rows * hidden, words=2 * rows)
+def _store_arguments(rows: int, hidden: int) -> Arguments:
+    random = _seeded(rows, hidden)
+    places = random.permutation(5 * 99)[:rows]
+    return {
+        "key_values": _floats(random, rows, 2 * hidden),
+        "lanes": (places // 99).astype(np.int32),
+        "steps": (places % 99).astype(np.int32),
+        "keys": _floats(random, 5, 99, hidden),
+        "values": _floats(random, 5, 99, hidden),
+    }
+
+
+# The vocabulary ------------------------------------------------------------------------------------------------------
+
+HEADS = (
+    Shape(1, 64, 257),
+    Shape(7, 768, 1000, transposed=True, bias=False),
+    Shape(19, 1000, 257),
+    Shape(99, 64, 30016, transposed=True, bias=False),
+)  # with a bias: a Transformer, whose logits are scaled; without: a GPT
 
 
 def _vocabulary() -> Iterator[Case]:
-    for rows, hidden, vocabulary, transposed, scaled in (
-        (1, 64, 257, False, True),
-        (7, 768, 1000, True, False),
-        (19, 1000, 257, False, True),
-        (99, 64, 30016, True, False),
-    ):
-        moved = rows * hidden + hidden * vocabulary + 2 * hidden
-
-        def logits(
-            rows: int = rows, hidden: int = hidden, vocabulary: int = vocabulary, transposed: bool = transposed,
-            scaled: bool = scaled,
-        ) -> Arguments:  # fmt: skip
-            random = _seeded(rows, hidden, vocabulary)
-            return {
-                "x": 3 * _floats(random, rows, hidden),
-                "norm": _norm(random, hidden),
-                "output": Linear(4 * _linear(random, hidden, vocabulary, transposed).weight, _floats(random, vocabulary))
-                if scaled
-                else _linear(random, hidden, vocabulary, transposed, bias=False),
-                "epsilon": 1e-12,
-                "scale": hidden**-0.5 if scaled else 1.0,
-                "normed": _empty(rows, hidden),
-                "logits": _empty(rows, vocabulary),
-            }
-
-        shape = f"{rows}x{hidden}x{vocabulary}"
+    for shape in HEADS:
+        rows, hidden, vocabulary = shape[:3]
+        moved = rows * hidden + hidden * vocabulary + vocabulary * shape.bias + 2 * hidden
         yield Case(
-            shape, "vocabulary_logits", logits, ("normed", "logits"),
-            elements=moved + rows * hidden, words=rows * vocabulary, float32=frozenset({"logits"}),
-        )  # fmt: skip
-
+            str(shape),
+            "vocabulary_logits",
+            partial(_vocabulary_logits_arguments, shape),
+            ("normed", "logits"),
+            elements=moved + rows * hidden,
+            words=rows * vocabulary,
+            float32=frozenset({"logits"}),
+        )
         for count, banned in ((1, -1), (4, vocabulary - 3), (16, -1)):
-
-            def vocabulary_top(
-                logits: Callable[[], Arguments] = logits, rows: int = rows, count: int = count, banned: int = banned
-            ) -> Arguments:
-                return {**logits(), "banned": banned, **_room_for_best(rows, count)}
-
             yield Case(
                 f"{shape} best {count}" + (f" without {banned}" if banned >= 0 else ""),
-                "vocabulary_top", vocabulary_top, ("ids", "log_probabilities"),
-                elements=moved, words=2 * rows * count, float32=frozenset({"logits", "log_probabilities"}),
-            )  # fmt: skip
+                "vocabulary_top",
+                partial(_vocabulary_top_arguments, shape, count, banned),
+                ("ids", "log_probabilities"),
+                elements=moved,
+                words=2 * rows * count,
+                float32=frozenset({"logits", "log_probabilities"}),
+            )
+
+
+def _vocabulary_logits_arguments(shape: Shape) -> Arguments:
+    random = _seeded(*shape[:3])
+    scale = float(shape.narrow**-0.5) if shape.bias else 1.0
+    weight, bias = shape.weight(random)
+    return {
+        "x": 3 * _floats(random, shape.rows, shape.narrow),
+        "norm": _norm(random, shape.narrow),
+        "output": Linear(weight * np.float32(1 / scale), bias),
+        "epsilon": 1e-12,
+        "scale": scale,
+        "normed": _empty(shape.rows, shape.narrow),
+        "logits": _empty(shape.rows, shape.wide),
+    }
+
+
+def _vocabulary_top_arguments(shape: Shape, count: int, banned: int) -> Arguments:
+    return {**_vocabulary_logits_arguments(shape), "banned": banned, **_room_for_best(shape.rows, count)}
 
 
 def _room_for_best(rows: int, count: int) -> Arguments:
     return {"ids": np.full((rows, count), -7, np.int32), "log_probabilities": _empty(rows, count)}
 
 
-def _logits(random: np.random.Generator, kind: str, rows: int, vocabulary: int) -> Array:
-    logits = 4 * _floats(random, rows, vocabulary)
-    if kind == "ties":
-        logits = np.round(logits)
-    elif kind == "all equal":
-        logits[:] = 1.5
-    elif kind == "extreme":
-        logits *= np.float32(1e4)
-    elif kind == "sorted down":
-        logits = -np.sort(-logits, axis=1)
-    return logits
+LOGITS: dict[str, Callable[[Array], Array]] = {
+    "": lambda logits: logits,
+    "ties": np.round,
+    "all equal": lambda logits: np.full_like(logits, 1.5),
+    "extreme": lambda logits: logits * np.float32(1e4),
+    "best first": lambda logits: -np.sort(-logits, axis=1),
+}
 
 
 def _top() -> Iterator[Case]:
@@ -455,46 +532,54 @@ def _top() -> Iterator[Case]:
         (7, 257, 16, -1, "ties"),
         (7, 257, 4, 254, "all equal"),
         (19, 1000, 1, -1, "extreme"),
-        (19, 1000, 5, 0, "sorted down"),
+        (19, 1000, 5, 0, "best first"),
         (99, 30016, 4, 30013, "ties"),
         (7, 30016, 32, -1, ""),
     ):
-
-        def build(
-            rows: int = rows, vocabulary: int = vocabulary, count: int = count, banned: int = banned, kind: str = kind
-        ) -> Arguments:
-            logits = _logits(_seeded(rows, vocabulary, count), kind, rows, vocabulary)
-            if banned >= 0:
-                logits[: rows // 2, banned] = 40  # it would win, and it counts in the normalisation
-            return {"logits": logits, "banned": banned, **_room_for_best(rows, count)}
-
-        name = f"{count} of {rows}x{vocabulary}" + (f" without {banned}" if banned >= 0 else "") + f" {kind}".rstrip()
         yield Case(
-            name, "top", build, ("ids", "log_probabilities"), words=rows * (vocabulary + 2 * count),
+            f"{count} of {rows}x{vocabulary}" + (f" without {banned}" if banned >= 0 else "") + f" {kind}".rstrip(),
+            "top",
+            partial(_top_arguments, rows, vocabulary, count, banned, kind),
+            ("ids", "log_probabilities"),
+            words=rows * (vocabulary + 2 * count),
             float32=frozenset({"logits", "log_probabilities"}),
-        )  # fmt: skip
+        )
+
+
+def _top_arguments(rows: int, vocabulary: int, count: int, banned: int, kind: str) -> Arguments:
+    logits = LOGITS[kind](4 * _floats(_seeded(rows, vocabulary, count), rows, vocabulary))
+    if banned >= 0:
+        logits[: rows // 2, banned] = 40  # it would win, and it counts in the normalisation
+    return {"logits": logits, "banned": banned, **_room_for_best(rows, count)}
 
 
 def _target_log_probabilities() -> Iterator[Case]:
     for rows, vocabulary, kind in ((1, 1, ""), (7, 257, "extreme"), (19, 1000, ""), (99, 30016, "")):
-
-        def build(rows: int = rows, vocabulary: int = vocabulary, kind: str = kind) -> Arguments:
-            random = _seeded(rows, vocabulary)
-            return {
-                "logits": _logits(random, kind, rows, vocabulary),
-                "targets": random.integers(0, vocabulary, rows).astype(np.int32),
-                "out": _empty(rows),
-            }
-
         yield Case(
-            f"{rows}x{vocabulary} {kind}".strip(), "target_log_probabilities", build, ("out",),
-            words=rows * (vocabulary + 2), float32=frozenset({"logits", "out"}),
-        )  # fmt: skip
+            f"{rows}x{vocabulary} {kind}".strip(),
+            "target_log_probabilities",
+            partial(_target_arguments, rows, vocabulary, kind),
+            ("out",),
+            words=rows * (vocabulary + 2),
+            float32=frozenset({"logits", "out"}),
+        )
+
+
+def _target_arguments(rows: int, vocabulary: int, kind: str) -> Arguments:
+    random = _seeded(rows, vocabulary)
+    return {
+        "logits": LOGITS[kind](4 * _floats(random, rows, vocabulary)),
+        "targets": random.integers(0, vocabulary, rows).astype(np.int32),
+        "out": _empty(rows),
+    }
+
+
+# Decoding ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Searching:
-    """A sequence in the middle of a search."""
+    """A sequence in the middle of a search. behind: what its beams have lost so far, about."""
 
     width: int
     generated: int = 3
@@ -504,13 +589,15 @@ class Searching:
     diverse_lambda: float = 0.0
     finished: tuple[int, ...] = ()
     done: bool = False
+    behind: float = 2.0
 
 
-SEARCHES = {
+SEARCHES: dict[str, list[Searching]] = {
     "one beam": [Searching(1)],
     "first step": [Searching(4, generated=0), Searching(16, generated=0, penalty=1.0)],
     "some finished": [Searching(4, finished=(0, 2)), Searching(5, finished=(4,), penalty=0.0)],
     "all but one finished": [Searching(4, finished=(0, 1, 2))],
+    "finished ones far behind": [Searching(4, finished=(0, 1), behind=500), Searching(3, finished=(2,), behind=300)],
     "negative penalty": [Searching(4, finished=(1,), penalty=-1.0)],
     "at the limit": [Searching(2, generated=6, limit=7), Searching(3, generated=5, limit=7)],
     "done": [Searching(4, done=True, finished=(0, 1, 2, 3)), Searching(2)],
@@ -522,36 +609,36 @@ SEARCHES = {
 
 def _beam_step() -> Iterator[Case]:
     for name, searches in SEARCHES.items():
-
-        def build(name: str = name, searches: list[Searching] = searches) -> Arguments:
-            random = _seeded(name, len(searches))
-            rows = sum(search.width for search in searches)
-            padding, most, steps, lanes = -rows % 8, max(search.width for search in searches), 12, rows + 4
-            slots, free, used = np.zeros(lanes, SLOT), random.permutation(lanes - 1).tolist(), []
-            for search in searches:
-                own = [free.pop() for _ in range(search.width)]
-                used += own
-                _begin(slots, own, search, random)
-            count = most + 2
-            log_probabilities = -np.sort(random.exponential(3, (rows + padding, count)).astype(np.float32), axis=1)
-            ids = np.stack([random.permutation(31)[:count] for _ in range(rows + padding)]).astype(np.int32)
-            return {
-                "rows": np.array([*used, *[lanes - 1] * padding], np.int32),
-                "slots": slots,
-                "ancestors": random.integers(0, lanes - 1, (lanes, steps)).astype(np.int32),
-                "history": random.integers(3, 31, (lanes, steps)).astype(np.int32),
-                "ids": ids,
-                "log_probabilities": log_probabilities,
-            }
-
         rows = sum(search.width for search in searches)
+        texts = sum(search.width * 2 * (2 * search.generated + 2) for search in searches)
         # LightSeq sorts the beams of a diverse search 2000 apart and keeps the rounding.
-        tolerance = dict.fromkeys(TOLERANCE, 1e-3) if name == "diverse" else dict.fromkeys(TOLERANCE, 2e-5)
-        moved = sum(s.width * (2 * s.width + 2 * (2 * s.generated + 2)) for s in searches) + 2 * rows * SLOT.itemsize // 4
+        tolerance = 1e-3 if name == "diverse" else TOLERANCE["float32"]
         yield Case(
-            name, "beam_step", build, ("slots", "ancestors", "history"), words=moved,
-            float32=frozenset({"log_probabilities"}), tolerance=tolerance,
-        )  # fmt: skip
+            name,
+            "beam_step",
+            partial(_beam_step_arguments, name),
+            ("slots", "ancestors", "history"),
+            words=sum(2 * search.width**2 for search in searches) + texts + 2 * rows * SLOT.itemsize // 4,
+            float32=frozenset({"log_probabilities"}),
+            tolerance=dict.fromkeys(TOLERANCE, tolerance),
+        )
+
+
+def _beam_step_arguments(name: str) -> Arguments:
+    searches = SEARCHES[name]
+    random = _seeded(name, len(searches))
+    slots, lanes, used = _seat(random, [search.width for search in searches])
+    for own, search in zip(lanes, searches):
+        _begin(slots, own, search, random)
+    count, steps = max(search.width for search in searches) + 2, 12
+    return {
+        "rows": used,
+        "slots": slots,
+        "ancestors": random.integers(0, slots.size - 1, (slots.size, steps)).astype(np.int32),
+        "history": random.integers(3, 31, (slots.size, steps)).astype(np.int32),
+        "ids": np.stack([random.permutation(31)[:count] for _ in used]).astype(np.int32),
+        "log_probabilities": -np.sort(random.exponential(3, (used.size, count)).astype(np.float32), axis=1),
+    }
 
 
 def _begin(slots: Array, own: list[int], search: Searching, random: np.random.Generator) -> None:
@@ -560,9 +647,11 @@ def _begin(slots: Array, own: list[int], search: Searching, random: np.random.Ge
     slots["generated"][own], slots["length"][own] = search.generated, search.generated + 1
     slots["limit"][own], slots["end_id"][own], slots["done"][own] = search.limit, 2, search.done
     slots["length_penalty"][own], slots["diverse_lambda"][own] = search.penalty, search.diverse_lambda
-    totals = -random.exponential(2, width) if search.generated else np.array([0.0, *[-1000.0] * (width - 1)])
+    totals = (
+        -random.exponential(2, width) - search.behind if search.generated else np.array([0.0, *[-1000.0] * (width - 1)])
+    )
     slots["log_probability"][own] = totals
-    slots["score"][own] = totals / 2
+    slots["score"][own] = totals / 2 if search.behind < 100 else totals - 99
     slots["finished"][[own[beam] for beam in search.finished]] = 1
 
 
@@ -582,8 +671,8 @@ class Sampling:
     done: bool = False
 
 
-SAMPLINGS = {
-    "whole distribution": [Sampling(1), Sampling(4, seed=2**63 - 1)],
+SAMPLINGS: dict[str, list[Sampling]] = {
+    "whole distribution": [Sampling(1), Sampling(4, seed=2**63 - 1, stream=3 * 65536)],
     "top_k": [Sampling(1, top_k=1), Sampling(3, top_k=5), Sampling(2, top_k=10_000)],
     "top_p": [Sampling(1, top_p=1e-6), Sampling(3, top_p=0.5), Sampling(2, top_p=0.95, top_k=7)],
     "temperature": [Sampling(2, temperature=0.001), Sampling(2, temperature=3.0), Sampling(2, temperature=1000.0)],
@@ -594,40 +683,37 @@ SAMPLINGS = {
 def _sample_step() -> Iterator[Case]:
     for vocabulary, banned in ((19, -1), (1000, 997)):
         for name, samplings in SAMPLINGS.items():
-
-            def build(
-                name: str = name, samplings: list[Sampling] = samplings, vocabulary: int = vocabulary, banned: int = banned
-            ) -> Arguments:
-                random = _seeded(name, len(samplings), vocabulary)
-                rows = sum(sampling.width for sampling in samplings)
-                padding, lanes = -rows % 8, rows + 4
-                slots, free, used = np.zeros(lanes, SLOT), random.permutation(lanes - 1).tolist(), []
-                for sampling in samplings:
-                    own = [free.pop() for _ in range(sampling.width)]
-                    used += own
-                    _begin(slots, own, Searching(sampling.width, sampling.generated, sampling.limit, SAMPLE), random)
-                    slots["seed"][own], slots["top_k"][own] = sampling.seed, sampling.top_k
-                    slots["top_p"][own], slots["temperature"][own] = sampling.top_p, sampling.temperature
-                    slots["stream"][own] = sampling.stream * 65536 + np.arange(sampling.width)
-                    slots["finished"][[own[sample] for sample in sampling.finished]] = 1
-                    slots["done"][own] = sampling.done
-                logits = 4 * _floats(random, rows + padding, vocabulary)
-                if banned >= 0:
-                    logits[::2, banned] = 40  # it would win
-                return {
-                    "rows": np.array([*used, *[lanes - 1] * padding], np.int32),
-                    "slots": slots,
-                    "history": random.integers(3, 19, (lanes, 12)).astype(np.int32),
-                    "logits": logits,
-                    "banned": banned,
-                }
-
             rows = sum(sampling.width for sampling in samplings)
             yield Case(
-                f"{name} of {vocabulary}", "sample_step", build, ("slots", "history"),
-                words=rows * (vocabulary + 2 * SLOT.itemsize // 4), float32=frozenset({"logits"}),
+                f"{name} of {vocabulary}",
+                "sample_step",
+                partial(_sample_step_arguments, name, vocabulary, banned),
+                ("slots", "history"),
+                words=rows * (vocabulary + 2 * SLOT.itemsize // 4),
+                float32=frozenset({"logits"}),
                 tolerance=dict.fromkeys(TOLERANCE, TOLERANCE["float32"]),
-            )  # fmt: skip
+            )
+
+
+def _sample_step_arguments(name: str, vocabulary: int, banned: int) -> Arguments:
+    samplings = SAMPLINGS[name]
+    random = _seeded(name, len(samplings), vocabulary)
+    slots, lanes, used = _seat(random, [sampling.width for sampling in samplings])
+    for own, one in zip(lanes, samplings):
+        search = Searching(one.width, one.generated, one.limit, SAMPLE, finished=one.finished, done=one.done)
+        _begin(slots, own, search, random)
+        slots["seed"][own], slots["stream"][own] = one.seed, one.stream + np.arange(one.width)
+        slots["top_k"][own], slots["top_p"][own], slots["temperature"][own] = one.top_k, one.top_p, one.temperature
+    logits = 4 * _floats(random, used.size, vocabulary)
+    if banned >= 0:
+        logits[::2, banned] = 40  # it would win
+    return {
+        "rows": used,
+        "slots": slots,
+        "history": random.integers(3, 19, (slots.size, 12)).astype(np.int32),
+        "logits": logits,
+        "banned": banned,
+    }
 
 
 FAMILIES: tuple[Callable[[], Iterator[Case]], ...] = (

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -220,12 +221,12 @@ def beam_search(
             every = sorted((offer for ranked in offers for offer in ranked), key=lambda offer: -offer[0])
             alive = [beam for _, beam in every[:beams]]
             deciding = [score for score, _ in every[: beams + 1]]
-            gap = min([gap, *(better - worse for better, worse in zip(deciding, deciding[1:]))])
+            gap = min([gap, *(better - worse for better, worse in pairwise(deciding))])
         steps += 1
     if penalty < 0:
         alive = [Beam(one.tokens, one.total, _mean(one, end_id), one.finished) for one in alive]
         alive.sort(key=lambda beam: -beam.score)
-        gap = min([gap, *(better.score - worse.score for better, worse in zip(alive, alive[1:]))])
+        gap = min([gap, *(better.score - worse.score for better, worse in pairwise(alive))])
     return Search(alive, steps, gap)
 
 

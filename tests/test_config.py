@@ -63,7 +63,9 @@ OUT_OF_RANGE: list[tuple[str, Any, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "value", "others", "message"), OUT_OF_RANGE, ids=lambda value: str(value)[:30])
-def test_option_out_of_range_is_refused_with_its_limit(name: str, value: Any, others: dict[str, Any], message: str) -> None:
+def test_option_out_of_range_is_refused_with_its_limit(
+    name: str, value: Any, others: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RequestError) as refused:
         FILE.with_changes({name: value, **others}, LIMITS)
     assert message in str(refused.value)

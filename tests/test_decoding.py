@@ -46,8 +46,8 @@ def _transformer_cases(seed: int, count: int, **settings: Any) -> tuple[int, int
     start = int(random.choice([1, 2]))  # 2 is the end id: BART starts with it
     extra, positions = int(random.integers(0, 8)), int(random.choice([9, 12, 20]))
     config, arrays = small_models.transformer(
-        seed, start_id=start, extra_decode_length=extra, max_positions=positions, end_bias=random.choice([-1.0, 0.5, 2.0]),
-        target_vocabulary=int(random.choice([16, 19, 67])), post_norm=bool(random.integers(2)), **settings,
+        seed, start_id=start, extra_decode_length=extra, max_positions=positions, post_norm=bool(random.integers(2)),
+        end_bias=random.choice([-1.0, 0.5, 2.0]), target_vocabulary=int(random.choice([16, 19, 67])), **settings,
     )  # fmt: skip
     engine = small_models.engine(config, arrays, slots=16, max_beam_size=16)
     compared = ties = 0
@@ -100,7 +100,7 @@ def test_beam_search_equals_lists_and_loops(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(20, 23))
 def test_beam_search_of_v0_equals_lists_and_loops(seed: int) -> None:
-    compared, ties = _transformer_cases(seed, 12, dialect=DIALECTS["v0"])
+    compared, _ = _transformer_cases(seed, 12, dialect=DIALECTS["v0"])
     assert compared >= 8
 
 
@@ -305,10 +305,19 @@ def test_hypotheses_of_one_request_are_independent_of_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_p", "kept"), [(1e-9, [4]), (0.4, [4]), (0.40001, [4, 1]), (0.6, [4, 1]), (0.99, [0, 1, 2, 3, 4]), (1.0, [0, 1, 2, 3, 4])]
+    ("top_p", "kept"),
+    [
+        (1e-9, [4]),
+        (0.39, [4]),
+        (0.41, [4, 1]),
+        (0.6, [4, 1]),
+        (0.62, [4, 1, 0]),
+        (0.91, [0, 1, 2, 3, 4]),
+        (1.0, range(5)),
+    ],
 )
-def test_top_p_keeps_the_fewest_that_hold_it(top_p: float, kept: list[int]) -> None:
-    shares = np.array([0.15, 0.21, 0.14, 0.1, 0.4001 if top_p == 0.4 else 0.4])
+def test_top_p_keeps_the_fewest_that_hold_it(top_p: float, kept: Iterable[int]) -> None:
+    shares = np.array([0.15, 0.21, 0.14, 0.1, 0.4])
     seen = {_draw(np.log(shares), stream, top_p=top_p) for stream in range(300)}
     assert seen == set(kept)
 
@@ -416,7 +425,8 @@ def test_first_samples_do_not_depend_on_how_many_are_asked_for() -> None:
 def test_sample_score_is_the_models_own_normalised_log_probability(penalty: float) -> None:
     config, arrays = _gpt(end_id=4)
     changes = {
-        "sampling_method": "sample", "top_k": 9, "temperature": 2.0, "seed": 3, "num_hypotheses": 8, "length_penalty": penalty,
+        "sampling_method": "sample", "top_k": 9, "temperature": 2.0, "seed": 3, "num_hypotheses": 8,
+        "length_penalty": penalty,
     }  # fmt: skip
     output = small_models.engine(config, arrays).answer([[3, 5]], changes=changes)[0]
     source = GptReference(config, arrays, [3, 5])

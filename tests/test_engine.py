@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -145,6 +146,28 @@ def test_result_is_the_same_to_the_last_bit_whatever_else_is_in_the_batch(model:
     assert (replies.twice, together.slots_in_use, together.waiting) == ([], 0, 0)
 
 
+@pytest.mark.parametrize("ahead", [2, 5])
+@pytest.mark.parametrize("model", MODELS)
+def test_result_is_the_same_however_far_the_host_looks_behind(
+    model: str, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A device's host looks at a burst's end only after it has queued others; slots change hands meanwhile."""
+    settings = {"slots": 8, "max_beam_size": 4, "burst": 2}
+    requests = mixed_requests(MODELS[model](**settings), 40, seed=ahead)
+    results = []
+    for bursts in (1, ahead):
+        monkeypatch.setattr(cpu, "BURSTS_AHEAD", bursts)
+        engine, replies = MODELS[model](**settings), Replies()
+        for number, (row, changes, kind, stream) in enumerate(requests):
+            engine.submit([request(engine, row, replies.to(number), changes, kind, stream)])
+            if number % 3:
+                engine.step()
+        run(engine)
+        assert (replies.twice, engine.slots_in_use) == ([], 0)
+        results.append([exactly(replies.results[number]) for number in range(len(requests))])
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_result_does_not_depend_on_what_ran_before(model: str) -> None:
     engine = MODELS[model](slots=8, max_beam_size=4)
@@ -188,16 +211,17 @@ def test_prompt_that_fills_the_context_gets_the_most_probable_token() -> None:
     config, arrays = small_models.gpt(22, **GPT)
     prompt = [3 + i % 40 for i in range(24)]
     output = small_models.engine(config, arrays).answer([prompt], changes={"sampling_method": "greedy"})[0]
-    assert output.hypotheses[0].tokens.tolist() == [int(np.argmax(reference.GptReference(config, arrays, prompt).next(())))]
+    wanted = int(np.argmax(reference.GptReference(config, arrays, prompt).next(())))
+    assert output.hypotheses[0].tokens.tolist() == [wanted]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_prompt_that_ends_with_the_end_id_gets_the_end_id(changes: dict[str, object]) -> None:
     engine = gpt()
     output = engine.answer([[5, 6, 2], [5]], changes=changes)[0]
-    assert [(one.tokens.tolist(), one.finished) for one in output.hypotheses] == [
-        ([2], True)
-    ] * engine.options(changes).hypotheses
+    assert [(one.tokens.tolist(), one.finished) for one in output.hypotheses] == [([2], True)] * engine.options(
+        changes
+    ).hypotheses
     assert (output.steps, engine.slots_in_use) == (1, 0)
 
 
@@ -305,6 +329,7 @@ def broken_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         ("gpt", "decode_attention", 2),
         ("gpt", "vocabulary_top", 2),
         ("gpt", "get", 2),
+        ("gpt", "fetch", 2),
     ],
 )
 def test_failed_step_fails_what_is_in_flight_with_the_reason_and_nothing_after_it(
@@ -372,7 +397,8 @@ def test_engine_that_does_not_fit_says_what_would(model: str) -> None:
     config = EngineConfig(slots=200, max_beam_size=4)
     size = Engine(build(*arguments, cpu), config, cpu).memory
     Engine(build(*arguments, cpu), config, with_memory(size))
-    with pytest.raises(ConfigError, match="for 200 slots and 1024 prompt tokens; .* are free: ([0-9]+) slots would fit") as failed:
+    message = "for 200 slots and 1024 prompt tokens; .* are free: ([0-9]+) slots would fit"
+    with pytest.raises(ConfigError, match=message) as failed:
         Engine(build(*arguments, cpu), config, with_memory(size - 1))
     fitting = int(str(failed.value).split("free: ")[1].split()[0])
     assert 4 <= fitting < 200
@@ -403,7 +429,7 @@ def test_engines_arrays_do_not_overlap() -> None:
         for array in vars(part).values()
     ] + [buffers.targets, buffers.scored]  # fmt: skip
     places = sorted((array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays)
-    assert all(end <= start for (_, end), (start, _) in zip(places, places[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(places))
     assert all(start % 64 == 0 for start, _ in places)
     assert places[-1][1] - places[0][0] <= buffers.size
 
@@ -538,7 +564,8 @@ def test_idle_engine_sleeps_until_a_request_comes() -> None:
 
 def test_counts_say_what_was_done() -> None:
     engine = gpt(slots=8, max_beam_size=4)
-    engine.answer([[3, 4, 5], [6]], changes={"sampling_method": "sample", "temperature": 50.0, "seed": 1, "max_new_tokens": 3})
+    changes = {"sampling_method": "sample", "temperature": 50.0, "seed": 1, "max_new_tokens": 3}
+    engine.answer([[3, 4, 5], [6]], changes=changes)
     engine.answer([[3, 4, 5]], kind=SCORE)
     assert engine.counts["answered"] == 3
     assert engine.counts["prompt_tokens"] == 2  # a prompt's last token is the first step's

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,31 +40,34 @@ def embed_tokens(tokens: Array, positions: Array, token_table: Array, position_t
 
 
 def embed_rows(rows: Array, slots: Array, token_table: Array, position_table: Array, out: Array) -> None:
-    for row, slot in enumerate(rows):
-        out[row] = token_table[slots[slot]["token"]] + position_table[slots[slot]["length"]]
+    embed_tokens(slots["token"][rows], slots["length"][rows], token_table, position_table, out)
 
 
 def layer_norm(x: Array, norm: Norm, epsilon: float, out: Array) -> None:
     out[:] = reference.layer_norm(x, norm.gain, norm.bias, epsilon)
 
 
+def product(x: Array, linear: Linear) -> Array:
+    return x @ linear.weight + (0 if linear.bias is None else linear.bias)
+
+
 def linear(x: Array, linear: Linear, out: Array) -> None:
-    out[:] = x @ linear.weight + (0 if linear.bias is None else linear.bias)
+    out[:] = product(x, linear)
 
 
 def norm_linear(
     x: Array, norm: Norm, linear: Linear, epsilon: float, activation: str, normed: Array, out: Array
 ) -> None:
     normed[:] = reference.layer_norm(x, norm.gain, norm.bias, epsilon)
-    out[:] = reference.ACTIVATIONS[activation](normed @ linear.weight + linear.bias)
+    out[:] = reference.ACTIVATIONS[activation](product(normed, linear))
 
 
 def linear_residual(x: Array, linear: Linear, residual: Array, out: Array) -> None:
-    out[:] = residual + x @ linear.weight + linear.bias
+    out[:] = residual + product(x, linear)
 
 
 def packed_attention(qkv: Array, starts: Array, heads: int, causal: bool, out: Array) -> None:
-    for first, last in zip(starts, starts[1:]):
+    for first, last in pairwise(starts):
         q, k, v = np.split(qkv[first:last], 3, axis=1)
         visible = np.ones((last - first, last - first), bool)
         out[first:last] = reference.attention(q, k, v, heads, np.tril(visible) if causal else visible)
@@ -199,7 +203,8 @@ DEFINITIONS: dict[str, Callable[..., None]] = {
     definition.__name__: definition
     for definition in (
         embed_tokens, embed_rows, layer_norm, linear, norm_linear, linear_residual, packed_attention, decode_attention,
-        cross_attention, store, vocabulary_logits, top, vocabulary_top, target_log_probabilities, beam_step, sample_step,
+        cross_attention, store, vocabulary_logits, top, vocabulary_top, target_log_probabilities, beam_step,
+        sample_step,
     )
 }  # fmt: skip
 
@@ -240,7 +245,8 @@ def distance(case: Case, results: dict[str, Array], truth: dict[str, Array]) -> 
                 far = ours != theirs
             if far.any():
                 where = tuple(int(i) for i in np.argwhere(far)[0])
-                faults.append(f"{name} {part or ''}{list(where)}: {ours[where]} for {theirs[where]}; {far.sum()} differ")
+                difference = f"{ours[where]} for {theirs[where]}; {far.sum()} differ"
+                faults.append(f"{name} {part or ''}{list(where)}: {difference}")
     return "\n".join(faults)
 
 
@@ -250,7 +256,9 @@ def test_operation_equals_its_definition(case: Case) -> None:
 
 
 def test_table_has_cases_for_every_operation() -> None:
-    transfer = {"start", "matrix", "vector", "table", "available_memory", "allocate", "view", "put", "get", "capture"}
+    transfer = {
+        "start", "matrix", "vector", "table", "available_memory", "allocate", "view", "put", "get", "fetch", "capture",
+    }  # fmt: skip
     public = {
         name
         for name, member in vars(ops).items()
@@ -334,6 +342,13 @@ def test_put_copies_and_get_returns_a_copy() -> None:
     copy[0] = 9
     assert array.tolist() == [1, 2, 3]
     assert block.view(np.int32).tolist() == [0, 1, 2, 3]
+
+
+def test_fetch_returns_what_was_there_when_it_was_called() -> None:
+    array = np.array([1, 2, 3], np.int32)
+    fetched = ops.fetch(array)
+    array[0] = 9
+    assert fetched().tolist() == [1, 2, 3]
 
 
 def test_allocate_is_zeroed_and_aligned() -> None:

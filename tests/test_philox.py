@@ -63,7 +63,8 @@ def test_gumbel_has_gumbels_distribution_along(kind: str) -> None:
         noise = gumbel(11, 2, 3, np.arange(count))
     else:
         place = {"steps": (11, 2, None), "streams": (11, None, 3), "seeds": (None, 2, 3)}[kind]
-        noise = np.array([gumbel(*(i if part is None else part for part in place), np.array([6]))[0] for i in range(count)])
+        places = [[i if part is None else part for part in place] for i in range(count)]
+        noise = np.array([gumbel(*one, np.array([6]))[0] for one in places])
     # Kolmogorov-Smirnov: the largest distance to exp(-exp(-x)) passes 1.95 / sqrt(n) once in a thousand.
     reached = np.exp(-np.exp(-np.sort(noise.astype(np.float64))))
     above = np.abs(np.arange(1, count + 1) / count - reached).max()

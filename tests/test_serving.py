@@ -211,7 +211,7 @@ def test_all_faults_of_a_configuration_are_named_at_once(tmp_path: Path) -> None
 ADMIN = {"admin-key": "test"}
 SERVED = (
     *("head", "deep", "best", "v0", "v0_best", "unbatched", "counted", "twice", "leaving"),
-    *("text", "text_all", "text_old"),
+    *("text", "text_all", "text_old", "theirs"),
 )
 
 
@@ -232,14 +232,43 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
     write_model(root, "text_old", g01, GPT_GENERATE)
     write_model(root, "twice", t01, TRANSFORMER, more="instance_group [ { count: 1 kind: KIND_CPU } ]")
     write_model(root, "leaving", t01, TRANSFORMER, parameters={"burst": 100, "slots": 4})
+    write_lightseq_model(root, "theirs", t01)
     with EmbeddedServer(root, device="cpu", models=SERVED, admin_key=ADMIN["admin-key"]) as running:
         yield running
+
+
+def write_lightseq_model(root: Path, name: str, weights: Path) -> None:
+    """A model directory as LightSeq's Triton backend takes it: no program, its own backend, its own parameters."""
+    (root / name / "1").mkdir(parents=True)
+    (root / name / "transformer.pb").symlink_to(weights)
+    (root / name / "config.pbtxt").write_text(
+        f"""name: "{name}"
+backend: "lightseq"
+max_batch_size: 8
+input [ {{ name: "source_ids" data_type: TYPE_INT32 dims: [ -1 ] }} ]
+output [
+  {{ name: "target_ids" data_type: TYPE_INT32 dims: [ -1 ] }},
+  {{ name: "target_scores" data_type: TYPE_FP32 dims: [ -1 ] }}
+]
+instance_group [ {{ count: 1 kind: KIND_CPU }} ]
+default_model_filename: "transformer.pb"
+parameters: [ {{ key: "model_type" value: {{ string_value: "Transformer" }} }} ]
+"""
+    )
 
 
 @pytest.fixture(scope="module")
 def client(served: EmbeddedServer) -> Iterator[tritonclient.grpc.InferenceServerClient]:
     with grpc(served.grpc) as connected:
         yield connected
+
+
+def test_lightseq_model_directory_is_served_unchanged(client: Any) -> None:
+    case = golden_cases("t01_base")[0]
+    (expected,) = case["rows"]
+    answer = ask(client, "theirs", "source_ids", case["source_ids"])
+    assert answer["target_ids"].tolist() == [expected["ids"]]
+    np.testing.assert_allclose(answer["target_scores"], [expected["scores"]], atol=1e-4)
 
 
 def test_best_hypothesis_is_the_first_of_all(client: Any) -> None:

@@ -231,14 +231,11 @@ class EmbeddedServer:
     def _launch(self, triton: Triton) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="lightseq-triton-")
         directory = Path(self._directory.name)
-        # The backend looks for its stub and utilities beside its library; the wheel keeps them apart.
-        backend = directory / "backends" / "python"
-        backend.mkdir(parents=True)
-        for path in triton.backend_files:
-            (backend / path.name).symlink_to(path)
+        backends = directory / "backends"
+        _lay_out_backends(triton, backends)
         if triton.libpythons:
             _use_own_libpython(triton, directory)
-        command = [str(triton.server), *self._arguments(backend.parent)]
+        command = [str(triton.server), *self._arguments(backends)]
         setpriv = shutil.which("setpriv")
         if setpriv:  # when this process is killed, the server must not live on
             command = [setpriv, "--pdeathsig", "TERM", *command]
@@ -388,16 +385,24 @@ def _python_version() -> str:
     return f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
+def _lay_out_backends(triton: Triton, backends: Path) -> None:
+    """The Python backend, and one named as LightSeq's own, so that its users' config.pbtxt works without a model.py."""
+    # The library looks for its stub and utilities beside itself; the wheel keeps them apart. Copies, because Triton
+    # refuses the program of a named backend when links lead out of the directory.
+    (backends / "python").mkdir(parents=True)
+    for path in triton.backend_files:
+        shutil.copy(path, backends / "python")
+    (backends / "lightseq").mkdir()
+    program = "from lightseq_backend.serving.model import TritonPythonModel as TritonPythonModel\n"
+    (backends / "lightseq" / "model.py").write_text(program)
+
+
 def _use_own_libpython(triton: Triton, directory: Path) -> None:
     """Answer the stub's wish for a foreign libpython with the running interpreter's.
 
-    The stub's RPATH, which comes before LD_LIBRARY_PATH, is relative to where the stub itself lies: a copy elsewhere
-    no longer finds the foreign one.
+    The stub's RPATH, which comes before LD_LIBRARY_PATH, is relative to where the stub itself lies: our copy no longer
+    finds the foreign one.
     """
-    stub = triton.backend_files[-1]
-    copied = directory / "backends" / "python" / stub.name
-    copied.unlink()
-    shutil.copy(stub, copied)
     own = _library_directory() / f"libpython{_python_version()}.so.1.0"
     if not own.exists():
         raise ConfigError(f"{own} is missing: apt-get install libpython{_python_version()}")

@@ -63,7 +63,7 @@ def _arguments() -> argparse.Namespace:
 
 def _environments() -> list[dict[str, str | None]]:
     """The OpenBLAS settings to measure with: those of this environment and, if there are any, none."""
-    threads = {"OMP_NUM_THREADS": THREADS, "OPENBLAS_NUM_THREADS": THREADS}
+    threads: dict[str, str | None] = {"OMP_NUM_THREADS": THREADS, "OPENBLAS_NUM_THREADS": THREADS}
     given = {name: value for name, value in os.environ.items() if name in SETTINGS}
     settings = [{**threads, **given}]
     return [*settings, {**threads, **dict.fromkeys(given)}] if given else settings

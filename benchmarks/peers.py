@@ -41,7 +41,7 @@ class Ours:
         self._engine = Engine(self._model, self._settings, self._ops)
 
     def translate(self, sources: np.ndarray, tokens: int, beams: int) -> np.ndarray:
-        outputs = self._engine.answer(sources, changes={"max_new_tokens": tokens, "beam_size": beams})
+        outputs = self._engine.answer(sources.tolist(), changes={"max_new_tokens": tokens, "beam_size": beams})
         return np.stack([[hypothesis.tokens for hypothesis in output.hypotheses] for output in outputs])
 
     def sizes(self) -> dict[str, int]:

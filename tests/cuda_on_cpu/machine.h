@@ -625,6 +625,7 @@ inline unsigned __float2uint_rz(float x) { return (unsigned)x; }
 inline float __int2float_rn(int x) { return (float)x; }
 inline float __uint2float_rn(unsigned x) { return (float)x; }
 inline float __ull2float_rn(unsigned long long x) { return (float)x; }
+inline void __trap() { cuda_on_cpu::fail("trapped"); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x ? __builtin_clz(x) : 32; }

@@ -1,0 +1,537 @@
+// attention: a new token against its past, beams against their source, packed sequences against themselves.
+// Compiled for one head size, -DHEAD_SIZE=d with 1 <= d <= 256. Sixteen bytes are loaded at a time where d is a
+// multiple of LANE_WIDTH (matrices begin at multiples of 16 bytes), else one number. Softmax and sums in float, with
+// powers of two. A result depends on its own row, head and length alone: never on the other rows.
+
+constexpr int VECTOR = HEAD_SIZE % LANE_WIDTH == 0 ? LANE_WIDTH : 1;  // numbers a lane loads at a time
+constexpr int VECTORS = HEAD_SIZE / VECTOR;                           // in a head
+// Lanes that share a step.
+constexpr int GROUP = VECTORS > 16 ? 32 : VECTORS > 8 ? 16 : VECTORS > 4 ? 8 : VECTORS > 2 ? 4 : VECTORS;
+constexpr int GROUPS = 32 / GROUP;                      // steps a warp works on at a time
+constexpr int PARTS = (VECTORS + GROUP - 1) / GROUP;    // vectors a lane has of a head
+constexpr int OWN = PARTS * VECTOR;                     // numbers a lane has of a head
+constexpr int MAX_WARPS = 8;
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LOWEST = -3e38f;  // below any score, and unlike -inf its difference to itself is a number
+
+struct __align__(VECTOR * sizeof(T)) Vector { T value[VECTOR]; };
+struct Head { Vector part[PARTS]; };  // what a lane has of one head of one row
+
+__device__ __forceinline__ Head load_head(const T* row, int member, bool wanted) {
+    Head head;
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) {
+        int vector = p * GROUP + member;
+        if (wanted && vector < VECTORS) {
+            head.part[p] = *reinterpret_cast<const Vector*>(row + vector * VECTOR);
+        } else {
+#pragma unroll
+            for (int i = 0; i < VECTOR; i++) head.part[p].value[i] = from_float<T>(0.f);
+        }
+    }
+    return head;
+}
+
+__device__ __forceinline__ float head_value(const Head& head, int i) {
+    return to_float(head.part[i / VECTOR].value[i % VECTOR]);
+}
+
+__device__ __forceinline__ void copy_head(const T* from, T* to) {
+    for (int i = threadIdx.x; i < VECTORS; i += blockDim.x)
+        reinterpret_cast<Vector*>(to)[i] = reinterpret_cast<const Vector*>(from)[i];
+}
+
+// What the warps of a block leave for the others: the running softmax of each over the steps that it saw.
+template <int BEAMS> struct Shares {
+    float most[BEAMS][MAX_WARPS], sum[BEAMS][MAX_WARPS], context[BEAMS][MAX_WARPS][HEAD_SIZE];
+};
+
+// out[b] = sum over t < count of softmax(query[b] . key(t) / sqrt(d)) value(t), for BEAMS queries at a time, so that a
+// key is read once for all of them. key(t) and value(t): pointers to one head of a row. Step t belongs to group
+// t % (warps * GROUPS), which sums its steps in order; then groups, then warps are added in order.
+template <int BEAMS, int UNROLL, typename Where>
+__device__ __forceinline__ void attend(const T* query, long long query_stride, int beams, int count, Where where,
+                                       Shares<BEAMS>& shares, T* out, long long out_stride) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    int member = lane % GROUP, groups = warps * GROUPS;
+    const float scale = LOG2_E * rsqrtf((float)HEAD_SIZE);
+    float q[BEAMS][OWN], context[BEAMS][OWN], most[BEAMS], sum[BEAMS];
+#pragma unroll
+    for (int b = 0; b < BEAMS; b++) {
+        Head head = load_head(query + b * query_stride, member, b < beams);
+        most[b] = LOWEST;
+        sum[b] = 0;
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            q[b][i] = head_value(head, i) * scale;
+            context[b][i] = 0;
+        }
+    }
+    for (int first = warp * GROUPS; first < count; first += groups * UNROLL) {  // the same for all lanes of a warp
+        Head keys[UNROLL], values[UNROLL];
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+            int step = first + u * groups + lane / GROUP;
+            const T *key = nullptr, *value = nullptr;
+            if (step < count) where(step, key, value);
+            keys[u] = load_head(key, member, step < count);
+            values[u] = load_head(value, member, step < count);
+        }
+#pragma unroll
+        for (int b = 0; b < BEAMS; b++) {
+            float scores[UNROLL], highest = most[b];
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++) {
+                scores[u] = 0;
+#pragma unroll
+                for (int i = 0; i < OWN; i++) scores[u] += q[b][i] * head_value(keys[u], i);
+#pragma unroll
+                for (int offset = GROUP / 2; offset > 0; offset /= 2)
+                    scores[u] += __shfl_xor_sync(FULL_WARP, scores[u], offset);
+                if (first + u * groups + lane / GROUP >= count) scores[u] = -INFINITE;
+                highest = fmaxf(highest, scores[u]);
+            }
+            float shrink = exp2f(most[b] - highest);
+            most[b] = highest;
+            sum[b] *= shrink;
+#pragma unroll
+            for (int i = 0; i < OWN; i++) context[b][i] *= shrink;
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++) {
+                float share = exp2f(scores[u] - highest);
+                sum[b] += share;
+#pragma unroll
+                for (int i = 0; i < OWN; i++) context[b][i] += share * head_value(values[u], i);
+            }
+        }
+    }
+    // The groups of a warp, then the warps that had anything to do.
+#pragma unroll
+    for (int b = 0; b < BEAMS; b++) {
+        float highest = most[b];
+#pragma unroll
+        for (int offset = GROUP; offset < 32; offset *= 2)
+            highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, offset));
+        float shrink = exp2f(most[b] - highest);
+        sum[b] *= shrink;
+#pragma unroll
+        for (int offset = GROUP; offset < 32; offset *= 2) sum[b] += __shfl_xor_sync(FULL_WARP, sum[b], offset);
+#pragma unroll
+        for (int i = 0; i < OWN; i++) {
+            context[b][i] *= shrink;
+#pragma unroll
+            for (int offset = GROUP; offset < 32; offset *= 2)
+                context[b][i] += __shfl_xor_sync(FULL_WARP, context[b][i], offset);
+        }
+        if (lane == 0) {
+            shares.most[b][warp] = highest;
+            shares.sum[b][warp] = sum[b];
+        }
+        if (lane < GROUP) {
+#pragma unroll
+            for (int i = 0; i < OWN; i++) {
+                int column = (i / VECTOR * GROUP + member) * VECTOR + i % VECTOR;
+                if (column < HEAD_SIZE) shares.context[b][warp][column] = context[b][i];
+            }
+        }
+    }
+    __syncthreads();
+    int busy = min(warps, (count + GROUPS - 1) / GROUPS);
+    for (int i = threadIdx.x; i < beams * HEAD_SIZE; i += blockDim.x) {
+        int b = i / HEAD_SIZE, column = i % HEAD_SIZE;
+        float highest = LOWEST, total = 0, mixed = 0;
+        for (int w = 0; w < busy; w++) highest = fmaxf(highest, shares.most[b][w]);
+        for (int w = 0; w < busy; w++) {
+            float shrink = exp2f(shares.most[b][w] - highest);
+            total += shrink * shares.sum[b][w];
+            mixed += shrink * shares.context[b][w][column];
+        }
+        out[b * out_stride + column] = from_float<T>(busy ? mixed / total : 0.f);
+    }
+}
+
+// decode_attention: a new token a row. Its keys and values go to step `length` of its slot, ancestors[slot, length]
+// becomes the slot; then out[r] = softmax(q . k[t] / sqrt(d)) v[t], t <= length, k[t] = keys[ancestors[slot, t], t].
+//   qkv T [rows, 3 hidden]   rows int32 [rows]   slots Slot [lanes]   ancestors int32 [lanes, steps]
+//   keys, values T [lanes, steps, hidden]   out T [rows, hidden], zeros for rows of nobody, which write nothing else
+//   grid (heads, rows); block 128 where steps <= 256, else 256; static shared memory (MAX_WARPS * d + 16 floats)
+//   moves 2 * (length + 3) * hidden numbers a row. No row may read what another writes in the same step: ancestors of
+//   steps before `length` lie in lanes that are past that step.
+extern "C" __global__ void __launch_bounds__(256)
+decode_attention(const T* qkv, const int* rows, const Slot* slots, int* ancestors, T* keys, T* values, T* out,
+                 int heads, int steps) {
+    __shared__ Shares<1> shares;
+    launch_next();
+    wait_for_previous();
+    int head = blockIdx.x, row = blockIdx.y, hidden = heads * HEAD_SIZE, column = head * HEAD_SIZE;
+    int slot = rows[row], length = slots[slot].length, width = slots[slot].width;
+    T* result = out + (long long)row * hidden + column;
+    if (width == 0) {
+        for (int i = threadIdx.x; i < HEAD_SIZE; i += blockDim.x) result[i] = from_float<T>(0.f);
+        return;
+    }
+    const T* query = qkv + 3ll * row * hidden + column;
+    const T *own_key = query + hidden, *own_value = own_key + hidden;
+    long long own = ((long long)slot * steps + length) * hidden + column;
+    copy_head(own_key, keys + own);
+    copy_head(own_value, values + own);
+    int* past = ancestors + (long long)slot * steps;
+    if (head == 0 && threadIdx.x == 0) past[length] = slot;
+    auto where = [=](int step, const T*& key, const T*& value) {
+        if (step == length) {
+            key = own_key;
+            value = own_value;
+        } else {
+            long long place = ((long long)past[step] * steps + step) * hidden + column;
+            key = keys + place;
+            value = values + place;
+        }
+    };
+    attend<1, 4>(query, 0, 1, length + 1, where, shares, result, 0);
+}
+
+// cross_attention: out[r] = softmax(q . k[s] / sqrt(d)) v[s] over the memory_length entries of the sequence's memory.
+//   query, out T [rows, hidden]   keys, values T [lanes, steps, hidden]   rows, slots as above
+//   grid (heads, rows); block 128 where sources are mostly <= 64 long, else 256; static shared memory 4x the above.
+//   Four beams at a time: the block of every fourth row works for the four that follow it, so a sentence's keys and
+//   values are read once for up to four beams (and from L2 beyond). Rows of a sequence stand in the order of beams.
+//   moves 2 * memory_length * hidden numbers a sentence and 2 * hidden a row; zeros for rows of nobody
+constexpr int BEAMS = 4;
+extern "C" __global__ void __launch_bounds__(256)
+cross_attention(const T* query, const int* rows, const Slot* slots, const T* keys, const T* values, T* out, int heads,
+                int steps) {
+    __shared__ Shares<BEAMS> shares;
+    launch_next();
+    wait_for_previous();
+    int row = blockIdx.y, hidden = heads * HEAD_SIZE, column = blockIdx.x * HEAD_SIZE;
+    const Slot* slot = slots + rows[row];
+    int beam = slot->beam, width = slot->width;
+    long long place = (long long)row * hidden + column;
+    if (width == 0) {
+        for (int i = threadIdx.x; i < HEAD_SIZE; i += blockDim.x) out[place + i] = from_float<T>(0.f);
+        return;
+    }
+    if (beam % BEAMS) return;
+    if (beam) slot = slots + rows[row - beam];
+    long long memory = (long long)slot->memory * steps * hidden + column;
+    auto where = [=](int step, const T*& key, const T*& value) {
+        key = keys + memory + (long long)step * hidden;
+        value = values + memory + (long long)step * hidden;
+    };
+    attend<BEAMS, 2>(query + place, hidden, min(BEAMS, width - beam), slot->memory_length, where, shares, out + place,
+                     hidden);
+}
+
+// store: keys[lanes[r], steps[r]] and values[lanes[r], steps[r]] become the two halves of key_values[r].
+//   key_values T [rows, 2 hidden], rows `stride` numbers apart   lanes, steps int32 [rows]
+//   keys, values T [lanes, most_steps, hidden]
+//   grid rows; block 256; moves 4 * rows * hidden numbers
+extern "C" __global__ void __launch_bounds__(256)
+store(const T* key_values, long long stride, const int* lanes, const int* steps, T* keys, T* values, int hidden,
+      int most_steps) {
+    launch_next();
+    wait_for_previous();
+    const T* from = key_values + blockIdx.x * stride;
+    long long place = ((long long)lanes[blockIdx.x] * most_steps + steps[blockIdx.x]) * hidden;
+    size_t address = reinterpret_cast<size_t>(key_values);
+    bool aligned = address % 16 == 0 && hidden % LANE_WIDTH == 0 && stride % LANE_WIDTH == 0;
+    int wide = aligned ? LANE_WIDTH : 1;
+    for (int i = threadIdx.x * wide; i < 2 * hidden; i += blockDim.x * wide) {
+        T* to = i < hidden ? keys + place + i : values + place + i - hidden;
+        if (wide == 1) *to = from[i];
+        else *reinterpret_cast<Pack16*>(to) = *reinterpret_cast<const Pack16*>(from + i);
+    }
+}
+
+// Packed sequences ----------------------------------------------------------------------------------------------------
+// Each block takes TILE queries of one sequence. Which, it finds in `starts`, because the host knows only how many rows
+// and sequences there are: sequence i begins at block starts[i] / TILE + i, which leaves it at least the blocks that
+// it needs, and there are rows / TILE + sequences blocks in all.
+
+constexpr int TILE = 64;
+
+struct Queries {
+    int first, length;  // the sequence: its first row and its rows
+    int query;          // the first query of this block, a row of the sequence
+};
+
+__device__ __forceinline__ Queries find_queries(const int* starts, int sequences) {
+    int block = blockIdx.x, low = 0, high = sequences;  // low's first block is at or before this one, high's is not
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (starts[middle] / TILE + middle <= block) low = middle;
+        else high = middle;
+    }
+    int first = starts[low];
+    return {first, starts[low + 1] - first, (block - first / TILE - low) * TILE};
+}
+
+// packed_attention: out[r] = softmax(q[r] . k[s] / sqrt(d)) v[s], s over r's sequence, up to r where causal is not 0.
+//   qkv T [rows, 3 hidden]   starts int32 [sequences + 1]   out T [rows, hidden]
+//   grid (rows / 64 + sequences, heads); block 256; static shared memory 34 KiB
+//   Products in float on the ordinary cores, for any head size: fp32, and fp16 before sm_75. Moves 4 * rows * hidden
+//   numbers and, for sequences of n rows, reads keys and values n / 64 times from L2.
+constexpr int SLICE = 32;  // columns of q, k or v in shared memory
+constexpr int SLICES = (HEAD_SIZE + SLICE - 1) / SLICE;
+
+__device__ __forceinline__ void load_slice(float (*slice)[SLICE + 4], const T* rows, long long stride, int count,
+                                           int column) {
+    for (int i = threadIdx.x; i < TILE * SLICE; i += 256) {
+        int r = i / SLICE, c = i % SLICE;
+        slice[r][c] = r < count && column + c < HEAD_SIZE ? to_float(rows[r * stride + column + c]) : 0.f;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+packed_attention(const T* qkv, const int* starts, T* out, int sequences, int heads, int causal) {
+    __shared__ __align__(16) float queries[TILE][SLICE + 4];
+    __shared__ __align__(16) float others[TILE][SLICE + 4];  // keys, then values
+    __shared__ __align__(16) float shares[TILE][TILE + 4];
+    launch_next();
+    wait_for_previous();
+    Queries own = find_queries(starts, sequences);
+    if (own.query < 0 || own.query >= own.length) return;
+    long long hidden = heads * HEAD_SIZE, stride = 3 * hidden;
+    const T* q = qkv + own.first * stride + blockIdx.y * HEAD_SIZE;
+    const T *k = q + hidden, *v = k + hidden;
+    // A thread has queries y, y + 16, y + 32, y + 48 of the tile, and of each slice of the result columns 2 x, 2 x + 1.
+    int x = threadIdx.x % 16, y = threadIdx.x / 16;
+    const float scale = LOG2_E * rsqrtf((float)HEAD_SIZE);
+    float context[SLICES][4][2] = {}, most[4], sum[4] = {};
+#pragma unroll
+    for (int i = 0; i < 4; i++) most[i] = LOWEST;
+    int end = causal ? min(own.length, own.query + TILE) : own.length;
+    for (int key = 0; key < end; key += TILE) {
+        float scores[4][4] = {};
+        for (int column = 0; column < HEAD_SIZE; column += SLICE) {
+            __syncthreads();
+            load_slice(queries, q + own.query * stride, stride, own.length - own.query, column);
+            load_slice(others, k + key * stride, stride, own.length - key, column);
+            __syncthreads();
+#pragma unroll 2
+            for (int c = 0; c < SLICE; c += 4) {
+                float4 a[4], b[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    a[i] = *reinterpret_cast<const float4*>(&queries[y + 16 * i][c]);
+                    b[i] = *reinterpret_cast<const float4*>(&others[x + 16 * i][c]);
+                }
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+#pragma unroll
+                    for (int j = 0; j < 4; j++)
+                        scores[i][j] += a[i].x * b[j].x + a[i].y * b[j].y + a[i].z * b[j].z + a[i].w * b[j].w;
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int seen = causal ? min(own.length, own.query + y + 16 * i + 1) : own.length;
+            float highest = most[i];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                scores[i][j] = key + x + 16 * j < seen ? scores[i][j] * scale : -INFINITE;
+                highest = fmaxf(highest, scores[i][j]);
+            }
+#pragma unroll
+            for (int offset = 8; offset > 0; offset /= 2)
+                highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, offset));
+            float shrink = exp2f(most[i] - highest);
+            most[i] = highest;
+            sum[i] *= shrink;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float share = exp2f(scores[i][j] - highest);
+                sum[i] += share;
+                shares[y + 16 * i][x + 16 * j] = share;
+            }
+#pragma unroll
+            for (int s = 0; s < SLICES; s++) {
+                context[s][i][0] *= shrink;
+                context[s][i][1] *= shrink;
+            }
+        }
+#pragma unroll
+        for (int s = 0; s < SLICES; s++) {
+            __syncthreads();
+            load_slice(others, v + key * stride, stride, own.length - key, s * SLICE);
+            __syncthreads();
+#pragma unroll 4
+            for (int j = 0; j < TILE; j += 4) {
+                float2 value[4];
+#pragma unroll
+                for (int n = 0; n < 4; n++) value[n] = *reinterpret_cast<const float2*>(&others[j + n][2 * x]);
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    float4 share = *reinterpret_cast<const float4*>(&shares[y + 16 * i][j]);
+                    context[s][i][0] += share.x * value[0].x + share.y * value[1].x +
+                                        share.z * value[2].x + share.w * value[3].x;
+                    context[s][i][1] += share.x * value[0].y + share.y * value[1].y +
+                                        share.z * value[2].y + share.w * value[3].y;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+#pragma unroll
+        for (int offset = 8; offset > 0; offset /= 2) sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], offset);
+        int row = own.query + y + 16 * i;
+        if (row >= own.length) continue;
+        T* result = out + (own.first + row) * hidden + blockIdx.y * HEAD_SIZE;
+#pragma unroll
+        for (int s = 0; s < SLICES; s++)
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                int column = s * SLICE + 2 * x + j;
+                if (column < HEAD_SIZE) result[column] = from_float<T>(context[s][i][j] / sum[i]);
+            }
+    }
+}
+
+// packed_attention_tensor: packed_attention on the tensor cores (Dao, "FlashAttention-2", 2023): fp16 products, float
+// sums; weights of the average are rounded to fp16.
+//   arguments and grid as above; block 128; static shared memory up to 37 KiB
+//   needs fp16, sm_75, d % 8 == 0, d <= 128. A warp has 16 queries; two tiles of keys and values are in shared memory,
+//   one being filled while the other is used.
+#define ON_TENSOR_CORES (HALF && HEAD_SIZE % 8 == 0 && HEAD_SIZE <= 128)
+#if ON_TENSOR_CORES
+constexpr int DEEP = (HEAD_SIZE + 15) / 16 * 16;  // columns with those that are filled up with zeros
+constexpr int KEYS = DEEP <= 64 ? 64 : 32;        // keys in a tile
+constexpr int STRIDE = DEEP + 8;                  // eight rows of sixteen bytes lie in different banks
+
+__device__ __forceinline__ void load_tile(__half (*tile)[STRIDE], const __half* rows, long long stride, int count) {
+    for (int i = threadIdx.x; i < KEYS * (DEEP / 8); i += 128) {
+        int r = i / (DEEP / 8), c = i % (DEEP / 8) * 8;
+        bool inside = r < count && c < HEAD_SIZE;
+        copy_async16(&tile[r][c], inside ? rows + r * stride + c : rows, inside ? 16 : 0);
+    }
+}
+
+__device__ __forceinline__ unsigned two_halves(float x, float y) {
+    __half2 pair = __floats2half2_rn(x, y);
+    return *reinterpret_cast<unsigned*>(&pair);
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(128)
+packed_attention_tensor(const T* qkv, const int* starts, T* out, int sequences, int heads, int causal) {
+#if ON_TENSOR_CORES
+    __shared__ __align__(16) __half keys[2][KEYS][STRIDE];
+    __shared__ __align__(16) __half values[2][KEYS][STRIDE];
+    launch_next();
+    wait_for_previous();
+    Queries own = find_queries(starts, sequences);
+    if (own.query < 0 || own.query >= own.length) return;
+    long long hidden = heads * HEAD_SIZE, stride = 3 * hidden;
+    const T* q = qkv + own.first * stride + blockIdx.y * HEAD_SIZE;
+    const T *k = q + hidden, *v = k + hidden;
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    int query = own.query + 16 * warp;  // this warp's first; a thread has rows g and g + 8 of its sixteen
+    int end = causal ? min(own.length, own.query + TILE) : own.length;
+    int seen = query >= own.length ? 0 : causal ? min(end, query + 16) : end;  // keys that any of the warp's rows sees
+
+    load_tile(keys[0], k, stride, own.length);
+    load_tile(values[0], v, stride, own.length);
+    copy_async_commit();
+    unsigned a[DEEP / 16][4];
+#pragma unroll
+    for (int c = 0; c < DEEP / 16; c++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            int row = query + g + i % 2 * 8, column = 16 * c + 2 * t + i / 2 * 8;
+            bool inside = row < own.length && column < HEAD_SIZE;
+            a[c][i] = inside ? *reinterpret_cast<const unsigned*>(q + row * stride + column) : 0;
+        }
+    const float scale = LOG2_E * rsqrtf((float)HEAD_SIZE);
+    float context[DEEP / 8][4] = {}, most[2] = {LOWEST, LOWEST}, sum[2] = {};
+    for (int first = 0, buffer = 0; first < end; first += KEYS, buffer ^= 1) {
+        if (first + KEYS < end) {
+            load_tile(keys[buffer ^ 1], k + (first + KEYS) * stride, stride, own.length - first - KEYS);
+            load_tile(values[buffer ^ 1], v + (first + KEYS) * stride, stride, own.length - first - KEYS);
+            copy_async_commit();
+            copy_async_wait<1>();
+        } else {
+            copy_async_wait<0>();
+        }
+        __syncthreads();
+        if (first < seen) {
+            float scores[KEYS / 8][4] = {};
+            int block = lane / 8, line = lane % 8;  // ldmatrix: the row that this lane points at
+#pragma unroll
+            for (int c = 0; c < DEEP / 16; c++)
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n += 2) {
+                    unsigned b[4];
+                    ldmatrix_x4(b, &keys[buffer][8 * n + block / 2 * 8 + line][16 * c + block % 2 * 8]);
+                    mma16816(scores[n], a[c], {b[0], b[1]});
+                    mma16816(scores[n + 1], a[c], {b[2], b[3]});
+                }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                int row = query + g + 8 * half;
+                int limit = (causal ? min(own.length, row + 1) : own.length) - first;
+                float highest = most[half];
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        float& score = scores[n][2 * half + i];
+                        score = 8 * n + 2 * t + i < limit ? score * scale : -INFINITE;
+                        highest = fmaxf(highest, score);
+                    }
+                highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 1));
+                highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 2));
+                float shrink = exp2f(most[half] - highest);
+                most[half] = highest;
+                sum[half] *= shrink;
+#pragma unroll
+                for (int n = 0; n < KEYS / 8; n++)
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        float& score = scores[n][2 * half + i];
+                        score = exp2f(score - highest);
+                        sum[half] += score;
+                    }
+#pragma unroll
+                for (int n = 0; n < DEEP / 8; n++) {
+                    context[n][2 * half] *= shrink;
+                    context[n][2 * half + 1] *= shrink;
+                }
+            }
+#pragma unroll
+            for (int c = 0; c < KEYS / 16; c++) {
+                // The result of one product has the layout of the next one's left operand.
+                unsigned p[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++)
+                    p[i] = two_halves(scores[2 * c + i / 2][i % 2 * 2], scores[2 * c + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+                for (int n = 0; n < DEEP / 8; n += 2) {
+                    unsigned b[4];
+                    ldmatrix_x4_transposed(b, &values[buffer][16 * c + block % 2 * 8 + line][8 * n + block / 2 * 8]);
+                    mma16816(context[n], p, {b[0], b[1]});
+                    mma16816(context[n + 1], p, {b[2], b[3]});
+                }
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        sum[half] += __shfl_xor_sync(FULL_WARP, sum[half], 1);
+        sum[half] += __shfl_xor_sync(FULL_WARP, sum[half], 2);
+        int row = query + g + 8 * half;
+        if (row >= own.length) continue;
+        T* result = out + (own.first + row) * hidden + blockIdx.y * HEAD_SIZE;
+#pragma unroll
+        for (int n = 0; n < DEEP / 8; n++) {
+            int column = 8 * n + 2 * t;
+            if (column < HEAD_SIZE)
+                *reinterpret_cast<unsigned*>(result + column) =
+                    two_halves(context[n][2 * half] / sum[half], context[n][2 * half + 1] / sum[half]);
+        }
+    }
+#else
+    __trap();
+#endif
+}

@@ -1,0 +1,231 @@
+"""kernels/attention.cu on the CPU against ops/cpu.py."""
+
+from __future__ import annotations
+
+import cuda_on_cpu
+import numpy as np
+import op_cases
+import pytest
+from cuda_on_cpu import Kernels
+from op_cases import TOLERANCE, Arguments, Array, Case
+
+from lightseq_backend.ops import cpu
+
+pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
+
+PRECISIONS = ("float32", "float16")
+KERNELS: dict[tuple[int, str], Kernels] = {}
+OPERATIONS = ("decode_attention", "cross_attention", "packed_attention", "store")
+# Cases that take a CPU seconds: their shapes are those of others, more of them.
+LONG = {"99 rows 768/12 past 40", "4x19+1x257+16x7 768/12", "99+257+3 768/12", "99+257+3 768/12 causal", "257x768"}
+CASES = [case for op in OPERATIONS for case in op_cases.cases(op) if case.name not in LONG]
+
+
+def kernels(head_size: int, precision: str) -> Kernels:
+    """Compiled once for each head size and precision."""
+    key = head_size, precision
+    if key not in KERNELS:
+        KERNELS[key] = Kernels("attention.cu", HALF=int(precision == "float16"), HEAD_SIZE=head_size)
+    return KERNELS[key]
+
+
+def placed(arguments: Arguments, precision: str) -> Arguments:
+    """Floats in the working precision; outputs that a kernel must fill hold NaN still."""
+    return {
+        name: value.astype(precision) if isinstance(value, np.ndarray) and value.dtype == np.float32 else value
+        for name, value in arguments.items()
+    }
+
+
+def wanted(op: str, arguments: Arguments) -> Arguments:
+    """What ops/cpu.py makes of them."""
+    computed = copied(arguments)
+    for name, value in computed.items():
+        if isinstance(value, np.ndarray) and value.dtype == np.float16:
+            computed[name] = value.astype(np.float32)
+    getattr(cpu, op)(**computed)
+    return computed
+
+
+def copied(arguments: Arguments) -> Arguments:
+    return {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in arguments.items()}
+
+
+def decode_attention(
+    precision: str, qkv: Array, rows: Array, slots: Array, ancestors: Array, keys: Array, values: Array, heads: int,
+    out: Array, block: int = 128,
+) -> None:  # fmt: skip
+    kernels(out.shape[1] // heads, precision).launch(
+        "decode_attention", (heads, len(rows)), block,
+        (qkv, rows, slots, ancestors, keys, values, out, np.int32(heads), np.int32(keys.shape[1])),
+    )  # fmt: skip
+
+
+def cross_attention(
+    precision: str, query: Array, rows: Array, slots: Array, keys: Array, values: Array, heads: int, out: Array
+) -> None:
+    kernels(out.shape[1] // heads, precision).launch(
+        "cross_attention", (heads, len(rows)), 128,
+        (query, rows, slots, keys, values, out, np.int32(heads), np.int32(keys.shape[1])),
+    )  # fmt: skip
+
+
+def packed_attention(
+    precision: str, qkv: Array, starts: Array, heads: int, causal: bool, out: Array, tensor: bool = False
+) -> None:
+    sequences = len(starts) - 1
+    kernels(out.shape[1] // heads, precision).launch(
+        "packed_attention_tensor" if tensor else "packed_attention",
+        (len(out) // 64 + sequences, heads), 128 if tensor else 256,
+        (qkv, starts, out, np.int32(sequences), np.int32(heads), np.int32(causal)),
+    )  # fmt: skip
+
+
+def store(precision: str, key_values: Array, lanes: Array, steps: Array, keys: Array, values: Array) -> None:
+    hidden = keys.shape[2]
+    stride = key_values.strides[0] // key_values.itemsize
+    kernels(64, precision).launch(
+        "store", len(lanes), 256,
+        (key_values, np.int64(stride), lanes, steps, keys, values, np.int32(hidden), np.int32(keys.shape[1])),
+    )  # fmt: skip
+
+
+def check(case: Case, arguments: Arguments, expected: Arguments, precision: str) -> None:
+    for name in case.outputs:
+        result = case.meaningful(name, np.asarray(arguments[name], np.float64))
+        truth = case.meaningful(name, np.asarray(expected[name], np.float64))
+        assert not np.isnan(result).any(), name
+        error = np.abs(result - truth) / (1 + np.abs(truth))
+        assert error.max() <= case.tolerance[precision], name
+
+
+def without_races(arguments: Arguments) -> Arguments:
+    """The past of a row never lies where another row writes in the same step: such steps go to a lane of no row."""
+    rows, slots, ancestors = (arguments[name] for name in ("rows", "slots", "ancestors"))
+    written = np.full(len(slots), -1)
+    written[rows] = slots["length"][rows]
+    unused = np.setdiff1d(np.arange(len(slots)), rows)[0]
+    ancestors[written[ancestors] == np.arange(ancestors.shape[1])] = unused
+    return arguments
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_attention_kernels_compute_what_the_cpu_does(case: Case, precision: str) -> None:
+    arguments = placed(case.build(), precision)
+    if case.op == "decode_attention":
+        arguments = without_races(arguments)
+    expected = wanted(case.op, arguments)
+    globals()[case.op](precision, **arguments)
+    check(case, arguments, expected, precision)
+
+
+PACKED = [case for case in CASES if case.op == "packed_attention" and case.build()["out"].shape[1] % 64 == 0]
+
+
+def of_head_size(case: Case, head_size: int) -> Arguments:
+    """The arguments of a case of 64 columns, as heads of another size."""
+    arguments = case.build()
+    arguments["heads"] = max(1, arguments["out"].shape[1] // head_size)
+    hidden = arguments["heads"] * head_size
+    arguments["qkv"] = np.resize(arguments["qkv"], (len(arguments["qkv"]), 3 * hidden))
+    arguments["out"] = np.full((len(arguments["out"]), hidden), np.nan, np.float32)
+    return arguments
+
+
+@pytest.mark.parametrize("case", PACKED, ids=str)
+@pytest.mark.parametrize("head_size", [16, 64, 104])
+def test_packed_attention_on_tensor_cores_computes_what_the_cpu_does(case: Case, head_size: int) -> None:
+    arguments = placed(of_head_size(case, head_size), "float16")
+    expected = wanted("packed_attention", arguments)
+    packed_attention("float16", **arguments, tensor=True)
+    check(case, arguments, expected, "float16")
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+def test_packed_attention_of_a_sequence_does_not_depend_on_the_others(tensor: bool) -> None:
+    random = np.random.default_rng(2)
+    own = random.standard_normal((70, 3 * 64)).astype(np.float16)
+    alone, out = np.empty((70, 64), np.float16), np.empty((70 + 33 + 5, 64), np.float16)
+    packed_attention("float16", own, np.array([0, 70], np.int32), 1, True, alone, tensor)
+    rest = random.standard_normal((33 + 5, 3 * 64)).astype(np.float16)
+    together = np.concatenate([rest[:33], own, rest[33:]])
+    packed_attention("float16", together, np.array([0, 33, 103, 108], np.int32), 1, True, out, tensor)
+    assert np.array_equal(out[33:103], alone)
+
+
+@pytest.mark.parametrize("sequences", [[0], [0, 0, 64, 1], [63, 65, 0, 129, 64], [128], [1] * 70])
+def test_packed_attention_has_a_block_for_every_query_of_every_sequence(sequences: list[int]) -> None:
+    starts = np.cumsum([0, *sequences]).astype(np.int32)
+    qkv = np.random.default_rng(0).standard_normal((starts[-1], 3 * 16)).astype(np.float16)
+    arguments = {"qkv": qkv, "starts": starts, "heads": 1, "causal": False, "out": np.full_like(qkv[:, :16], np.nan)}
+    if len(arguments["out"]) == 0:
+        arguments["qkv"], arguments["out"] = np.zeros((1, 48), np.float16), np.zeros((1, 16), np.float16)
+    expected = wanted("packed_attention", arguments)
+    packed_attention("float16", **arguments, tensor=True)
+    assert np.abs(arguments["out"].astype(np.float32) - expected["out"]).max() < TOLERANCE["float16"]
+
+
+def a_row_alone(case: Case, arguments: Arguments, row: int) -> Arguments:
+    """That row (or sequence) of a decode_attention or cross_attention, without the others."""
+    query = "qkv" if "qkv" in arguments else "query"
+    width = 1 if case.op == "decode_attention" else int(arguments["slots"][arguments["rows"][row]]["width"])
+    members = slice(row, row + width)
+    return {**arguments, **{name: arguments[name][members].copy() for name in (query, "rows", "out")}}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["decode_attention 7 rows 64/64 past 19", "cross_attention 3x99+5x1+1x40 1000/8"])
+def test_attention_of_a_sequence_does_not_depend_on_the_others(name: str, precision: str) -> None:
+    case = next(case for case in CASES if str(case) == name)
+    together = placed(case.build(), precision)
+    if case.op == "decode_attention":
+        together = without_races(together)
+    before = copied(together)
+    globals()[case.op](precision, **together)
+    row = 3  # the first of a sequence in either
+    alone = a_row_alone(case, before, row)
+    globals()[case.op](precision, **alone)
+    assert np.array_equal(together["out"][row : row + len(alone["out"])], alone["out"])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_decode_attention_takes_any_number_of_warps(precision: str) -> None:
+    case = next(case for case in CASES if case.name == "8 rows 64/1 past 257")
+    for block in (32, 256):
+        arguments = without_races(placed(case.build(), precision))
+        expected = wanted(case.op, arguments)
+        decode_attention(precision, **arguments, block=block)
+        check(case, arguments, expected, precision)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_attention_of_nobody_is_zero_and_touches_no_lane(precision: str) -> None:
+    case = next(case for case in CASES if case.name == "7 rows 64/64 past 19")
+    arguments = without_races(placed(case.build(), precision))
+    keys = arguments["keys"].copy()
+    decode_attention(precision, **arguments)
+    assert not arguments["out"][7:].any()
+    assert np.array_equal(arguments["keys"][-1], keys[-1])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_cross_attention_reads_the_lane_of_the_first_beam_for_a_beam_beyond_the_fourth(precision: str) -> None:
+    case = next(case for case in CASES if case.name == "3x99+5x1+1x40 1000/8")
+    arguments = placed(case.build(), precision)
+    beyond = arguments["rows"][3 + 4]
+    arguments["slots"]["memory"][beyond], arguments["slots"]["memory_length"][beyond] = 0, 0
+    expected = wanted(case.op, arguments)
+    cross_attention(precision, **arguments)
+    check(case, arguments, expected, precision)
+
+
+@pytest.mark.parametrize(("hidden", "skipped"), [(64, 64), (64, 3), (19, 0)])
+def test_store_takes_columns_of_a_wider_matrix(hidden: int, skipped: int) -> None:
+    matrix = np.arange(3 * (skipped + 2 * hidden), dtype=np.float32).reshape(3, -1)
+    keys, values = np.zeros((2, 2, 5, hidden), np.float32)
+    lanes, steps = np.array([1, 0, 1], np.int32), np.array([4, 0, 2], np.int32)
+    store("float32", matrix[:, skipped:], lanes, steps, keys, values)
+    assert np.array_equal(keys[lanes, steps], matrix[:, skipped : skipped + hidden])
+    assert np.array_equal(values[lanes, steps], matrix[:, skipped + hidden :])
+    assert not keys[0, 1:].any()

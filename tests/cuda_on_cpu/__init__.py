@@ -66,6 +66,8 @@ class Kernels:
             raise LaunchError(f"{name}: cannot launch grid {grid}, block {block}, {shared} bytes of shared memory")
         self._check(name, arguments)
         run = getattr(self._library, f"launch_{name}")
+        run.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p]
+        run.restype = ctypes.c_char_p
         before = _Memory(arguments)
         outcomes = []
         for order in orders:
@@ -81,7 +83,9 @@ class Kernels:
 
     def signature(self, name: str) -> list[str]:
         """The kind and size of each parameter: p8 a pointer, i4, i8, f4."""
-        return getattr(self._library, f"signature_{name}")().decode().split()
+        tell = getattr(self._library, f"signature_{name}")
+        tell.restype = ctypes.c_char_p
+        return tell().decode().split()
 
     def _check(self, name: str, arguments: Sequence[Any]) -> None:
         given = [_kind(argument) for argument in arguments]
@@ -91,14 +95,7 @@ class Kernels:
     @functools.cached_property
     def _library(self) -> ctypes.CDLL:
         text = joined(self.source) if self._text is None else self._text
-        library = ctypes.CDLL(str(_compiled(text, self._definitions)))
-        for name in kernel_names(text):
-            getattr(library, f"launch_{name}").restype = ctypes.c_char_p
-            getattr(library, f"launch_{name}").argtypes = [
-                ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_void_p,
-            ]  # fmt: skip
-            getattr(library, f"signature_{name}").restype = ctypes.c_char_p
-        return library
+        return ctypes.CDLL(str(_compiled(text, self._definitions)))
 
 
 def joined(source: str) -> str:
@@ -107,9 +104,12 @@ def joined(source: str) -> str:
     return "\n".join(parts)
 
 
-def kernel_names(text: str) -> list[str]:
-    """The names of all `extern "C" __global__` kernels."""
-    heads = re.findall(r'extern\s+"C"\s+__global__\s([^{;]*)', _without_comments(text))
+def kernel_names(text: str, definitions: Mapping[str, int | str]) -> list[str]:
+    """The names of the `extern "C" __global__` kernels that there are under these definitions."""
+    flags = [f"-D{name}={value}" for name, value in definitions.items()]
+    bare = re.sub(r"^\s*#\s*include\s*<.*$", "", text, flags=re.M)
+    plain = _run([_compiler(), "-E", "-P", "-x", "c++", "-DCUDA_ON_CPU=1", "-D__CUDA_ARCH__=900", *flags, "-"], bare)
+    heads = re.findall(r'extern\s+"C"\s+__global__\s([^{;]*)', plain)
     attributes = ("__launch_bounds__", "__cluster_dims__", "__align__")
     return [next(name for name in re.findall(r"(\w+)\s*\(", head) if name not in attributes) for head in heads]
 
@@ -223,31 +223,34 @@ def _three(size: Size) -> tuple[int, int, int]:
 
 # Compiling -----------------------------------------------------------------------------------------------------------
 
-_FLAGS = ("-std=c++17", "-O1", "-g1", "-shared", "-fPIC", "-fno-strict-aliasing", "-w", "-x", "c++")
+_FLAGS = ("-std=c++17", "-O1", "-shared", "-fPIC", "-fno-strict-aliasing", "-w", "-x", "c++")
 _SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
 
 def _compiled(text: str, definitions: Mapping[str, int | str]) -> Path:
     """The shared library of a source, kept in the temporary directory by a hash of all that goes into it."""
-    program = _program(text)
     flags = [*_FLAGS, *_machine_flags(), *(_SANITIZERS if os.environ.get("LIGHTSEQ_SANITIZE") else ())]
     flags += [f"-D{name}={value}" for name, value in sorted(definitions.items())]
-    headers = "".join(path.read_text() for path in sorted(HERE.glob("*.h")))
-    key = hashlib.sha256("\0".join([program, headers, *flags]).encode()).hexdigest()[:24]
+    machine = "".join(path.read_text() for path in sorted(HERE.glob("*.[hp]*")) if path.is_file())
+    key = hashlib.sha256("\0".join([text, machine, *flags]).encode()).hexdigest()[:24]
     folder = Path(tempfile.gettempdir()) / f"lightseq-cuda-on-cpu-{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     library = folder / f"{key}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as work:
             source, made = Path(work, "kernels.cc"), Path(work, "kernels.so")
-            source.write_text(program)
-            command = [_compiler(), *flags, f"-I{HERE}", str(source), "-o", str(made)]
-            environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-            outcome = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-            if outcome.returncode:
-                raise LaunchError(f"{' '.join(command)}\n{outcome.stderr[:4000]}")
+            source.write_text(_program(text, definitions))
+            _run([_compiler(), *flags, f"-I{HERE}", str(source), "-o", str(made)])
             made.rename(library)
     return library
+
+
+def _run(command: Sequence[str], given: str | None = None) -> str:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    outcome = subprocess.run(command, input=given, capture_output=True, text=True, env=environment, check=False)
+    if outcome.returncode:
+        raise LaunchError(f"{' '.join(command)}\n{outcome.stderr[:4000]}")
+    return outcome.stdout
 
 
 @functools.cache
@@ -260,12 +263,12 @@ def _machine_flags() -> tuple[str, ...]:
     return ("-march=x86-64-v3",) if words >= {"avx2", "f16c", "fma", "bmi2"} else ()
 
 
-def _program(text: str) -> str:
+def _program(text: str, definitions: Mapping[str, int | str]) -> str:
     calls = [
         f'extern "C" const char* launch_{name}(const unsigned* sizes, size_t shared, int order, void** arguments) {{\n'
         f"    return cuda_on_cpu::launch({name}, sizes, shared, order, arguments);\n}}\n"
         f'extern "C" const char* signature_{name}() {{ return cuda_on_cpu::signature({name}); }}\n'
-        for name in kernel_names(text)
+        for name in kernel_names(text, definitions)
     ]
     return '#include "machine.h"\n' + _with_shared_memory(text) + "\n" + "".join(calls)
 
@@ -297,7 +300,3 @@ def _with_shared_memory(text: str) -> str:
         return " ".join(made).replace("\n", " ") + lines
 
     return _SHARED.sub(rewrite, text)
-
-
-def _without_comments(text: str) -> str:
-    return re.sub(r"//[^\n]*|/\*.*?\*/", "", text, flags=re.S)

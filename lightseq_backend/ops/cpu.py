@@ -2,24 +2,20 @@
 
 Conventions. A row is a token: activations are float32 [rows, width], C-contiguous. `norm` is (gain, bias), each
 [width]; `linear` is (weight [in, out], bias [out]). Results go to `out`; nothing else is written unless said. A row's
-result depends on that row alone, to the last bit: never on how many rows there are or where it stands (`_product`
+result depends on that row alone, to the last bit: never on how many rows there are or where it stands (product.py
 says how). `rows` is int32 [n]: the slot of each row, the rows of one sequence next to each other, its beam 0 first;
 the record of a slot is ops/slots.py. `keys` and `values` are one layer's cache, [slots, steps, hidden].
 """
 
 from __future__ import annotations
 
-import functools
-import os
-import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
 from lightseq_backend.ops.philox import gumbel
+from lightseq_backend.ops.product import choose_threads, divide, product, scratch
 from lightseq_backend.ops.slots import FAN_OUT, SAMPLE, SEARCH
 
 Array = np.ndarray[Any, Any]
@@ -43,8 +39,8 @@ class Linear(NamedTuple):
 
 
 def start() -> None:
-    """Readies the calling thread. BLAS gets one thread: `_product` divides the work itself, always the same way."""
-    _limit_blas()
+    """Readies the process: settles how BLAS is used (product.py)."""
+    choose_threads()
 
 
 def matrix(array: Array) -> Array:
@@ -132,16 +128,17 @@ def embed_rows(rows: Array, slots: Array, token_table: Array, position_table: Ar
 
 def layer_norm(x: Array, norm: Norm, epsilon: float, out: Array) -> None:
     """out = (x - mean) / sqrt(variance + epsilon) * gain + bias, over the last axis; biased variance, two passes."""
-    centred = x - x.mean(axis=-1, keepdims=True)
-    variance = np.square(centred).mean(axis=-1, keepdims=True)
-    np.multiply(centred, 1 / np.sqrt(variance + FLOAT.type(epsilon)), out=out)
+    width = FLOAT.type(x.shape[-1])
+    np.subtract(x, x.sum(axis=-1, keepdims=True) / width, out=out)
+    variance = np.square(out).sum(axis=-1, keepdims=True) / width
+    out /= np.sqrt(variance + FLOAT.type(epsilon))
     out *= norm.gain
     out += norm.bias
 
 
 def linear(x: Array, linear: Linear, out: Array) -> None:
     """out = x . W + b. x: [rows, in]; out: [rows, out]."""
-    _product(x, linear.weight, out, lambda part, columns: _add_bias(part, linear.bias, columns))
+    product(x, linear.weight, out, lambda part, columns: _add_bias(part, linear.bias, columns))
 
 
 def norm_linear(
@@ -157,14 +154,14 @@ def norm_linear(
         _add_bias(part, linear.bias, columns)
         _ACTIVATIONS[activation](part)
 
-    _product(normed, linear.weight, out, finish)
+    product(normed, linear.weight, out, finish)
 
 
 def linear_residual(x: Array, linear: Linear, residual: Array, out: Array) -> None:
     """out = residual + x . W + b. x: [rows, in]; residual, out: [rows, out]; out may be the residual itself."""
-    product = _scratch("residual", out.shape)
-    _product(x, linear.weight, product, lambda part, columns: _add_bias(part, linear.bias, columns))
-    np.add(residual, product, out=out)
+    change = scratch("change", out.shape)
+    product(x, linear.weight, change, lambda part, columns: _add_bias(part, linear.bias, columns))
+    np.add(residual, change, out=out)
 
 
 def _add_bias(part: Array, bias: Array | None, columns: slice) -> None:
@@ -190,84 +187,6 @@ def _gelu(x: Array) -> None:
 
 
 _ACTIVATIONS: dict[str, Callable[[Array], None]] = {"none": lambda x: None, "relu": _relu, "gelu": _gelu}
-
-# A BLAS may round a row differently by where it stands among the others: OpenBLAS's AVX2 kernel treats the first and
-# last eight of the operand's long side apart, and any kernel has a tail. So the rows are made the long side (BLAS's m)
-# and are fenced by eight rows of zeros at either end, in whole eights, at most `_CHUNK` a call, which is below the
-# size where OpenBLAS cuts a call in two. A BLAS may also choose its kernel by the size of the whole product (OpenBLAS
-# with AVX-512 below m * n * k = 10^6, and by m * n): where the smallest call could fall below that, every call has the
-# same number of rows. Who computes which columns depends on the weight's shape only.
-_FENCE = 8
-_CHUNK = 240
-_SMALL = 1 << 16  # elements of a share of a weight; with 8 + 2 * 8 rows that is 1.5 * 10^6
-_SMALL_CHUNK = 32
-_WORTH_THREADS = 1 << 17  # elements of a weight below which handing out work costs more than it saves
-
-
-def _product(x: Array, weight: Array, out: Array, finish: Callable[[Array, slice], None]) -> None:
-    """out = x . weight, then finish(out[:, columns], columns) for each share of the columns."""
-    narrow, width = weight.shape
-    threads = _threads() if weight.size >= _WORTH_THREADS else 1
-    small = narrow * (width // threads) < _SMALL
-    chunk, multiple = (_SMALL_CHUNK, _SMALL_CHUNK) if small else (_CHUNK, 8)
-    starts = range(0, len(x), chunk)
-    panels = [_panel(x[start : start + chunk], start, multiple) for start in starts]
-
-    def share(columns: slice) -> None:
-        for start, panel in zip(starts, panels, strict=True):
-            transposed = _scratch("transposed", (columns.stop - columns.start, len(panel)))
-            np.matmul(weight.T[columns], panel.T, out=transposed)
-            part = out[start : start + chunk, columns]
-            part[...] = transposed[:, _FENCE : _FENCE + len(part)].T
-            finish(part, columns)
-
-    _divide(share, threads, width)
-
-
-def _panel(x: Array, start: int, multiple: int) -> Array:
-    """The rows between two fences, filled up to a multiple of so many."""
-    rows = -(-len(x) // multiple) * multiple
-    panel = _scratch(f"panel {start}", (_FENCE + rows + _FENCE, x.shape[1]))
-    panel[:_FENCE] = 0
-    panel[_FENCE : _FENCE + len(x)] = x
-    panel[_FENCE + len(x) :] = 0
-    return panel
-
-
-def _divide(share: Callable[[slice], None], threads: int, width: int) -> None:
-    """Calls share with slices that cover range(width), one a thread."""
-    bounds = [width * i // threads for i in range(threads + 1)]
-    others = [_pool().submit(share, slice(bounds[i], bounds[i + 1])) for i in range(1, threads)]
-    share(slice(bounds[0], bounds[1]))
-    for other in others:
-        other.result()
-
-
-@functools.cache
-def _threads() -> int:
-    return max(1, int(os.environ.get("OMP_NUM_THREADS") or 0) or len(os.sched_getaffinity(0)))
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(1, _threads() - 1), thread_name_prefix="product")
-
-
-@functools.cache
-def _limit_blas() -> threadpool_limits:
-    return threadpool_limits(1, user_api="blas")
-
-
-_local = threading.local()
-
-
-def _scratch(name: str, shape: tuple[int, ...]) -> Array:
-    """This thread's scratch memory of that name, kept between calls: fresh pages cost more than the arithmetic."""
-    kept: dict[str, Array] = _local.__dict__.setdefault("kept", {})
-    size = int(np.prod(shape))
-    if name not in kept or kept[name].size < size:
-        kept[name] = np.empty(size, FLOAT)
-    return kept[name][:size].reshape(shape)
 
 
 # Attention -----------------------------------------------------------------------------------------------------------
@@ -308,11 +227,8 @@ def decode_attention(
     for length in np.unique(lengths).tolist():
         here = np.flatnonzero(lengths == length)
         lanes, steps = ancestors[rows[here], : length + 1], np.arange(length + 1)
-        shape = (len(here), length + 1, heads, hidden // heads)
-        k = keys[lanes, steps].reshape(shape).transpose(0, 2, 1, 3)
-        v = values[lanes, steps].reshape(shape).transpose(0, 2, 1, 3)
-        q = qkv[here, :hidden].reshape(len(here), heads, 1, hidden // heads)
-        out[here] = _attend(q, k, v).reshape(len(here), hidden)
+        q, k, v = qkv[here, None, :hidden], keys[lanes, steps], values[lanes, steps]
+        out[here] = _rows(_attend(_by_head(q, heads), _by_head(k, heads), _by_head(v, heads)))[:, 0]
 
 
 def cross_attention(
@@ -322,12 +238,20 @@ def cross_attention(
 
     query, out: [rows, hidden]; keys, values: [slots, source tokens, hidden]. Rows of nobody's lane give zeros.
     """
-    out[slots["width"][rows] == 0] = 0
-    for first, record in _leaders(rows, slots, (SEARCH, FAN_OUT, SAMPLE)):
-        beams = slice(first, first + int(record["width"]))
-        lane, length = int(record["memory"]), int(record["memory_length"])
-        k, v = _by_head(keys[lane, :length], heads), _by_head(values[lane, :length], heads)
-        out[beams] = _rows(_attend(_by_head(query[beams], heads), k, v))
+    records = slots[rows]
+    out[records["width"] == 0] = 0
+    leads = np.flatnonzero((records["beam"] == 0) & (records["width"] > 0))
+    shapes = records[["width", "memory_length"]][leads]
+    # Sequences of one shape go together; a stacked product treats each of them by itself.
+    for width, length in set(shapes.tolist()):
+        here = leads[(shapes["width"] == width) & (shapes["memory_length"] == length)]
+        lanes, beams = records["memory"][here], here[:, None] + np.arange(width)
+        context = _attend(
+            _by_head(query[beams], heads),
+            _by_head(keys[lanes, :length], heads),
+            _by_head(values[lanes, :length], heads),
+        )
+        out[beams] = _rows(context)
 
 
 def store(key_values: Array, lanes: Array, steps: Array, keys: Array, values: Array) -> None:
@@ -341,13 +265,14 @@ _QUERIES = 256  # queries whose scores are held at the same time
 
 
 def _by_head(x: Array, heads: int) -> Array:
-    """[rows, hidden] as [heads, rows, d]."""
-    return x.reshape(len(x), heads, x.shape[1] // heads).transpose(1, 0, 2)  # -1 fails where there are no rows
+    """[..., rows, hidden] as [..., heads, rows, d]."""
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads).swapaxes(-2, -3)
 
 
 def _rows(x: Array) -> Array:
-    """[heads, rows, d] as [rows, hidden]."""
-    return x.transpose(1, 0, 2).reshape(x.shape[1], -1)
+    """[..., heads, rows, d] as [..., rows, hidden]."""
+    heads, rows, size = x.shape[-3:]
+    return x.swapaxes(-2, -3).reshape(*x.shape[:-3], rows, heads * size)
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
@@ -376,7 +301,7 @@ def vocabulary_logits(
             part *= FLOAT.type(scale)
         _add_bias(part, output.bias, columns)
 
-    _product(normed, output.weight, logits, finish)
+    product(normed, output.weight, logits, finish)
 
 
 def top(logits: Array, banned: int, ids: Array, log_probabilities: Array) -> None:
@@ -385,10 +310,14 @@ def top(logits: Array, banned: int, ids: Array, log_probabilities: Array) -> Non
     ids: int32 [rows, k], log_probabilities: [rows, k], k <= vocabulary. Id `banned` (or -1) is never chosen, but
     counts in the normalisation, as in LightSeq; then k < vocabulary.
     """
-    count = ids.shape[1]
-    for row, scores in enumerate(logits):
-        ids[row] = _best(scores, count, banned)
-        log_probabilities[row] = scores[ids[row]] - _log_sum_exp(scores)
+
+    def share(rows: slice) -> None:
+        for row in range(rows.start, rows.stop):
+            scores = logits[row]
+            ids[row] = _best(scores, ids.shape[1], banned)
+            log_probabilities[row] = scores[ids[row]] - _log_sum_exp(scores)
+
+    divide(share, len(logits), 1 if logits.size < _WORTH_THREADS else None)
 
 
 def vocabulary_top(
@@ -408,28 +337,36 @@ def target_log_probabilities(logits: Array, targets: Array, out: Array) -> None:
 
 def _log_sum_exp(scores: Array) -> np.floating[Any]:
     most = scores.max()
-    shifted = _scratch("exponentials", scores.shape)
+    shifted = scratch("exponentials", scores.shape)
     np.subtract(scores, most, out=shifted)
     np.exp(shifted, out=shifted)
     return np.log(shifted.sum()) + most
 
 
 _GROUP = 64
+_WORTH_THREADS = 1 << 17  # scores below which handing out work costs more than it saves
 
 
 def _best(scores: Array, count: int, banned: int) -> Array:
     """Indices of the `count` largest but `banned`, descending, the lower index first among equals."""
-    wanted = count + (banned >= 0)
-    candidates = np.arange(scores.size)
-    groups = scores.size // _GROUP
-    if groups > wanted:
-        # The largest maxima of groups bound the largest scores from below: few indices pass.
-        maxima = scores[: groups * _GROUP].reshape(groups, _GROUP).max(axis=1)
-        passing = np.flatnonzero(scores >= np.partition(maxima, groups - wanted)[groups - wanted])
-        if passing.size >= wanted:  # fails only where scores are not numbers
-            candidates = passing
+    candidates = _promising(scores, count + (banned >= 0))
     candidates = candidates[candidates != banned]
     return candidates[np.argsort(-scores[candidates], kind="stable")[:count]]
+
+
+def _promising(scores: Array, wanted: int) -> Array:
+    """Ascending indices of few scores, the `wanted` largest among them."""
+    groups = scores.size // _GROUP  # group g is g, g + groups, g + 2 * groups, ...: maxima over whole vectors
+    if groups > wanted:
+        # As many scores as wanted are at least `bound`, one in each of the groups with the largest maxima.
+        maxima = scores[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
+        bound = np.partition(maxima, groups - wanted)[groups - wanted]
+        inside = np.flatnonzero(maxima >= bound) + np.arange(0, groups * _GROUP, groups)[:, None]
+        passing = np.concatenate([inside.ravel(), np.arange(groups * _GROUP, scores.size)])
+        passing = passing[scores[passing] >= bound]
+        if passing.size >= wanted:  # fails only where scores are not numbers
+            return np.sort(passing)
+    return np.arange(scores.size)
 
 
 # Decoding ------------------------------------------------------------------------------------------------------------

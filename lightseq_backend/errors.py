@@ -6,7 +6,7 @@ class RequestError(ValueError):
 
 
 class Overloaded(RuntimeError):
-    """The queue is full: come again later."""
+    """No room now, because the queue is full or the engine is stopping: come again later."""
 
 
 class WeightError(ValueError):

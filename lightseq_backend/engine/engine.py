@@ -18,6 +18,7 @@ from lightseq_backend.decoding import beam, sampling
 from lightseq_backend.engine.buffers import allocate
 from lightseq_backend.engine.graphs import Steps
 from lightseq_backend.engine.scheduler import Scheduler
+from lightseq_backend.errors import Overloaded, RequestError
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.pack import Pack
 from lightseq_backend.models.transformer import Transformer
@@ -82,8 +83,13 @@ class Engine:
     def submit(self, requests: Ordered[Request]) -> None:
         """Queues all requests or none.
 
-        RequestError: one cannot be honoured. Overloaded: the queue is full. RuntimeError: the engine is stopping.
+        RequestError: one cannot be honoured. Overloaded: the queue is full, or the engine is stopping.
         """
+        for request in requests:
+            if request.kind == GENERATE and request.options.width > self.limits.max_beam_size:
+                raise RequestError(
+                    f"the request is {request.options.width} rows wide; this model takes {self.limits.max_beam_size}"
+                )
         sequences = [Sequence.of(request, self.model.config) for request in requests]
         self._scheduler.enqueue(sequences)
 
@@ -139,7 +145,7 @@ class Engine:
             self._thread.join(patience)
         for sequence in self._scheduler.clear():
             self._admitted[id(sequence)] = sequence
-        self._fail(RuntimeError("the engine was stopped"))
+        self._fail(Overloaded("the engine was stopped"))
 
     # The engine's thread ----------------------------------------------------------------------------------------------
 

@@ -30,10 +30,10 @@ class Scheduler:
         return self._config.slots - len(self._free)
 
     def enqueue(self, sequences: list[Sequence]) -> None:
-        """All of them or none: Overloaded when they do not fit in the queue together; RuntimeError once closed."""
+        """All of them or none: Overloaded when they do not fit in the queue together, or once it is closed."""
         with self.changed:
             if self._closed:
-                raise RuntimeError("the engine is stopping")
+                raise Overloaded("the engine is stopping")
             room = self._config.queue - len(self._waiting)
             if len(sequences) > room:
                 raise Overloaded(

@@ -227,11 +227,11 @@ cross_attention(const T* query, const int* rows, const Slot* slots, const T* key
 //   keys, values T [lanes, most_steps, hidden]
 //   grid rows; block 256; moves 4 * rows * hidden numbers
 extern "C" __global__ void __launch_bounds__(256)
-store(const T* key_values, long long stride, const int* lanes, const int* steps, T* keys, T* values, int hidden,
+store(const T* key_values, int stride, const int* lanes, const int* steps, T* keys, T* values, int hidden,
       int most_steps) {
     launch_next();
     wait_for_previous();
-    const T* from = key_values + blockIdx.x * stride;
+    const T* from = key_values + (long long)blockIdx.x * stride;
     long long place = ((long long)lanes[blockIdx.x] * most_steps + steps[blockIdx.x]) * hidden;
     size_t address = reinterpret_cast<size_t>(key_values);
     bool aligned = address % 16 == 0 && hidden % LANE_WIDTH == 0 && stride % LANE_WIDTH == 0;

@@ -76,6 +76,26 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
+// A score and its id as one number that is larger for the better choice: the higher score, among equals the lower id.
+// -0 equals 0; what is not a number comes last. 0 stands for no choice.
+typedef unsigned long long Choice;
+__device__ __forceinline__ Choice choice(float score, int id) {
+    unsigned bits = __float_as_uint(score + 0.f);
+    bits = score != score ? 0 : bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (Choice)bits << 32 | ~(unsigned)id;
+}
+__device__ __forceinline__ int choice_id(Choice x) { return (int)~(unsigned)x; }
+__device__ __forceinline__ float choice_score(Choice x) {
+    unsigned bits = (unsigned)(x >> 32);
+    return __uint_as_float(bits >> 31 ? bits & 0x7fffffffu : ~bits);
+}
+__device__ __forceinline__ Choice better(Choice x, Choice y) { return x > y ? x : y; }
+__device__ __forceinline__ Choice warp_best(Choice x) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset >>= 1) x = better(x, __shfl_xor_sync(FULL_WARP, x, offset));
+    return x;
+}
+
 __device__ __forceinline__ float gelu(float x) {  // tanh form (Hendrycks and Gimpel 2016)
     return 0.5f * x * (1.f + tanhf(0.7978845608028654f * x * (1.f + 0.044715f * x * x)));
 }

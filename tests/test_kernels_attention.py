@@ -86,7 +86,7 @@ def store(precision: str, key_values: Array, lanes: Array, steps: Array, keys: A
     stride = key_values.strides[0] // key_values.itemsize
     kernels(64, precision).launch(
         "store", len(lanes), 256,
-        (key_values, np.int64(stride), lanes, steps, keys, values, np.int32(hidden), np.int32(keys.shape[1])),
+        (key_values, np.int32(stride), lanes, steps, keys, values, np.int32(hidden), np.int32(keys.shape[1])),
     )  # fmt: skip
 
 

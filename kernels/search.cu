@@ -1,0 +1,243 @@
+// search: one step of beam search, for every searching sequence at once. One block a row of the step; the block of a
+// sequence's beam 0 works for all its beams. At most MAX_WIDTH of them.
+
+constexpr int MAX_WIDTH = 32;
+
+// Best tokens of all rows of one sequence, best first: token and log-probability by beam and rank.
+struct Best {
+    int tokens[MAX_WIDTH][MAX_WIDTH];
+    float log_probabilities[MAX_WIDTH][MAX_WIDTH];
+};
+
+// The record of a sequence, that of its beam 0, with what the beams differ in, as they stand before the step.
+struct Sequence {
+    Slot record;
+    int slots[MAX_WIDTH], finished[MAX_WIDTH];
+    float log_probability[MAX_WIDTH], score[MAX_WIDTH];
+    float norm;  // ((5 + n) / 6) ** -length_penalty for n tokens; 1 where the penalty is negative
+};
+
+struct Offer {
+    int token;
+    float log_probability, score;
+};
+
+// What a beam offers at a rank: its old score once finished, and then only at rank 0.
+__device__ __forceinline__ Offer offer(const Sequence& sequence, const Best& best, int beam, int rank) {
+    Offer made;
+    if (sequence.finished[beam]) {
+        made.token = sequence.record.end_id;
+        made.log_probability = rank ? -INFINITE : sequence.log_probability[beam];
+        made.score = rank ? -INFINITE : sequence.score[beam];
+    } else {
+        made.token = best.tokens[beam][rank];
+        made.log_probability = __fadd_rn(sequence.log_probability[beam], best.log_probabilities[beam][rank]);
+        made.score = __fmul_rn(made.log_probability, sequence.norm);
+    }
+    if (sequence.record.diverse_lambda != 0) {
+        // LightSeq tells the beams of its one long sort apart by multiples of -2000, which costs resolution: what it
+        // carries on is the rounded score. The intrinsics keep the compiler from fusing it away.
+        float apart = beam * -2000.f;
+        made.score = __fsub_rn(__fadd_rn(made.score, apart), apart);
+        if (!sequence.finished[beam]) made.log_probability = made.score / sequence.norm;
+    }
+    return made;
+}
+
+// The offer that a beam of the next step continues, for every beam; called by the first warp. Offers of one beam only
+// get worse with their rank, so each lane holds out the best of one beam that is not taken yet.
+__device__ __forceinline__ void choose(const Sequence& sequence, const Best& best, int* parents, int* ranks) {
+    int lane = threadIdx.x % 32, width = sequence.record.width, rank = 0;
+    auto held_out = [&]() {
+        if (lane >= width || rank >= width) return (Choice)0;
+        float penalty = __fmul_rn(sequence.record.diverse_lambda, (float)(rank + 1));
+        return choice(__fsub_rn(offer(sequence, best, lane, rank).score, penalty), lane * width + rank);
+    };
+    Choice mine = held_out();
+    for (int beam = 0; beam < width; beam++) {
+        Choice taken = warp_best(mine);
+        if (mine == taken) {
+            parents[beam] = lane;
+            ranks[beam] = rank++;
+            mine = held_out();
+        }
+    }
+}
+
+// Beam b becomes the continuation of beam parents[b]: its past and the tokens that led there. A thread permutes one
+// step of all beams, so nothing is overwritten before it has been read.
+__device__ __forceinline__ void inherit(const Sequence& sequence, const int* parents, int* ancestors, int* history,
+                                        int steps) {
+    int width = sequence.record.width, generated = sequence.record.generated, length = sequence.record.length;
+    for (int i = threadIdx.x; i < generated + length + 1; i += blockDim.x) {
+        int* column = i < generated ? history + i : ancestors + i - generated;
+        int held[MAX_WIDTH];
+#pragma unroll
+        for (int b = 0; b < MAX_WIDTH; b++)
+            if (b < width) held[b] = column[(long long)sequence.slots[parents[b]] * steps];
+#pragma unroll
+        for (int b = 0; b < MAX_WIDTH; b++)
+            if (b < width && parents[b] != b) column[(long long)sequence.slots[b] * steps] = held[b];
+    }
+}
+
+// Whether this block has a sequence to advance; then its record and beams are in shared memory after a barrier.
+__device__ __forceinline__ bool begin(const int* rows, const Slot* slots, Sequence& sequence) {
+    const int* group = rows + blockIdx.x;
+    const Slot* lead = slots + group[0];
+    int width = lead->width;
+    bool searches = lead->method == SEARCH || lead->method == FAN_OUT;
+    if (!searches || lead->beam != 0 || width <= 0 || lead->done) return false;
+    if (threadIdx.x < width) {
+        const Slot* slot = slots + group[threadIdx.x];
+        sequence.slots[threadIdx.x] = group[threadIdx.x];
+        sequence.finished[threadIdx.x] = slot->finished;
+        sequence.log_probability[threadIdx.x] = slot->log_probability;
+        sequence.score[threadIdx.x] = slot->score;
+    }
+    if (threadIdx.x == blockDim.x - 1) {
+        sequence.record = *lead;
+        float penalty = lead->length_penalty;
+        sequence.norm = penalty >= 0 ? powf((6 + lead->generated) / 6.f, -penalty) : 1.f;
+    }
+    return true;
+}
+
+// The step itself, with what the rows would like best in shared memory.
+__device__ __forceinline__ void advance(Sequence& sequence, const Best& best, int* parents, int* ranks, Slot* slots,
+                                        int* ancestors, int* history, int steps) {
+    const Slot& record = sequence.record;
+    if (threadIdx.x < 32) {
+        int beam = threadIdx.x;
+        if (record.method == FAN_OUT && record.generated > 0) {
+            parents[beam] = beam;
+            ranks[beam] = 0;
+        } else {
+            choose(sequence, best, parents, ranks);
+        }
+        __syncwarp();
+        bool mine = beam < record.width;
+        Offer made = {};
+        if (mine) made = offer(sequence, best, parents[beam], ranks[beam]);
+        int finished = made.token == record.end_id;
+        bool all = __all_sync(FULL_WARP, !mine || finished);
+        int done = all || record.generated + 1 >= record.limit;
+        if (mine) {
+            Slot* slot = slots + sequence.slots[beam];
+            slot->log_probability = made.log_probability;
+            slot->score = made.score;
+            slot->token = made.token;
+            slot->finished = finished;
+            // The rest of a burst still runs over a closed sequence: its length stays, inside its lane.
+            slot->length += !done;
+            slot->generated += 1;
+            slot->done = done;
+            history[(long long)sequence.slots[beam] * steps + record.generated] = made.token;
+        }
+    }
+    __syncthreads();
+    inherit(sequence, parents, ancestors, history, steps);
+}
+
+// beam_step: advances every searching sequence by one token, as ops/cpu.py beam_step.
+//   rows int32 [n]   slots Slot [lanes]   ancestors, history int32 [lanes, steps]
+//   ids int32, log_probabilities float [n, count], best first, count >= any width of the rows
+//   grid n; block 128; static shared memory 9 KiB; moves about width * (2 * width + 4 * length) words a sequence
+extern "C" __global__ void __launch_bounds__(128)
+beam_step(const int* rows, Slot* slots, int* ancestors, int* history, const int* ids, const float* log_probabilities,
+          int count, int steps) {
+    __shared__ Sequence sequence;
+    __shared__ Best best;
+    __shared__ int parents[MAX_WIDTH], ranks[MAX_WIDTH];
+    launch_next();
+    wait_for_previous();
+    if (!begin(rows, slots, sequence)) return;
+    __syncthreads();
+    int width = sequence.record.width;
+    for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
+        long long place = (long long)(blockIdx.x + i / width) * count + i % width;
+        best.tokens[i / width][i % width] = ids[place];
+        best.log_probabilities[i / width][i % width] = log_probabilities[place];
+    }
+    __syncthreads();
+    advance(sequence, best, parents, ranks, slots, ancestors, history, steps);
+}
+
+// Merging what kernels/vocabulary.cu found in each tile of the vocabulary ---------------------------------------------
+
+// log sum exp over a row, from the largest logit and the sum of exp(logit - largest) of each tile; by one warp.
+__device__ __forceinline__ float log_sum_exp(const float2* statistics, int tiles) {
+    int lane = threadIdx.x % 32;
+    float most = -INFINITE, sum = 0;
+    for (int tile = lane; tile < tiles; tile += 32) most = fmaxf(most, statistics[tile].x);
+    most = warp_max(most);
+    for (int tile = lane; tile < tiles; tile += 32) sum += statistics[tile].y * expf(statistics[tile].x - most);
+    return logf(warp_sum(sum)) + most;
+}
+
+// The `wanted` best of a row, best first, from the best of each tile, sorted, `count` apart; by one warp. A lane holds
+// out the best of its tiles that is not taken yet; tiles that have one taken offer their next.
+template <typename Take>
+__device__ __forceinline__ void merge(const Choice* choices, int tiles, int count, int wanted, Take take) {
+    int lane = threadIdx.x % 32;
+    Choice mine = 0;
+#pragma unroll 4
+    for (int tile = lane; tile < tiles; tile += 32) mine = better(mine, choices[(long long)tile * count]);
+    for (int rank = 0; rank < wanted; rank++) {
+        Choice taken = warp_best(mine);
+        take(rank, taken);
+        if (mine != taken || rank + 1 == wanted) continue;
+        mine = 0;
+        for (int tile = lane; tile < tiles; tile += 32) {
+            const Choice* offered = choices + (long long)tile * count;
+            int next = 0;
+            while (next < wanted && offered[next] >= taken) next++;
+            if (next < wanted) mine = better(mine, offered[next]);
+        }
+    }
+}
+
+// vocabulary_best: the best `count` ids of each row and their log-probabilities, from those of each tile.
+//   statistics float2 [n, tiles]   choices Choice [n, tiles, count]   ids int32, log_probabilities float [n, count]
+//   grid n; block 32; moves n * tiles * (2 + 2 * count) words
+extern "C" __global__ void __launch_bounds__(32)
+vocabulary_best(const float2* statistics, const Choice* choices, int* ids, float* log_probabilities, int tiles,
+                int count) {
+    launch_next();
+    wait_for_previous();
+    long long row = blockIdx.x;
+    float normalisation = log_sum_exp(statistics + row * tiles, tiles);
+    merge(choices + row * tiles * count, tiles, count, count, [&](int rank, Choice taken) {
+        if (threadIdx.x == 0) {
+            ids[row * count + rank] = choice_id(taken);
+            log_probabilities[row * count + rank] = choice_score(taken) - normalisation;
+        }
+    });
+}
+
+// vocabulary_beam_step: vocabulary_best for the rows of searching sequences, as many as they have beams; beam_step.
+//   arguments as of both; grid n; block 256; static shared memory 9 KiB. A warp merges a row at a time.
+extern "C" __global__ void __launch_bounds__(256)
+vocabulary_beam_step(const int* rows, Slot* slots, int* ancestors, int* history, const float2* statistics,
+                     const Choice* choices, int tiles, int count, int steps) {
+    __shared__ Sequence sequence;
+    __shared__ Best best;
+    __shared__ int parents[MAX_WIDTH], ranks[MAX_WIDTH];
+    launch_next();
+    wait_for_previous();
+    if (!begin(rows, slots, sequence)) return;
+    __syncthreads();
+    int width = sequence.record.width;
+    for (int beam = threadIdx.x / 32; beam < width; beam += blockDim.x / 32) {
+        long long row = blockIdx.x + beam;
+        float normalisation = log_sum_exp(statistics + row * tiles, tiles);
+        merge(choices + row * tiles * count, tiles, count, width, [&](int rank, Choice taken) {
+            if (threadIdx.x % 32 == 0) {
+                best.tokens[beam][rank] = choice_id(taken);
+                best.log_probabilities[beam][rank] = choice_score(taken) - normalisation;
+            }
+        });
+    }
+    __syncthreads();
+    advance(sequence, best, parents, ranks, slots, ancestors, history, steps);
+}

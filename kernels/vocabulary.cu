@@ -1,0 +1,372 @@
+// vocabulary: LayerNorm and the projection onto the vocabulary, for few rows. Of the logits only what the search needs
+// leaves the chip: for each tile of TILE ids the statistics of the softmax and the best candidates, which kernels/
+// search.cu merges. Compiled with
+//   INNER   width of x
+//   ROWS    rows a block takes: 8, 16, 24 or 32; blockIdx.y counts such groups of rows
+// Every sum has an order that depends on INNER alone: a row's result is the same whatever rows come with it.
+
+constexpr int TILE = 128;
+constexpr int THREADS = 256;
+constexpr int LOGIT_STRIDE = TILE + 4;  // floats; the rows that a warp touches at once lie in different banks
+constexpr float LOG2_E = 1.4426950408889634f;
+
+struct Task {
+    const T *x, *gain, *norm_bias, *weight, *bias;
+    const int* rows;
+    const Slot* slots;
+    float* logits;
+    float2* statistics;
+    Choice* choices;
+    int count, vocabulary, best, banned;
+    float epsilon, scale;
+};
+
+// Weights are never written: they may be requested before the kernels in front have ended, and pass L1 by.
+__device__ __forceinline__ uint4 load_weight(const uint4* source) {
+#ifdef CUDA_ON_CPU
+    return *source;
+#else
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(source));
+    return x;
+#endif
+}
+
+// LayerNorm of one row by one warp ------------------------------------------------------------------------------------
+
+constexpr int PIECES = (INNER + 32 * LANE_WIDTH - 1) / (32 * LANE_WIDTH);  // of sixteen bytes, a lane
+struct Row { Pack16 piece[PIECES]; };
+
+__device__ __forceinline__ Pack16 load_piece(const T* row, int k) {
+    Pack16 piece;
+    if (INNER % LANE_WIDTH == 0 && k < INNER) return *reinterpret_cast<const Pack16*>(row + k);
+#pragma unroll
+    for (int i = 0; i < LANE_WIDTH; i++) piece.value[i] = k + i < INNER ? row[k + i] : from_float<T>(0.f);
+    return piece;
+}
+
+__device__ __forceinline__ Row load_row(const T* x, int row) {
+    Row loaded;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++)
+        loaded.piece[i] = load_piece(x + (long long)row * INNER, (32 * i + threadIdx.x % 32) * LANE_WIDTH);
+    return loaded;
+}
+
+// Mean and 1 / sqrt(variance + epsilon), in two passes over registers.
+__device__ __forceinline__ float2 moments(const Row& row, float epsilon) {
+    float sum = 0, squares = 0;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++)
+#pragma unroll
+        for (int j = 0; j < LANE_WIDTH; j++) sum += to_float(row.piece[i].value[j]);  // zeros from INNER on
+    float mean = warp_sum(sum) / INNER;
+#pragma unroll
+    for (int i = 0; i < PIECES; i++)
+#pragma unroll
+        for (int j = 0; j < LANE_WIDTH; j++) {
+            float centred = to_float(row.piece[i].value[j]) - mean;
+            if ((32 * i + threadIdx.x % 32) * LANE_WIDTH + j < INNER) squares += centred * centred;
+        }
+    return make_float2(mean, 1.f / sqrtf(warp_sum(squares) / INNER + epsilon));
+}
+
+// (piece - mean) / deviation * gain + bias; zeros from column INNER on.
+__device__ __forceinline__ Pack16 normalise(const Pack16& piece, float2 moments, const Pack16& gain, const Pack16& bias,
+                                            int k) {
+    Pack16 result;
+#pragma unroll
+    for (int i = 0; i < LANE_WIDTH; i++) {
+        float x = (to_float(piece.value[i]) - moments.x) * moments.y;
+        x = x * to_float(gain.value[i]) + to_float(bias.value[i]);
+        result.value[i] = from_float<T>(k + i < INNER ? x : 0.f);
+    }
+    return result;
+}
+
+// What becomes of the logits of one tile ------------------------------------------------------------------------------
+
+// logits: [ROWS][LOGIT_STRIDE] in shared memory, -inf beyond the vocabulary. Eight lanes take a row.
+__device__ __forceinline__ void summarise(const float* logits, int tile, const Task& task) {
+    int local = threadIdx.x / 8, member = threadIdx.x % 8, row = blockIdx.y * ROWS + local;
+    bool there = local < ROWS && row < task.count;
+    int wanted = task.best;
+    if (there && task.slots) wanted = min(wanted, task.slots[task.rows[row]].width);
+    float values[TILE / 8], most = -INFINITE, sum = 0;
+#pragma unroll
+    for (int i = 0; i < TILE / 8; i++) {
+        values[i] = there ? logits[local * LOGIT_STRIDE + i / 4 * 32 + member * 4 + i % 4] : 0.f;
+        most = fmaxf(most, values[i]);
+    }
+#pragma unroll
+    for (int offset = 4; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, offset));
+#pragma unroll
+    for (int i = 0; i < TILE / 8; i++) sum += exp2f((values[i] - most) * LOG2_E);
+#pragma unroll
+    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, offset);
+
+    int tiles = (task.vocabulary + TILE - 1) / TILE;
+    long long place = (long long)row * tiles + tile;
+    if (there && member == 0) task.statistics[place] = make_float2(most, sum);
+    // A warp goes on until the last of its rows has what it wants.
+    int rounds = there ? wanted : 0;
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) rounds = max(rounds, __shfl_xor_sync(FULL_WARP, rounds, offset));
+    Choice taken = ~0ull;
+    for (int rank = 0; rank < rounds; rank++) {
+        Choice mine = 0;
+#pragma unroll
+        for (int i = 0; i < TILE / 8; i++) {
+            int id = tile * TILE + i / 4 * 32 + member * 4 + i % 4;
+            Choice candidate = choice(values[i], id);
+            if (candidate < taken && id != task.banned && id < task.vocabulary) mine = better(mine, candidate);
+        }
+#pragma unroll
+        for (int offset = 4; offset > 0; offset /= 2) mine = better(mine, __shfl_xor_sync(FULL_WARP, mine, offset));
+        taken = mine;
+        if (there && member == 0 && rank < wanted) task.choices[place * task.best + rank] = mine;
+    }
+}
+
+__device__ __forceinline__ void finish_tile(const float* logits, int tile, const Task& task) {
+    if (task.logits) {
+        for (int i = threadIdx.x; i < ROWS * TILE; i += THREADS) {
+            int row = blockIdx.y * ROWS + i / TILE, id = tile * TILE + i % TILE;
+            if (row < task.count && id < task.vocabulary)
+                task.logits[(long long)row * task.vocabulary + id] = logits[i / TILE * LOGIT_STRIDE + i % TILE];
+        }
+    }
+    if (task.statistics) summarise(logits, tile, task);
+}
+
+__device__ __forceinline__ float finish_logit(float sum, int id, const Task& task) {
+    if (id >= task.vocabulary) return -INFINITE;
+    return task.scale * sum + (task.bias ? to_float(task.bias[id]) : 0.f);
+}
+
+#if HALF
+// On tensor cores: a warp has 16 ids of a tile for all rows. Weights go from memory to registers in the order of
+// kernels/linear.cu pack_weight, DEPTH chunks of 32 k ahead, over the ends of tiles; x is normalised once a block.
+constexpr int CHUNKS = (INNER + 31) / 32;
+constexpr int DEPTH = CHUNKS < 4 ? CHUNKS : 4;
+constexpr int TURNS = (CHUNKS + DEPTH - 1) / DEPTH;
+constexpr int ROW_STRIDE = 32 * CHUNKS + (CHUNKS % 2 ? 0 : 32);  // halves: rows 64 bytes apart modulo 128
+
+struct Weights { uint4 step[2]; };
+
+__device__ __forceinline__ void load_weights(Weights& weights, const Task& task, int tile, int chunk) {
+    int own = tile * (TILE / 16) + threadIdx.x / 32;
+    bool inside = chunk < CHUNKS && own < (task.vocabulary + 15) / 16;
+    const uint4* packed = reinterpret_cast<const uint4*>(task.weight);
+    const uint4* source = packed + ((long long)own * CHUNKS + chunk) * 64 + threadIdx.x % 32;
+    weights.step[0] = inside ? load_weight(source) : make_uint4(0, 0, 0, 0);
+    weights.step[1] = inside ? load_weight(source + 32) : make_uint4(0, 0, 0, 0);
+}
+
+constexpr int NORM_WIDTH = (INNER + 7) / 8 * 8;
+
+// Gain and bias of the norm to shared memory: [2][NORM_WIDTH].
+__device__ __forceinline__ void stage_norm(__half* norm, const Task& task) {
+    for (int k = threadIdx.x * 8; k < NORM_WIDTH; k += THREADS * 8) {
+        *reinterpret_cast<Pack16*>(norm + k) = load_piece(task.gain, k);
+        *reinterpret_cast<Pack16*>(norm + NORM_WIDTH + k) = load_piece(task.norm_bias, k);
+    }
+}
+
+// normed: [ROWS][ROW_STRIDE]. Of rows that are not there it keeps anything: columns of an mma never meet.
+__device__ __forceinline__ void normalise_rows(__half* normed, const __half* norm, const Task& task) {
+    for (int local = threadIdx.x / 32; local < ROWS; local += THREADS / 32) {
+        int row = blockIdx.y * ROWS + local;
+        if (row >= task.count) break;
+        Row held = load_row(task.x, row);
+        float2 statistics = moments(held, task.epsilon);
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            int k = (32 * i + threadIdx.x % 32) * 8, inside = k < NORM_WIDTH ? k : 0;
+            Pack16 gain = *reinterpret_cast<const Pack16*>(norm + inside);
+            Pack16 bias = *reinterpret_cast<const Pack16*>(norm + NORM_WIDTH + inside);
+            if (k < 32 * CHUNKS)
+                *reinterpret_cast<Pack16*>(normed + local * ROW_STRIDE + k) =
+                    normalise(held.piece[i], statistics, gain, bias, k);
+        }
+    }
+}
+
+__device__ __forceinline__ void run(const Task& task) {
+    extern __shared__ __align__(16) char shared_memory[];
+    __half* normed = reinterpret_cast<__half*>(shared_memory);  // [ROWS][ROW_STRIDE]
+    float* logits = reinterpret_cast<float*>(normed + ROWS * ROW_STRIDE);  // [ROWS][LOGIT_STRIDE]
+    __half* norm = reinterpret_cast<__half*>(logits + ROWS * LOGIT_STRIDE);
+    int tiles = (task.vocabulary + TILE - 1) / TILE, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    Weights weights[DEPTH];
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) load_weights(weights[i], task, blockIdx.x, i);
+    stage_norm(norm, task);
+    __syncthreads();
+    wait_for_previous();
+    normalise_rows(normed, norm, task);
+    __syncthreads();
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        float sums[ROWS / 8][4] = {};
+        for (int turn = 0; turn < TURNS; turn++) {
+#pragma unroll
+            for (int i = 0; i < DEPTH; i++) {
+                int chunk = turn * DEPTH + i;
+                if (chunk < CHUNKS) {
+                    const uint4 *low = &weights[i].step[0], *high = &weights[i].step[1];
+                    const unsigned first[4] = {low->x, low->y, low->z, low->w};
+                    const unsigned second[4] = {high->x, high->y, high->z, high->w};
+#pragma unroll
+                    for (int n = 0; n < ROWS / 8; n++) {
+                        const __half* from = normed + (8 * n + g) * ROW_STRIDE + 32 * chunk + 8 * t;
+                        uint4 x = *reinterpret_cast<const uint4*>(from);
+                        mma16816(sums[n], first, {x.x, x.y});
+                        mma16816(sums[n], second, {x.z, x.w});
+                    }
+                }
+                bool last = turn == TURNS - 1;
+                load_weights(weights[i], task, last ? tile + gridDim.x : tile, last ? i : chunk + DEPTH);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < ROWS / 8; n++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                int column = threadIdx.x / 32 * 16 + g + i / 2 * 8;
+                logits[(8 * n + 2 * t + i % 2) * LOGIT_STRIDE + column] =
+                    finish_logit(sums[n][i], tile * TILE + column, task);
+            }
+        __syncthreads();
+        finish_tile(logits, tile, task);
+        __syncthreads();
+    }
+}
+
+#else
+// In true float: a thread has four ids of a tile for every eighth row. Weights come through shared memory, STAGES - 1
+// slices of SLICE k ahead, over the ends of tiles; x is normalised as it is put beside them.
+constexpr int SLICE = 32;
+constexpr int SLICES = (INNER + SLICE - 1) / SLICE;
+constexpr int STAGES = 3;
+constexpr int OWN_ROWS = ROWS / 8;
+constexpr int X_STRIDE = SLICE + 4;
+
+struct Stage { float weight[SLICE][TILE]; };
+struct Shared {
+    Stage stage[STAGES];
+    float x[2][ROWS][X_STRIDE], logits[ROWS][LOGIT_STRIDE];
+    float2 statistics[ROWS];
+};
+
+__device__ __forceinline__ void load_stage(Stage& stage, const Task& task, int tile, int slice) {
+    int columns = (task.vocabulary + 63) / 64 * 64;
+    for (int i = threadIdx.x; i < SLICE * TILE / 4; i += THREADS) {
+        int k = i / (TILE / 4), c = i % (TILE / 4) * 4, id = tile * TILE + c;
+        bool inside = id < columns;
+        const float* source = task.weight + (inside ? (long long)(slice * SLICE + k) * columns + id : 0);
+        copy_async16(&stage.weight[k][c], source, inside ? 16 : 0);
+    }
+}
+
+__device__ __forceinline__ void run(const Task& task) {
+    extern __shared__ __align__(16) char shared_memory[];
+    Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
+    int tiles = (task.vocabulary + TILE - 1) / TILE;
+    int steps = blockIdx.x < tiles ? (tiles - 1 - (int)blockIdx.x) / (int)gridDim.x * SLICES + SLICES : 0;
+    auto request = [&](int step) {
+        if (step < steps)
+            load_stage(shared.stage[step % STAGES], task, blockIdx.x + step / SLICES * gridDim.x, step % SLICES);
+        copy_async_commit();
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) request(i);
+    wait_for_previous();
+    for (int local = threadIdx.x / 32; local < ROWS; local += THREADS / 32) {
+        if (blockIdx.y * ROWS + local >= task.count) break;
+        float2 own = moments(load_row(task.x, blockIdx.y * ROWS + local), task.epsilon);
+        if (threadIdx.x % 32 == 0) shared.statistics[local] = own;
+    }
+    __syncthreads();
+    // Eight threads bring a row's part of a slice of x: four numbers each.
+    int local = threadIdx.x / 8, column = threadIdx.x % 8 * 4, row = blockIdx.y * ROWS + local;
+    bool brings = local < ROWS, there = brings && row < task.count;
+    Pack16 piece, gain, bias;
+    auto fetch = [&](int slice) {
+        int k = slice * SLICE + column;
+        piece = load_piece(task.x + (there ? (long long)row * INNER : 0), there ? k : INNER);
+        gain = load_piece(task.gain, k);
+        bias = load_piece(task.norm_bias, k);
+    };
+    auto place = [&](int buffer, int slice) {
+        float2 moments = there ? shared.statistics[local] : make_float2(0.f, 0.f);
+        if (brings)
+            *reinterpret_cast<Pack16*>(&shared.x[buffer][local][column]) =
+                normalise(piece, moments, gain, bias, slice * SLICE + column);
+    };
+    fetch(0);
+    place(0, 0);
+    int y = threadIdx.x % 8, ids = threadIdx.x / 8 * 4;
+    float sums[OWN_ROWS][4] = {};
+    for (int step = 0; step < steps; step++) {
+        int slice = step % SLICES, next = (step + 1) % SLICES;
+        copy_async_wait<STAGES - 2>();
+        __syncthreads();  // the slice is there, and the slice before it is used up
+        request(step + STAGES - 1);
+        if (step + 1 < steps) fetch(next);
+        const Stage& stage = shared.stage[step % STAGES];
+#pragma unroll 2
+        for (int k = 0; k < SLICE; k += 4) {
+            float4 x[OWN_ROWS];
+#pragma unroll
+            for (int r = 0; r < OWN_ROWS; r++)
+                x[r] = *reinterpret_cast<const float4*>(&shared.x[step % 2][y + 8 * r][k]);
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                float4 w = *reinterpret_cast<const float4*>(&stage.weight[k + j][ids]);
+#pragma unroll
+                for (int r = 0; r < OWN_ROWS; r++) {
+                    float value = j == 0 ? x[r].x : j == 1 ? x[r].y : j == 2 ? x[r].z : x[r].w;
+                    sums[r][0] = fmaf(value, w.x, sums[r][0]);
+                    sums[r][1] = fmaf(value, w.y, sums[r][1]);
+                    sums[r][2] = fmaf(value, w.z, sums[r][2]);
+                    sums[r][3] = fmaf(value, w.w, sums[r][3]);
+                }
+            }
+        }
+        if (step + 1 < steps) place((step + 1) % 2, next);
+        if (slice < SLICES - 1) continue;
+        int tile = blockIdx.x + step / SLICES * gridDim.x;
+#pragma unroll
+        for (int r = 0; r < OWN_ROWS; r++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                shared.logits[y + 8 * r][ids + i] = finish_logit(sums[r][i], tile * TILE + ids + i, task);
+                sums[r][i] = 0;
+            }
+        __syncthreads();
+        finish_tile(shared.logits[0], tile, task);
+    }
+}
+#endif
+
+// vocabulary: logits = scale * (layer_norm(x) . W) + b, and of each tile of TILE ids for each row
+//   statistics[r, tile] = (largest, sum of exp(logit - largest)), the banned id included
+//   choices[r, tile] = its `best` best logits but the banned id, best first (common.cuh Choice; 0 where it has no more)
+//   x T [count, INNER]   gain, norm_bias T [INNER]   weight T packed by kernels/linear.cu pack_weight
+//   bias T [vocabulary] or null
+//   rows int32 [count], slots Slot [lanes], or both null: then a row wants no more choices than its sequence has beams
+//   logits float [count, vocabulary] or null   statistics float2 [count, tiles] or null: then choices neither
+//   choices [count, tiles, best]; banned: an id or -1
+//   grid (up to tiles = ceil(vocabulary / 128), ceil(count / ROWS)); block 256; dynamic shared memory
+//     HALF 2 * ROWS * (32 * c + (32 where c is even)) + 528 * ROWS + 32 * ceil(INNER / 8), c = ceil(INNER / 32);
+//     else 49152 + 824 * ROWS
+//   moves W once (for more than one group of rows again, from L2); needs sm_75 where HALF
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
+vocabulary(const T* x, const T* gain, const T* norm_bias, const T* weight, const T* bias, const int* rows,
+           const Slot* slots, float* logits, float2* statistics, Choice* choices, int count, int vocabulary, int best,
+           int banned, float epsilon, float scale) {
+    launch_next();
+    run({x, gain, norm_bias, weight, bias, rows, slots, logits, statistics, choices, count, vocabulary, best, banned,
+         epsilon, scale});
+}

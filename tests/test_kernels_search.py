@@ -1,0 +1,351 @@
+"""kernels/vocabulary.cu, search.cu and sampling.cu on the CPU against ops/cpu.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cuda_on_cpu
+import numpy as np
+import op_cases
+import pytest
+from cuda_on_cpu import Kernels
+from op_cases import TOLERANCE, Arguments, Array, Case
+
+from lightseq_backend.models.layers import Linear, Norm
+from lightseq_backend.ops import cpu
+from lightseq_backend.ops.slots import SAMPLE, SLOT
+
+pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
+
+PRECISIONS = ("float32", "float16")
+TILE = 128
+SEARCH_KERNELS, SAMPLING_KERNELS = Kernels("search.cu", HALF=0), Kernels("sampling.cu", HALF=0)
+VOCABULARY_KERNELS: dict[tuple[int, int, str], Kernels] = {}
+
+
+def copied(arguments: Arguments) -> Arguments:
+    return {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in arguments.items()}
+
+
+def wanted(op: str, arguments: Arguments) -> Arguments:
+    """What ops/cpu.py makes of them."""
+    computed = copied(arguments)
+    getattr(cpu, op)(**computed)
+    return computed
+
+
+def check(arguments: Arguments, expected: Arguments, names: tuple[str, ...], tolerance: float) -> None:
+    for name in names:
+        for field in arguments[name].dtype.names or (None,):
+            result, truth = (each[name] if field is None else each[name][field] for each in (arguments, expected))
+            if truth.dtype.kind != "f":
+                assert np.array_equal(result, truth), (name, field)
+                continue
+            assert not np.isnan(result).any(), (name, field)
+            infinite = np.isinf(truth)
+            assert np.array_equal(result[infinite], truth[infinite]), (name, field)
+            error = np.abs(result - truth)[~infinite] / (1 + np.abs(truth[~infinite]))
+            assert error.max(initial=0) <= tolerance, (name, field)
+
+
+# The vocabulary ------------------------------------------------------------------------------------------------------
+
+
+def packed(weight: Array, precision: str) -> Array:
+    """weight [inner, wide] in the order of kernels/linear.cu pack_weight."""
+    inner, wide = weight.shape
+    if precision == "float32":
+        return np.ascontiguousarray(np.pad(weight, ((0, -inner % 64), (0, -wide % 64))))
+    filled = np.pad(weight, ((0, -inner % 32), (0, -wide % 16))).astype(np.float16)
+    # k = 32 chunk + 8 t + 4 step + 2 pair + odd; output = 16 tile + 8 half + g
+    parts = filled.reshape(-1, 4, 2, 2, 2, filled.shape[1] // 16, 2, 8)  # chunk, t, step, pair, odd, tile, half, g
+    return np.ascontiguousarray(parts.transpose(5, 0, 2, 7, 1, 3, 6, 4)).reshape(-1)
+
+
+def vocabulary(
+    precision: str, x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, banned: int, best: int,
+    logits: Array | None = None, group: int = 32, rows: Array | None = None, slots: Array | None = None,
+    blocks: int = 0,
+) -> tuple[Array, Array]:  # fmt: skip
+    """Statistics [rows, tiles, 2] and choices [rows, tiles, best] of every tile."""
+    count, inner = x.shape
+    wide = output.weight.shape[1]
+    tiles = -(-wide // TILE)
+    chunks = -(-inner // 32)
+    statistics = np.full((count, tiles, 2), np.nan, np.float32)
+    choices = np.full((count, tiles, best), 0, np.uint64)
+    kernels = VOCABULARY_KERNELS.setdefault(
+        (inner, group, precision), Kernels("vocabulary.cu", HALF=int(precision == "float16"), INNER=inner, ROWS=group)
+    )
+    shared = 2 * group * (32 * chunks + 32 * (chunks % 2 == 0)) + 528 * group + 32 * -(-inner // 8)
+    floats = [array.astype(precision) for array in (x, norm.gain, norm.bias)]
+    kernels.launch(
+        "vocabulary", (blocks or tiles, -(-count // group)), 256,
+        (
+            *floats, packed(output.weight, precision), None if output.bias is None else output.bias.astype(precision),
+            rows, slots, logits, statistics, choices, np.int32(count), np.int32(wide), np.int32(best), np.int32(banned),
+            np.float32(epsilon), np.float32(scale),
+        ),
+        shared=shared if precision == "float16" else 49152 + 824 * group,
+    )  # fmt: skip
+    return statistics, choices
+
+
+def rounded(arguments: Arguments, precision: str) -> Arguments:
+    """Weights and activations as they are in that precision."""
+
+    def round_one(value: Any) -> Any:
+        if isinstance(value, Norm | Linear):
+            return type(value)(*(round_one(part) for part in value))
+        if isinstance(value, np.ndarray) and value.dtype == np.float32:
+            return value.astype(precision).astype(np.float32)
+        return value
+
+    return {name: value if name == "logits" else round_one(value) for name, value in arguments.items()}
+
+
+VOCABULARY_CASES = [case for case in op_cases.cases("vocabulary_top") if case.build()["logits"].size < 20_000]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", VOCABULARY_CASES, ids=str)
+def test_vocabulary_finds_the_best_and_their_log_probabilities(case: Case, precision: str) -> None:
+    arguments = rounded(case.build(), precision)
+    expected = wanted("vocabulary_top", arguments)
+    names = ("x", "norm", "output", "epsilon", "scale", "banned", "logits")
+    best = arguments["ids"].shape[1]
+    group = min(32, -(-len(arguments["x"]) // 8) * 8)
+    statistics, choices = vocabulary(precision, **{name: arguments[name] for name in names}, best=best, group=group)
+    check(arguments, expected, ("logits",), TOLERANCE[precision])
+
+    # The merge, for exactly these logits.
+    cpu.top(arguments["logits"], arguments["banned"], expected["ids"], expected["log_probabilities"])
+    found = arguments["ids"], arguments["log_probabilities"]
+    numbers = np.int32(statistics.shape[1]), np.int32(best)
+    SEARCH_KERNELS.launch("vocabulary_best", len(statistics), 32, (statistics, choices, *found, *numbers))
+    check(arguments, expected, ("ids", "log_probabilities"), TOLERANCE["float32"])
+
+
+def a_head(rows: int, inner: int = 64, wide: int = 700) -> Arguments:
+    random = np.random.default_rng(rows)
+
+    def floats(*shape: int) -> Array:
+        return random.standard_normal(shape, dtype=np.float32)
+
+    output = Linear(floats(inner, wide), None)
+    norm = Norm(floats(inner), floats(inner))
+    return {"x": floats(rows, inner), "norm": norm, "output": output, "epsilon": 1e-6, "scale": 1.0, "banned": -1}
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_vocabulary_of_a_row_does_not_depend_on_the_others_or_on_the_blocks(precision: str) -> None:
+    head = a_head(9)
+    together = vocabulary(precision, **head, best=3, group=24)
+    alone = vocabulary(precision, **{**head, "x": head["x"][6:7]}, best=3, group=8, blocks=2)
+    for many, one in zip(together, alone, strict=True):
+        assert np.array_equal(many[6], one[0])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_vocabulary_takes_more_rows_than_a_block(precision: str) -> None:
+    head = a_head(9)
+    for many, few in zip(
+        vocabulary(precision, **head, best=2, group=8), vocabulary(precision, **head, best=2, group=24)
+    ):
+        assert np.array_equal(many, few)
+
+
+def test_vocabulary_looks_for_as_many_as_the_sequence_has_beams() -> None:
+    head = a_head(3)
+    slots = np.zeros(4, SLOT)
+    slots["width"] = [2, 9, 0, 1]
+    rows = np.array([3, 0, 1], np.int32)
+    _, few = vocabulary("float32", **head, best=4, group=8, rows=rows, slots=slots)
+    _, all_four = vocabulary("float32", **head, best=4, group=8)
+    for row, count in enumerate([1, 2, 4]):
+        assert np.array_equal(few[row, :, :count], all_four[row, :, :count])
+        assert not few[row, :, count:].any()
+
+
+# Search --------------------------------------------------------------------------------------------------------------
+
+
+def beam_step(
+    rows: Array, slots: Array, ancestors: Array, history: Array, ids: Array, log_probabilities: Array
+) -> None:
+    SEARCH_KERNELS.launch(
+        "beam_step", len(rows), 128,
+        (rows, slots, ancestors, history, ids, log_probabilities, np.int32(ids.shape[1]), np.int32(history.shape[1])),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("case", op_cases.cases("beam_step"), ids=str)
+def test_beam_step_computes_what_the_cpu_does(case: Case) -> None:
+    arguments = case.build()
+    expected = wanted("beam_step", arguments)
+    beam_step(**arguments)
+    check(arguments, expected, case.outputs, case.tolerance["float32"])
+
+
+def test_beam_step_takes_thirty_two_beams_with_equals() -> None:
+    arguments = next(case for case in op_cases.cases("beam_step") if case.name == "one beam").build()
+    arguments["rows"], arguments["slots"] = np.arange(32, dtype=np.int32)[::-1].copy(), np.zeros(32, SLOT)
+    slots = arguments["slots"]
+    slots["method"], slots["width"], slots["limit"], slots["end_id"] = 1, 32, 9, 5
+    slots["beam"], slots["generated"], slots["length"] = np.arange(32)[::-1], 3, 4
+    slots["finished"][::5], slots["log_probability"], slots["score"] = 1, -(np.arange(32) // 8), -1.5
+    random = np.random.default_rng(0)
+    arguments["ancestors"], arguments["history"] = random.integers(0, 32, (2, 32, 12)).astype(np.int32)
+    arguments["ids"] = random.integers(0, 99, (32, 32)).astype(np.int32)
+    arguments["log_probabilities"] = -np.sort(random.integers(0, 5, (32, 32)).astype(np.float32), axis=1)
+    expected = wanted("beam_step", arguments)
+    beam_step(**arguments)
+    check(arguments, expected, ("slots", "ancestors", "history"), TOLERANCE["float32"])
+
+
+def test_diverse_rounding_is_that_of_the_cpu_to_the_last_bit() -> None:
+    case = next(case for case in op_cases.cases("beam_step") if case.name == "diverse")
+    arguments = case.build()
+    arguments["slots"]["length_penalty"] = 0  # no power, which may round apart
+    expected = wanted("beam_step", arguments)
+    beam_step(**arguments)
+    assert np.array_equal(arguments["slots"], expected["slots"])
+
+
+def tiled(logits: Array, best: int, banned: int) -> tuple[Array, Array]:
+    """Statistics and choices of each tile, by sorting."""
+    rows, wide = logits.shape
+    tiles = -(-wide // TILE)
+    statistics, choices = np.zeros((rows, tiles, 2), np.float32), np.zeros((rows, tiles, best), np.uint64)
+    for row in range(rows):
+        for tile in range(tiles):
+            part = logits[row, tile * TILE : (tile + 1) * TILE]
+            statistics[row, tile] = part.max(), np.exp(part - part.max()).sum()
+            order = [i for i in np.argsort(-part, kind="stable") if i + tile * TILE != banned][:best]
+            bits = part[order].view(np.uint32)
+            ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
+            low = ~(np.array(order, np.uint32) + np.uint32(tile * TILE))
+            choices[row, tile, : len(order)] = ordered << np.uint64(32) | low
+    return statistics, choices
+
+
+@pytest.mark.parametrize("name", ["some finished", "first step", "fan out", "many"])
+@pytest.mark.parametrize("wide", [130, 5000])
+def test_vocabulary_beam_step_is_top_and_beam_step(name: str, wide: int) -> None:
+    arguments = next(case for case in op_cases.cases("beam_step") if case.name == name).build()
+    count = len(arguments["rows"])
+    random = np.random.default_rng(1)
+    logits = np.round(4 * random.standard_normal((count, wide), dtype=np.float32), 1)  # with equals
+    logits[:, 2] += 5  # end_id
+    logits[:, 7] = 30
+    best = arguments["ids"].shape[1]
+    arguments["ids"], arguments["log_probabilities"] = np.zeros((2, count, best), np.int32).view(np.float32)
+    arguments["ids"] = arguments["ids"].view(np.int32)
+    cpu.top(logits, 7, arguments["ids"], arguments["log_probabilities"])
+    expected = wanted("beam_step", arguments)
+    statistics, choices = tiled(logits, best, 7)
+    state = [arguments[name] for name in ("rows", "slots", "ancestors", "history")]
+    SEARCH_KERNELS.launch(
+        "vocabulary_beam_step", count, 256,
+        (*state, statistics, choices, np.int32(statistics.shape[1]), np.int32(best), np.int32(state[2].shape[1])),
+    )  # fmt: skip
+    check(arguments, expected, ("slots", "ancestors", "history"), 5e-5)
+
+
+# Whole rows of logits ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", op_cases.cases("top"), ids=str)
+def test_top_computes_what_the_cpu_does(case: Case) -> None:
+    arguments = case.build()
+    few = slice(0, 7)  # the rest is more of the same
+    arguments = {name: value[few] if isinstance(value, np.ndarray) else value for name, value in arguments.items()}
+    arguments = copied(arguments)
+    expected = wanted("top", arguments)
+    logits, ids = arguments["logits"], arguments["ids"]
+    numbers = (np.int32(number) for number in (logits.shape[1], ids.shape[1], arguments["banned"]))
+    SAMPLING_KERNELS.launch("top", len(ids), 1024, (logits, ids, arguments["log_probabilities"], *numbers))
+    check(arguments, expected, case.outputs, case.tolerance["float32"])
+
+
+def test_top_finds_many_best_that_one_thread_holds() -> None:
+    logits = np.zeros((1, 32 * 1024), np.float32)
+    logits[0, 5::1024] = np.arange(32)
+    ids, log_probabilities = np.zeros((1, 32), np.int32), np.zeros((1, 32), np.float32)
+    numbers = (np.int32(number) for number in (logits.shape[1], 32, -1))
+    SAMPLING_KERNELS.launch("top", 1, 1024, (logits, ids, log_probabilities, *numbers))
+    assert ids[0].tolist() == [*range(5 + 31 * 1024, 5, -1024), 0]  # id 5 is as good as any other
+
+
+@pytest.mark.parametrize("case", op_cases.cases("target_log_probabilities"), ids=str)
+def test_target_log_probabilities_computes_what_the_cpu_does(case: Case) -> None:
+    arguments = {name: value[:7].copy() for name, value in case.build().items()}
+    expected = wanted("target_log_probabilities", arguments)
+    SAMPLING_KERNELS.launch(
+        "target_log_probabilities", len(arguments["out"]), 1024,
+        (arguments["logits"], arguments["targets"], arguments["out"], np.int32(arguments["logits"].shape[1])),
+    )  # fmt: skip
+    check(arguments, expected, case.outputs, case.tolerance["float32"])
+
+
+def test_finish_logits_scales_and_adds_the_bias() -> None:
+    logits = np.random.default_rng(0).standard_normal((3, 1030), dtype=np.float32)
+    bias = np.arange(1030, dtype=np.float32)
+    expected = np.float32(0.5) * logits + bias
+    numbers = (np.int32(3), np.int32(1030), np.float32(0.5))
+    SAMPLING_KERNELS.launch("finish_logits", (2, 2), 256, (logits, bias, *numbers))
+    assert np.allclose(logits, expected, rtol=1e-6)
+
+
+def sample_step(rows: Array, slots: Array, history: Array, logits: Array, banned: int) -> None:
+    arrivals = np.zeros(len(rows), np.int32)
+    SAMPLING_KERNELS.launch(
+        "sample_step", len(rows), 1024,
+        (rows, slots, history, logits, arrivals, *(np.int32(n) for n in (logits.shape[1], banned, history.shape[1]))),
+    )  # fmt: skip
+    assert not arrivals.any()
+
+
+@pytest.mark.parametrize("case", op_cases.cases("sample_step"), ids=str)
+def test_sample_step_computes_what_the_cpu_does(case: Case) -> None:
+    arguments = case.build()
+    expected = wanted("sample_step", arguments)
+    sample_step(**arguments)
+    check(arguments, expected, case.outputs, case.tolerance["float32"])
+
+
+def samples(logits: Array, top_k: int = 0, top_p: float = 1.0, temperature: float = 1.0, banned: int = -1) -> Arguments:
+    """Every row its own sequence, its seed its number."""
+    count = len(logits)
+    slots = np.zeros(count, SLOT)
+    slots["method"], slots["width"], slots["limit"], slots["end_id"] = SAMPLE, 1, 9, -1
+    slots["seed"], slots["top_k"], slots["top_p"], slots["temperature"] = range(count), top_k, top_p, temperature
+    return {
+        "rows": np.arange(count, dtype=np.int32), "slots": slots, "history": np.zeros((count, 3), np.int32),
+        "logits": logits, "banned": banned,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_k": 3}, {"top_k": 500}, {"top_p": 0.3}, {"top_k": 40, "top_p": 0.6}, {"top_p": 0.999}, {"top_p": 0.0}],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["all equal", "ties", "wide"])
+def test_sample_step_keeps_exactly_what_the_cpu_keeps_among_equals(kind: str, settings: dict[str, Any]) -> None:
+    logits = 3 * np.random.default_rng(3).standard_normal((8, 1500), dtype=np.float32)
+    if kind == "all equal":
+        logits[:] = -2.5
+    elif kind == "ties":
+        logits = np.round(logits)
+    arguments = samples(logits, **settings, banned=11)
+    expected = wanted("sample_step", arguments)
+    sample_step(**arguments)
+    assert arguments["slots"]["token"].tolist() == expected["slots"]["token"].tolist()
+
+
+def test_sample_step_with_top_k_draws_every_one_of_them_and_no_other() -> None:
+    logits = np.repeat(np.eye(1, 300, 17, dtype=np.float32), 64, axis=0)  # id 17 is best, all others are equal
+    arguments = samples(logits, top_k=4)
+    sample_step(**arguments)
+    assert set(arguments["slots"]["token"].tolist()) == {17, 0, 1, 2}

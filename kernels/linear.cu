@@ -128,23 +128,44 @@ struct Epilogue {
 #define OWN_QUADS up(QUADS, SPLIT)                // those a block of the cluster finishes
 #define TURNS up(OWN_QUADS, THREADS)
 
-struct Before { float residual[TURNS][4]; };
+struct __align__(4 * sizeof(T)) Four { T value[4]; };
+
+// What the end needs from memory, requested at the beginning: the bias at once, the residual when it is there.
+struct Before { Four bias[TURNS], residual[TURNS]; };
 
 __device__ __forceinline__ int quad_of(int turn) {
     const int own = turn * THREADS + threadIdx.x, quad = blockIdx.x % SPLIT * OWN_QUADS + own;
     return own < OWN_QUADS && quad < QUADS ? quad : -1;
 }
 
+__device__ __forceinline__ int row_of(int quad) { return blockIdx.y * ROWS + quad / (OUTPUTS / 4); }
+__device__ __forceinline__ int column_of(int quad) { return blockIdx.x / SPLIT * OUTPUTS + quad % (OUTPUTS / 4) * 4; }
+
+// Four numbers from `column` on, zeros from `wide` on.
+__device__ __forceinline__ Four load_four(const T* from, int column, int wide) {
+    from += column;
+    if (column + 4 <= wide && reinterpret_cast<size_t>(from) % sizeof(Four) == 0) return *reinterpret_cast<const Four*>(from);
+    Four four;
+#pragma unroll
+    for (int i = 0; i < 4; i++) four.value[i] = column + i < wide ? from[i] : from_float<T>(0.f);
+    return four;
+}
+
+__device__ __forceinline__ void load_bias(const Epilogue& end, Before& before) {
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn++) {
+        const int quad = quad_of(turn);
+        before.bias[turn] = load_four(end.bias, quad >= 0 ? column_of(quad) : 0, end.bias && quad >= 0 ? end.wide : 0);
+    }
+}
+
 __device__ __forceinline__ void load_residual(const Epilogue& end, Before& before) {
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
         const int quad = quad_of(turn);
-        const int row = blockIdx.y * ROWS + quad / (OUTPUTS / 4);
-        const int column = blockIdx.x / SPLIT * OUTPUTS + quad % (OUTPUTS / 4) * 4;
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            before.residual[turn][i] = end.residual && quad >= 0 && row < end.rows && column + i < end.wide
-                ? to_float(end.residual[(long long)row * end.residual_stride + column + i]) : 0.f;
+        const bool inside = end.residual && quad >= 0 && row_of(quad) < end.rows;
+        const T* from = inside ? end.residual + (long long)row_of(quad) * end.residual_stride : nullptr;
+        before.residual[turn] = load_four(from, quad >= 0 ? column_of(quad) : 0, inside ? end.wide : 0);
     }
 }
 
@@ -166,8 +187,7 @@ __device__ __forceinline__ void finish(const float* partial, float4* inbox, cons
     for (int turn = 0; turn < TURNS; turn++) {
         const int quad = quad_of(turn);
         if (quad < 0) continue;
-        const int row = blockIdx.y * ROWS + quad / (OUTPUTS / 4);
-        const int column = blockIdx.x / SPLIT * OUTPUTS + quad % (OUTPUTS / 4) * 4;
+        const int row = row_of(quad), column = column_of(quad);
         if (row >= end.rows) continue;
         float sum[4] = {};
         const float* from = partial + quad / (OUTPUTS / 4) * PARTIAL_STRIDE + quad % (OUTPUTS / 4) * 4;
@@ -177,14 +197,14 @@ __device__ __forceinline__ void finish(const float* partial, float4* inbox, cons
                                        : *reinterpret_cast<const float4*>(from + part * ROWS * PARTIAL_STRIDE);
             sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w;
         }
-        struct __align__(4 * sizeof(T)) Four { T value[4]; } four;
+        Four four;
         T* to = end.out + (long long)row * end.out_stride + column;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float bias = end.bias && column + i < end.wide ? to_float(end.bias[column + i]) : 0.f;
-            four.value[i] = from_float<T>(before.residual[turn][i] + activate(sum[i] * end.scale + bias, end.activation));
+            const float x = activate(sum[i] * end.scale + to_float(before.bias[turn].value[i]), end.activation);
+            four.value[i] = from_float<T>(to_float(before.residual[turn].value[i]) + x);
         }
-        if (column + 4 <= end.wide && end.out_stride % 4 == 0 && (size_t)to % sizeof(Four) == 0)
+        if (column + 4 <= end.wide && reinterpret_cast<size_t>(to) % sizeof(Four) == 0)
             *reinterpret_cast<Four*>(to) = four;
         else
             for (int i = 0; i < 4 && column + i < end.wide; i++) to[i] = four.value[i];
@@ -201,7 +221,9 @@ __device__ __forceinline__ void finish(const float* partial, float4* inbox, cons
 #define CHUNKS up(INNER, 32)
 #define SLICE up(CHUNKS, SPLIT)  // chunks of a block: chunk c is warp c % WARPS's
 #define SHARE up(SLICE, WARPS)   // chunks of a warp
-#define DEPTH least(SHARE, most(1, (ROWS > 32 ? 4 : 8) / TILES))  // chunks whose weights are under way, in registers
+// Chunks whose weights are under way, in registers: as many as 128 registers a thread allow without spills, so that a
+// multiprocessor takes two blocks, this kernel's and the next one's.
+#define DEPTH least(SHARE, most(1, (ROWS > 32 ? 4 : NORM && PIECES > 4 ? 6 : 8) / TILES))
 #define STAGES least(SHARE, ROWS > 32 ? 2 : 4)            // chunks whose x is under way, in shared memory
 #define ROW_STRIDE (32 * CHUNKS + (CHUNKS % 2 ? 0 : 32))   // halves: rows 64 bytes apart modulo 128, no bank conflicts
 
@@ -277,6 +299,9 @@ linear(const T* x, int x_stride, const T* weight, const T* bias, const T* residu
     Weights weights[DEPTH];
 #pragma unroll
     for (int i = 0; i < DEPTH; i++) load_weights(weights[i], packed, at, i);
+    const Epilogue end = {bias, residual, out, residual_stride, out_stride, rows, wide, activation, scale};
+    Before before;
+    load_bias(end, before);
     wait_for_previous();
 
     auto stage = [&](int share) {
@@ -291,8 +316,6 @@ linear(const T* x, int x_stride, const T* weight, const T* bias, const T* residu
     };
 #pragma unroll
     for (int i = 0; i < STAGES; i++) stage(i);
-    const Epilogue end = {bias, residual, out, residual_stride, out_stride, rows, wide, activation, scale};
-    Before before;
     load_residual(end, before);
     if (SPLIT > 1) cluster_sync();  // all have begun: their shared memory may be written
 
@@ -338,6 +361,9 @@ norm_linear(const T* x, int x_stride, const T* gain, const T* norm_bias, float e
     Weights weights[DEPTH];
 #pragma unroll
     for (int i = 0; i < DEPTH; i++) load_weights(weights[i], packed, at, i);
+    const Epilogue end = {bias, nullptr, out, 0, out_stride, rows, wide, activation, scale};
+    Before before = {};
+    load_bias(end, before);
     wait_for_previous();
 
     for (int r = at.warp; r < ROWS && blockIdx.y * ROWS + r < rows; r += WARPS)
@@ -353,18 +379,20 @@ norm_linear(const T* x, int x_stride, const T* gain, const T* norm_bias, float e
 #pragma unroll 1
     for (int r = at.warp; r < ROWS && blockIdx.y * ROWS + r < rows; r += WARPS) {
         Row row;
+        T* own = held + r * ROW_STRIDE;
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             const int k = (32 * i + at.lane) * 8;
-            row.piece[i] = *reinterpret_cast<const Pack16*>(held + r * ROW_STRIDE + (k < CHUNKS * 32 ? k : 0));
+            row.piece[i] = *reinterpret_cast<const Pack16*>(own + (k < CHUNKS * 32 ? k : 0));
         }
         const float2 statistics = moments(row, epsilon);
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
             const int k = (32 * i + at.lane) * 8;
             if (k < at.first * 32 || k >= (at.first + at.count) * 32) continue;
-            const Pack16 piece = normalise(row.piece[i], statistics, norm, k);
-            *reinterpret_cast<Pack16*>(held + r * ROW_STRIDE + k) = piece;
+            // Read again: kept in registers, the row would push weights out of them.
+            const Pack16 piece = normalise(*reinterpret_cast<const Pack16*>(own + k), statistics, norm, k);
+            *reinterpret_cast<Pack16*>(own + k) = piece;
             if (normed && blockIdx.x < SPLIT) {
                 T* to = normed + (long long)(blockIdx.y * ROWS + r) * INNER + k;
                 if (INNER % 8 == 0 && k < INNER) *reinterpret_cast<Pack16*>(to) = piece;
@@ -372,8 +400,6 @@ norm_linear(const T* x, int x_stride, const T* gain, const T* norm_bias, float e
             }
         }
     }
-    const Epilogue end = {bias, nullptr, out, 0, out_stride, rows, wide, activation, scale};
-    const Before before = {};
     __syncthreads();
 
     Sums sums = {};
@@ -486,9 +512,10 @@ linear(const T* x, int x_stride, const T* weight, const T* bias, const T* residu
     Weights weights[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) load_weights(weights[d], weight, d, wide);
-    wait_for_previous();
     const Epilogue end = {bias, residual, out, residual_stride, out_stride, rows, wide, activation, scale};
     Before before;
+    load_bias(end, before);
+    wait_for_previous();
     load_residual(end, before);
     if (SPLIT > 1) cluster_sync();
     multiply(held, held, weights, weight, wide, [&](int step) {
@@ -517,6 +544,9 @@ norm_linear(const T* x, int x_stride, const T* gain, const T* norm_bias, float e
     Weights weights[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) load_weights(weights[d], weight, d, wide);
+    const Epilogue end = {bias, nullptr, out, 0, out_stride, rows, wide, activation, scale};
+    Before before = {};
+    load_bias(end, before);
     wait_for_previous();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     for (int first = 0; first < ROWS; first += TOGETHER * WARPS) {
@@ -534,8 +564,6 @@ norm_linear(const T* x, int x_stride, const T* gain, const T* norm_bias, float e
     }
     copy_async_wait<0>();
     if (SPLIT > 1) cluster_sync();
-    const Epilogue end = {bias, nullptr, out, 0, out_stride, rows, wide, activation, scale};
-    const Before before = {};
     multiply(held, held, weights, weight, wide, [&](int step) {
         const int first = (blockIdx.x % SPLIT * STEPS + step) * 64;
         for (int i = threadIdx.x; i < ROWS * TILE_STEPS * 16; i += THREADS) {

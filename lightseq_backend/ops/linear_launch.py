@@ -23,7 +23,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan depends on of a GPU: compute capability (90 for 9.0), multiprocessors, shared bytes a block may have."""
+    """What a plan depends on of a GPU: compute capability (90 for 9.0), multiprocessors, most shared bytes a block."""
 
     capability: int
     multiprocessors: int
@@ -73,7 +73,7 @@ def plan(device: Device, rows: int, inner: int, wide: int, half: bool, norm: boo
 
 
 def _split(device: Device, inner: int, wide: int, outputs: int, half: bool) -> int:
-    """Blocks that share a sum: as many as keep multiprocessors busy in one wave, half a share of a warp each at least."""
+    """Blocks that share a sum: as many as there are multiprocessors for, with work for half their warps at least."""
     if device.capability < 90:
         return 1
     useful = _up(inner, 32) // (_WARPS // 2) if half else _up(inner, 64)

@@ -1,0 +1,111 @@
+"""The linear, norm and embed kernels as an ops module, run on the CPU: what ops/cuda.py is on a GPU, without one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from cuda_on_cpu import Kernels
+
+from lightseq_backend.models.layers import Linear, Norm
+from lightseq_backend.ops import cpu, linear_launch
+
+Array = np.ndarray[Any, Any]
+_ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
+
+
+def integers(*values: int) -> tuple[np.int32, ...]:
+    return tuple(np.int32(value) for value in values)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight [inner, wide] in the order `linear` reads it."""
+
+    memory: Array
+    inner: int
+    wide: int
+
+
+class Ops:
+    """Functions of ops/cpu.py by kernels compiled for a device; `matrix` takes any strides."""
+
+    def __init__(self, half: bool, device: linear_launch.Device):
+        self.FLOAT = np.dtype(np.float16 if half else np.float32)
+        self.half, self.device = half, device
+        self.allocate, self.view, self.put, self.get = cpu.allocate, cpu.view, cpu.put, cpu.get
+
+    def kernels(self, source: str, **definitions: int) -> Kernels:
+        return Kernels(source, **{"HALF": int(self.half), **definitions})
+
+    def vector(self, array: Array) -> Array:
+        return np.ascontiguousarray(array, self.FLOAT)
+
+    def table(self, array: Array) -> Array:
+        return np.ascontiguousarray(array, self.FLOAT)
+
+    def matrix(self, array: Array) -> Packed:
+        source = np.asarray(array).astype(self.FLOAT)  # keeps the order of a transposed view
+        inner, wide = source.shape
+        memory = np.full(linear_launch.packed_elements(inner, wide, self.half), np.nan, self.FLOAT)
+        strides = (np.int64(stride // source.itemsize) for stride in source.strides)
+        grid = -(-memory.nbytes // 16 // 256)
+        self.kernels("linear.cu").launch("pack_weight", grid, 256, (source, *strides, memory, *integers(inner, wide)))
+        return Packed(memory, inner, wide)
+
+    def embed_tokens(
+        self, tokens: Array, positions: Array, token_table: Array, position_table: Array, out: Array
+    ) -> None:
+        arguments = (tokens, positions, token_table, position_table, out, np.int32(out.shape[1]))
+        self.kernels("embed.cu").launch("embed_tokens", len(out), 128, arguments)
+
+    def embed_rows(self, rows: Array, slots: Array, token_table: Array, position_table: Array, out: Array) -> None:
+        arguments = (rows, slots, token_table, position_table, out, np.int32(out.shape[1]))
+        self.kernels("embed.cu").launch("embed_rows", len(out), 128, arguments)
+
+    def layer_norm(self, x: Array, norm: Norm, epsilon: float, out: Array) -> None:
+        width = np.int32(x.shape[1])
+        arguments = (x, width, norm.gain, norm.bias, np.float32(epsilon), out, width)
+        self.kernels("norm.cu").launch("layer_norm", len(x), 128, arguments)
+
+    def linear(self, x: Array, linear: Linear, out: Array) -> None:
+        self.product(x, linear, out)
+
+    def linear_residual(self, x: Array, linear: Linear, residual: Array, out: Array) -> None:
+        self.product(x, linear, out, residual)
+
+    def product(
+        self, x: Array, linear: Linear, out: Array, residual: Array | None = None,
+        activation: str = "none", scale: float = 1,
+    ) -> None:  # fmt: skip
+        """out = residual + activation(scale * x . W + b); x, out and residual may be slices of columns."""
+        weight: Packed = linear.weight
+        arguments = (
+            x, self._stride(x), weight.memory, linear.bias,
+            residual, np.int32(0) if residual is None else self._stride(residual), out, self._stride(out),
+            *integers(len(x), weight.wide, _ACTIVATIONS[activation]), np.float32(scale),
+        )  # fmt: skip
+        self._launch("linear", x, weight, arguments)
+
+    def norm_linear(
+        self, x: Array, norm: Norm, linear: Linear, epsilon: float, activation: str, normed: Array | None, out: Array
+    ) -> None:
+        weight: Packed = linear.weight
+        arguments = (
+            x, self._stride(x), norm.gain, norm.bias, np.float32(epsilon), normed, weight.memory, linear.bias,
+            out, self._stride(out), *integers(len(x), weight.wide, _ACTIVATIONS[activation]), np.float32(1),
+        )  # fmt: skip
+        self._launch("norm_linear", x, weight, arguments)
+
+    def _launch(self, name: str, x: Array, weight: Packed, arguments: tuple[Any, ...]) -> None:
+        aligned = weight.inner * x.itemsize % 16 == 0 and x.strides[0] % 16 == 0 and x.ctypes.data % 16 == 0
+        plan = linear_launch.plan(
+            self.device, len(x), weight.inner, weight.wide, self.half, name == "norm_linear", aligned
+        )
+        kernels = Kernels("linear.cu", **dict(plan.definitions))
+        kernels.launch(name, plan.grid, linear_launch.THREADS, arguments, plan.shared, plan.cluster)
+
+    @staticmethod
+    def _stride(array: Array) -> np.int32:
+        return np.int32(array.strides[0] // array.itemsize)

@@ -1,0 +1,81 @@
+"""Every kernel compiles, by NVRTC, for every GPU that is promised, and the hot ones keep to their registers."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import cuda_on_cpu
+import nvrtc
+import pytest
+
+from lightseq_backend.ops.linear_launch import Device, plan
+
+ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
+TOOLKIT = nvrtc.find()
+
+pytestmark = pytest.mark.skipif(TOOLKIT is None, reason="no NVRTC: neither NVIDIA's wheels nor a CUDA toolkit")
+
+SHARED = {70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KiB a block may have
+
+
+def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
+    """Definitions that each source is compiled with for a GPU: Transformer-big's and GPT-2's.
+
+    Of either precision where the code in the kernels changes, fp16 alone for the GPUs between.
+    """
+    device = Device(architecture, 132, SHARED[architecture] * 1024)
+    products = [
+        dict(plan(device, rows, inner, wide, half, norm, True).definitions)
+        for rows, inner, wide, half, norm in (
+            (32, 1024, 4096, True, True),
+            (64, 4096, 1024, True, False),
+            (8, 1600, 4800, True, True),
+            (32, 1024, 3072, False, True),
+            (32, 4096, 1024, False, False),
+        )
+    ]
+    precisions = [{"HALF": 1}, {"HALF": 0}]
+    if architecture not in (75, 80, 90):
+        precisions, products = precisions[:1], products[:2]
+    return {
+        "attention.cu": [{**precision, "HEAD_SIZE": 64} for precision in precisions],
+        "embed.cu": precisions,
+        "linear.cu": [*precisions, *products],
+        "norm.cu": precisions,
+        "sampling.cu": [{"HALF": 1}],
+        "search.cu": [{"HALF": 1}],
+        "vocabulary.cu": [{**precision, "INNER": 1024, "ROWS": 32} for precision in precisions],
+    }
+
+
+@functools.cache
+def compiled(source: str, architecture: int) -> list[tuple[dict[str, Any], dict[str, nvrtc.Resources]]]:
+    """What the kernels of a source take, for each of its definitions."""
+    assert TOOLKIT is not None
+    text = cuda_on_cpu.joined(source)
+    return [
+        (definition, TOOLKIT.compile(text, architecture, definition)) for definition in builds(architecture)[source]
+    ]
+
+
+def test_every_source_is_compiled_here() -> None:
+    assert {path.name for path in cuda_on_cpu.KERNELS.glob("*.cu")} == set(builds(90))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compile(architecture: int) -> None:
+    assert TOOLKIT is not None
+    if architecture not in TOOLKIT.architectures:
+        pytest.skip(f"this NVRTC does not know sm_{architecture}")
+    for source in builds(architecture):
+        for definition, kernels in compiled(source, architecture):
+            assert kernels, (source, definition)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("source", ["linear.cu", "attention.cu", "vocabulary.cu"])
+def test_hot_kernels_do_not_spill(source: str, architecture: int) -> None:
+    for definition, kernels in compiled(source, architecture):
+        for name, resources in kernels.items():
+            assert resources.spilled == 0, (name, definition, resources)

@@ -1,0 +1,181 @@
+"""The kernels of linear.cu, norm.cu and embed.cu: their own source, run on the CPU, against float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import cuda_on_cpu
+import numpy as np
+import op_cases
+import pytest
+import reference
+from kernel_ops import Array, Ops, integers
+from op_cases import Case
+
+from lightseq_backend.models.layers import Linear, Norm
+from lightseq_backend.ops import cpu, linear_launch
+from lightseq_backend.ops.linear_launch import Device
+
+pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
+
+HOPPER = Device(90, 132, 227 * 1024)  # clusters
+TURING = Device(75, 40, 64 * 1024)  # none, and the least shared memory
+DEVICES = {"hopper": HOPPER, "turing": TURING}
+PRECISIONS = ("float16", "float32")
+
+# Each shape is compiled anew: of the products, those that differ in kind.
+SHAPES = ("7x768x64 transposed", "19x1000x257", "99x64x1000 transposed", "7x1x19", "241x257x99")
+CASES = [
+    case
+    for op in ("embed_tokens", "embed_rows", "layer_norm", "linear", "norm_linear", "linear_residual")
+    for case in op_cases.cases(op)
+    if op[:5] in ("embed", "layer") or (case.name.startswith(SHAPES) and "relu" not in case.name)
+]
+
+
+def ops(precision: str, device: Device = HOPPER) -> Ops:
+    return Ops(precision == "float16", device)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_agrees_with_the_specification(case: Case, precision: str) -> None:
+    results, expected = op_cases.run(ops(precision), case), op_cases.run(cpu, case)  # type: ignore[arg-type]
+    for name, result in results.items():
+        error = np.abs(result.astype(np.float64) - expected[name]) / (1 + np.abs(expected[name]))
+        assert error.max() <= case.tolerance[precision]
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["linear_residual 19x1000x257 beside", "norm_linear 19x1000x257 gelu"])
+def test_one_block_takes_the_whole_sum_before_clusters(name: str, precision: str) -> None:
+    case = next(case for case in CASES if str(case) == name)
+    results, expected = op_cases.run(ops(precision, TURING), case), op_cases.run(cpu, case)  # type: ignore[arg-type]
+    for output, result in results.items():
+        np.testing.assert_allclose(
+            result, expected[output], atol=case.tolerance[precision], rtol=case.tolerance[precision]
+        )
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("norm", [False, True])
+def test_row_does_not_depend_on_how_many_come_with_it(norm: bool, precision: str) -> None:
+    device, (x, weight, bias, gain, norm_bias) = ops(precision), operands(precision, 40, 520, 96)
+    linear = Linear(device.matrix(weight), bias)
+    results = []
+    for first, last in ((0, 40), (5, 6), (3, 15), (5, 35)):
+        part, out = x[first:last], np.full((last - first, 96), np.nan, device.FLOAT)
+        if norm:
+            device.norm_linear(part, Norm(gain, norm_bias), linear, 1e-6, "gelu", None, out)
+        else:
+            device.linear(part, linear, out)
+        results.append(out[5 - first])
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_slices_of_columns_are_read_and_written_in_place(precision: str) -> None:
+    device, (x, weight, bias, _, _) = ops(precision), operands(precision, 9, 520, 96)
+    wide, out = np.full((9, 560), np.nan, device.FLOAT), np.full((9, 203), 7, device.FLOAT)
+    wide[:, 16:536] = x
+    residual = np.full((9, 100), 0.5, device.FLOAT)
+    device.product(wide[:, 16:536], Linear(device.matrix(weight), bias), out[:, 3:99], residual[:, 4:], "relu", 0.25)
+    tolerance = op_cases.TOLERANCE[precision]
+    product = 0.25 * (x.astype(np.float64) @ weight.astype(np.float64)) + bias
+    np.testing.assert_allclose(out[:, 3:99], 0.5 + np.maximum(product, 0), rtol=tolerance, atol=tolerance)
+    assert (out[:, :3] == 7).all()
+    assert (out[:, 99:] == 7).all()
+
+
+def test_half_weights_are_packed_as_fragments_of_the_tensor_core() -> None:
+    inner, wide = 40, 20
+    source = np.arange(1, inner * wide + 1, dtype=np.float16).reshape(inner, wide)
+    tiles = ops("float16").matrix(source).memory.reshape(2, 2, 2, 8, 4, 2, 2, 2)
+    # tile, chunk, step, g, t, pair of k, half of the outputs, one of the pair
+    padded = np.zeros((64, 32), np.float16)
+    padded[:inner, :wide] = source
+    expected = padded.reshape(2, 4, 2, 2, 2, 2, 2, 8)  # chunk, t, step, pair, one of it, tile, half, g
+    np.testing.assert_array_equal(tiles, expected.transpose(5, 0, 2, 7, 1, 3, 6, 4))
+
+
+@pytest.mark.parametrize("wide", [64, 99])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_bias_and_activation_follow_a_product_in_place(precision: str, wide: int) -> None:
+    device, x = ops(precision), operands(precision, 7, wide, wide)[0]
+    bias, out = operands(precision, 7, wide, wide)[2], x.copy()
+    arguments = (out, bias, *integers(7, wide, 2), np.float32(0.5))
+    device.kernels("linear.cu").launch("bias_activation", (1, 3), 256, arguments)
+    expected = reference.ACTIVATIONS["gelu"](0.5 * x.astype(np.float64) + bias)
+    np.testing.assert_allclose(out, expected, rtol=2e-3 if device.half else 2e-6, atol=1e-3 if device.half else 1e-6)
+
+
+@pytest.mark.parametrize("wide", [64, 99])
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_residual_is_added_in_place(precision: str, wide: int) -> None:
+    device, (y, _, bias, _, _) = ops(precision), operands(precision, 7, wide, wide)
+    residual = y[::-1].copy()
+    out = residual.copy()
+    device.kernels("linear.cu").launch("add_residual", (1, 7), 256, (out, y, bias, out, *integers(7, wide)))
+    expected = residual.astype(np.float64) + y + bias
+    np.testing.assert_allclose(out, expected, rtol=2e-3 if device.half else 2e-6, atol=1e-3 if device.half else 1e-6)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_norm_of_a_slice_reads_nothing_beside_it(precision: str) -> None:
+    device, (x, _, _, gain, bias) = ops(precision), operands(precision, 5, 5000, 8)
+    wide, out = np.full((5, 5016), np.nan, device.FLOAT), np.full((5, 5000), np.nan, device.FLOAT)
+    wide[:, 8:5008] = x  # wider than what stays in registers
+    arguments = (wide[:, 8:5008], np.int32(5016), gain, bias, np.float32(1e-6), out, np.int32(5000))
+    device.kernels("norm.cu").launch("layer_norm", 5, 128, arguments)
+    tolerance = op_cases.TOLERANCE[precision]
+    expected = reference.layer_norm(x.astype(np.float64), gain.astype(np.float64), bias.astype(np.float64), 1e-6)
+    np.testing.assert_allclose(out, expected, rtol=tolerance, atol=tolerance)
+
+
+# Launch arithmetic ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+def test_sum_is_split_alike_for_any_number_of_rows(norm: bool, half: bool) -> None:
+    for inner, wide in ((1024, 3072), (4096, 1024), (1600, 4800), (768, 768), (64, 64)):
+        plans = [linear_launch.plan(HOPPER, rows, inner, wide, half, norm, True) for rows in (1, 9, 32, 33, 64)]
+        assert len({plan.cluster for plan in plans}) == 1
+
+
+def test_plan_fills_the_device_in_one_wave() -> None:
+    for inner, wide in ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024)):
+        blocks = linear_launch.plan(HOPPER, 32, inner, wide, True, False, True).grid[0]
+        assert 96 <= blocks <= 132
+
+
+def test_plan_takes_fewer_rows_where_shared_memory_is_short() -> None:
+    definitions = dict(linear_launch.plan(TURING, 64, 1024, 1024, True, True, True).definitions)
+    assert definitions["ROWS"] == 16
+
+
+def test_norm_that_does_not_fit_is_refused_with_both_sizes() -> None:
+    with pytest.raises(ValueError, match=r"a norm over 16384 needs \d+ bytes .* has 65536"):
+        linear_launch.plan(replace(TURING), 8, 16384, 64, True, True, True)
+
+
+# Sanitizers ----------------------------------------------------------------------------------------------------------
+
+
+def test_kernels_are_clean_under_sanitizers() -> None:
+    chosen = "(specification and (19x1000x257 or embed_rows or 1000x99)) or (7x1x19 and beside)"
+    outcome = cuda_on_cpu.sanitized(
+        ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__)), "-k", chosen], timeout=115
+    )
+    assert outcome.returncode == 0, outcome.stdout[-2000:] + outcome.stderr[-4000:]
+
+
+def operands(precision: str, rows: int, inner: int, wide: int) -> tuple[Array, ...]:
+    """x, weight, bias, gain, bias of the norm."""
+    random = np.random.default_rng([rows, inner, wide])
+    shapes = ((rows, inner), (inner, wide), (wide,), (inner,), (inner,))
+    arrays = [random.standard_normal(shape).astype(precision) for shape in shapes]
+    arrays[1] *= np.asarray(inner**-0.5, precision)
+    return tuple(arrays)

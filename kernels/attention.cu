@@ -10,7 +10,6 @@ constexpr int GROUP = VECTORS > 16 ? 32 : VECTORS > 8 ? 16 : VECTORS > 4 ? 8 : V
 constexpr int GROUPS = 32 / GROUP;                      // steps a warp works on at a time
 constexpr int PARTS = (VECTORS + GROUP - 1) / GROUP;    // vectors a lane has of a head
 constexpr int OWN = PARTS * VECTOR;                     // numbers a lane has of a head
-constexpr int MAX_WARPS = 8;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LOWEST = -3e38f;  // below any score, and unlike -inf its difference to itself is a number
 
@@ -42,16 +41,16 @@ __device__ __forceinline__ void copy_head(const T* from, T* to) {
 }
 
 // What the warps of a block leave for the others: the running softmax of each over the steps that it saw.
-template <int BEAMS> struct Shares {
-    float most[BEAMS][MAX_WARPS], sum[BEAMS][MAX_WARPS], context[BEAMS][MAX_WARPS][HEAD_SIZE];
+template <int BEAMS, int WARPS> struct Shares {
+    float most[BEAMS][WARPS], sum[BEAMS][WARPS], context[BEAMS][WARPS][HEAD_SIZE];
 };
 
 // out[b] = sum over t < count of softmax(query[b] . key(t) / sqrt(d)) value(t), for BEAMS queries at a time, so that a
 // key is read once for all of them. key(t) and value(t): pointers to one head of a row. Step t belongs to group
 // t % (warps * GROUPS), which sums its steps in order; then groups, then warps are added in order.
-template <int BEAMS, int UNROLL, typename Where>
+template <int UNROLL, int BEAMS, int WARPS, typename Where>
 __device__ __forceinline__ void attend(const T* query, long long query_stride, int beams, int count, Where where,
-                                       Shares<BEAMS>& shares, T* out, long long out_stride) {
+                                       Shares<BEAMS, WARPS>& shares, T* out, long long out_stride) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     int member = lane % GROUP, groups = warps * GROUPS;
     const float scale = LOG2_E * rsqrtf((float)HEAD_SIZE);
@@ -154,13 +153,14 @@ __device__ __forceinline__ void attend(const T* query, long long query_stride, i
 // becomes the slot; then out[r] = softmax(q . k[t] / sqrt(d)) v[t], t <= length, k[t] = keys[ancestors[slot, t], t].
 //   qkv T [rows, 3 hidden]   rows int32 [rows]   slots Slot [lanes]   ancestors int32 [lanes, steps]
 //   keys, values T [lanes, steps, hidden]   out T [rows, hidden], zeros for rows of nobody, which write nothing else
-//   grid (heads, rows); block 128 where steps <= 256, else 256; static shared memory (MAX_WARPS * d + 16 floats)
+//   grid (heads, rows); block 128 where steps <= 256, else up to 512; static shared memory (16 * d + 32 floats)
 //   moves 2 * (length + 3) * hidden numbers a row. No row may read what another writes in the same step: ancestors of
 //   steps before `length` lie in lanes that are past that step.
-extern "C" __global__ void __launch_bounds__(256)
+constexpr int DECODE_WARPS = 16;
+extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS)
 decode_attention(const T* qkv, const int* rows, const Slot* slots, int* ancestors, T* keys, T* values, T* out,
                  int heads, int steps) {
-    __shared__ Shares<1> shares;
+    __shared__ Shares<1, DECODE_WARPS> shares;
     launch_next();
     wait_for_previous();
     int head = blockIdx.x, row = blockIdx.y, hidden = heads * HEAD_SIZE, column = head * HEAD_SIZE;
@@ -187,20 +187,20 @@ decode_attention(const T* qkv, const int* rows, const Slot* slots, int* ancestor
             value = values + place;
         }
     };
-    attend<1, 4>(query, 0, 1, length + 1, where, shares, result, 0);
+    attend<4>(query, 0, 1, length + 1, where, shares, result, 0);
 }
 
 // cross_attention: out[r] = softmax(q . k[s] / sqrt(d)) v[s] over the memory_length entries of the sequence's memory.
 //   query, out T [rows, hidden]   keys, values T [lanes, steps, hidden]   rows, slots as above
-//   grid (heads, rows); block 128 where sources are mostly <= 64 long, else 256; static shared memory 4x the above.
+//   grid (heads, rows); block 128 where sources are mostly <= 64 long, else 256; static shared memory twice the above.
 //   Four beams at a time: the block of every fourth row works for the four that follow it, so a sentence's keys and
 //   values are read once for up to four beams (and from L2 beyond). Rows of a sequence stand in the order of beams.
 //   moves 2 * memory_length * hidden numbers a sentence and 2 * hidden a row; zeros for rows of nobody
-constexpr int BEAMS = 4;
-extern "C" __global__ void __launch_bounds__(256)
+constexpr int BEAMS = 4, CROSS_WARPS = 8;
+extern "C" __global__ void __launch_bounds__(32 * CROSS_WARPS)
 cross_attention(const T* query, const int* rows, const Slot* slots, const T* keys, const T* values, T* out, int heads,
                 int steps) {
-    __shared__ Shares<BEAMS> shares;
+    __shared__ Shares<BEAMS, CROSS_WARPS> shares;
     launch_next();
     wait_for_previous();
     int row = blockIdx.y, hidden = heads * HEAD_SIZE, column = blockIdx.x * HEAD_SIZE;
@@ -218,7 +218,7 @@ cross_attention(const T* query, const int* rows, const Slot* slots, const T* key
         key = keys + memory + (long long)step * hidden;
         value = values + memory + (long long)step * hidden;
     };
-    attend<BEAMS, 2>(query + place, hidden, min(BEAMS, width - beam), slot->memory_length, where, shares, out + place,
+    attend<2>(query + place, hidden, min(BEAMS, width - beam), slot->memory_length, where, shares, out + place,
                      hidden);
 }
 

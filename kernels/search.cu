@@ -73,11 +73,15 @@ __device__ __forceinline__ void inherit(const Sequence& sequence, const int* par
         int* column = i < generated ? history + i : ancestors + i - generated;
         int held[MAX_WIDTH];
 #pragma unroll
-        for (int b = 0; b < MAX_WIDTH; b++)
-            if (b < width) held[b] = column[(long long)sequence.slots[parents[b]] * steps];
+        for (int b = 0; b < MAX_WIDTH; b++) {
+            if (b >= width) break;
+            held[b] = column[sequence.slots[parents[b]] * steps];
+        }
 #pragma unroll
-        for (int b = 0; b < MAX_WIDTH; b++)
-            if (b < width && parents[b] != b) column[(long long)sequence.slots[b] * steps] = held[b];
+        for (int b = 0; b < MAX_WIDTH; b++) {
+            if (b >= width) break;
+            if (parents[b] != b) column[sequence.slots[b] * steps] = held[b];
+        }
     }
 }
 

@@ -2,7 +2,8 @@
 // leaves the chip: for each tile of TILE ids the statistics of the softmax and the best candidates, which kernels/
 // search.cu merges. Compiled with
 //   INNER   width of x
-//   ROWS    rows a block takes: 8, 16, 24 or 32; blockIdx.y counts such groups of rows
+//   ROWS    rows a block takes: 8, 16, 24 or 32; blockIdx.x counts such groups of rows
+//   STAGES  without HALF: slices of W in shared memory, 2 or 3
 // Every sum has an order that depends on INNER alone: a row's result is the same whatever rows come with it.
 
 constexpr int TILE = 128;
@@ -89,7 +90,7 @@ __device__ __forceinline__ Pack16 normalise(const Pack16& piece, float2 moments,
 
 // logits: [ROWS][LOGIT_STRIDE] in shared memory, -inf beyond the vocabulary. Eight lanes take a row.
 __device__ __forceinline__ void summarise(const float* logits, int tile, const Task& task) {
-    int local = threadIdx.x / 8, member = threadIdx.x % 8, row = blockIdx.y * ROWS + local;
+    int local = threadIdx.x / 8, member = threadIdx.x % 8, row = blockIdx.x * ROWS + local;
     bool there = local < ROWS && row < task.count;
     int wanted = task.best;
     if (there && task.slots) wanted = min(wanted, task.slots[task.rows[row]].width);
@@ -132,7 +133,7 @@ __device__ __forceinline__ void summarise(const float* logits, int tile, const T
 __device__ __forceinline__ void finish_tile(const float* logits, int tile, const Task& task) {
     if (task.logits) {
         for (int i = threadIdx.x; i < ROWS * TILE; i += THREADS) {
-            int row = blockIdx.y * ROWS + i / TILE, id = tile * TILE + i % TILE;
+            int row = blockIdx.x * ROWS + i / TILE, id = tile * TILE + i % TILE;
             if (row < task.count && id < task.vocabulary)
                 task.logits[(long long)row * task.vocabulary + id] = logits[i / TILE * LOGIT_STRIDE + i % TILE];
         }
@@ -177,7 +178,7 @@ __device__ __forceinline__ void stage_norm(__half* norm, const Task& task) {
 // normed: [ROWS][ROW_STRIDE]. Of rows that are not there it keeps anything: columns of an mma never meet.
 __device__ __forceinline__ void normalise_rows(__half* normed, const __half* norm, const Task& task) {
     for (int local = threadIdx.x / 32; local < ROWS; local += THREADS / 32) {
-        int row = blockIdx.y * ROWS + local;
+        int row = blockIdx.x * ROWS + local;
         if (row >= task.count) break;
         Row held = load_row(task.x, row);
         float2 statistics = moments(held, task.epsilon);
@@ -201,13 +202,13 @@ __device__ __forceinline__ void run(const Task& task) {
     int tiles = (task.vocabulary + TILE - 1) / TILE, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     Weights weights[DEPTH];
 #pragma unroll
-    for (int i = 0; i < DEPTH; i++) load_weights(weights[i], task, blockIdx.x, i);
+    for (int i = 0; i < DEPTH; i++) load_weights(weights[i], task, blockIdx.y, i);
     stage_norm(norm, task);
     __syncthreads();
     wait_for_previous();
     normalise_rows(normed, norm, task);
     __syncthreads();
-    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
         float sums[ROWS / 8][4] = {};
         for (int turn = 0; turn < TURNS; turn++) {
 #pragma unroll
@@ -226,7 +227,7 @@ __device__ __forceinline__ void run(const Task& task) {
                     }
                 }
                 bool last = turn == TURNS - 1;
-                load_weights(weights[i], task, last ? tile + gridDim.x : tile, last ? i : chunk + DEPTH);
+                load_weights(weights[i], task, last ? tile + gridDim.y : tile, last ? i : chunk + DEPTH);
             }
         }
 #pragma unroll
@@ -248,7 +249,9 @@ __device__ __forceinline__ void run(const Task& task) {
 // slices of SLICE k ahead, over the ends of tiles; x is normalised as it is put beside them.
 constexpr int SLICE = 32;
 constexpr int SLICES = (INNER + SLICE - 1) / SLICE;
-constexpr int STAGES = 3;
+#ifndef STAGES
+#define STAGES 3
+#endif
 constexpr int OWN_ROWS = ROWS / 8;
 constexpr int X_STRIDE = SLICE + 4;
 
@@ -273,23 +276,23 @@ __device__ __forceinline__ void run(const Task& task) {
     extern __shared__ __align__(16) char shared_memory[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_memory);
     int tiles = (task.vocabulary + TILE - 1) / TILE;
-    int steps = blockIdx.x < tiles ? (tiles - 1 - (int)blockIdx.x) / (int)gridDim.x * SLICES + SLICES : 0;
+    int steps = blockIdx.y < tiles ? (tiles - 1 - (int)blockIdx.y) / (int)gridDim.y * SLICES + SLICES : 0;
     auto request = [&](int step) {
         if (step < steps)
-            load_stage(shared.stage[step % STAGES], task, blockIdx.x + step / SLICES * gridDim.x, step % SLICES);
+            load_stage(shared.stage[step % STAGES], task, blockIdx.y + step / SLICES * gridDim.y, step % SLICES);
         copy_async_commit();
     };
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) request(i);
     wait_for_previous();
     for (int local = threadIdx.x / 32; local < ROWS; local += THREADS / 32) {
-        if (blockIdx.y * ROWS + local >= task.count) break;
-        float2 own = moments(load_row(task.x, blockIdx.y * ROWS + local), task.epsilon);
+        if (blockIdx.x * ROWS + local >= task.count) break;
+        float2 own = moments(load_row(task.x, blockIdx.x * ROWS + local), task.epsilon);
         if (threadIdx.x % 32 == 0) shared.statistics[local] = own;
     }
     __syncthreads();
     // Eight threads bring a row's part of a slice of x: four numbers each.
-    int local = threadIdx.x / 8, column = threadIdx.x % 8 * 4, row = blockIdx.y * ROWS + local;
+    int local = threadIdx.x / 8, column = threadIdx.x % 8 * 4, row = blockIdx.x * ROWS + local;
     bool brings = local < ROWS, there = brings && row < task.count;
     Pack16 piece, gain, bias;
     auto fetch = [&](int slice) {
@@ -336,7 +339,7 @@ __device__ __forceinline__ void run(const Task& task) {
         }
         if (step + 1 < steps) place((step + 1) % 2, next);
         if (slice < SLICES - 1) continue;
-        int tile = blockIdx.x + step / SLICES * gridDim.x;
+        int tile = blockIdx.y + step / SLICES * gridDim.y;
 #pragma unroll
         for (int r = 0; r < OWN_ROWS; r++)
 #pragma unroll
@@ -358,9 +361,8 @@ __device__ __forceinline__ void run(const Task& task) {
 //   rows int32 [count], slots Slot [lanes], or both null: then a row wants no more choices than its sequence has beams
 //   logits float [count, vocabulary] or null   statistics float2 [count, tiles] or null: then choices neither
 //   choices [count, tiles, best]; banned: an id or -1
-//   grid (up to tiles = ceil(vocabulary / 128), ceil(count / ROWS)); block 256; dynamic shared memory
-//     HALF 2 * ROWS * (32 * c + (32 where c is even)) + 528 * ROWS + 32 * ceil(INNER / 8), c = ceil(INNER / 32);
-//     else 49152 + 824 * ROWS
+//   grid (ceil(count / ROWS), blocks up to ceil(vocabulary / TILE)): groups of rows that share a tile run at the same
+//   time; block 256, dynamic shared memory: vocabulary_launch.py
 //   moves W once (for more than one group of rows again, from L2); needs sm_75 where HALF
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
 vocabulary(const T* x, const T* gain, const T* norm_bias, const T* weight, const T* bias, const int* rows,

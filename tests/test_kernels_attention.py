@@ -158,7 +158,13 @@ def test_packed_attention_of_a_sequence_does_not_depend_on_the_others(tensor: bo
 def test_packed_attention_has_a_block_for_every_query_of_every_sequence(sequences: list[int]) -> None:
     starts = np.cumsum([0, *sequences]).astype(np.int32)
     qkv = np.random.default_rng(0).standard_normal((starts[-1], 3 * 16)).astype(np.float16)
-    arguments = {"qkv": qkv, "starts": starts, "heads": 1, "causal": False, "out": np.full_like(qkv[:, :16], np.nan)}
+    arguments: Arguments = {
+        "qkv": qkv,
+        "starts": starts,
+        "heads": 1,
+        "causal": False,
+        "out": np.full_like(qkv[:, :16], np.nan),
+    }
     if len(arguments["out"]) == 0:
         arguments["qkv"], arguments["out"] = np.zeros((1, 48), np.float16), np.zeros((1, 16), np.float16)
     expected = wanted("packed_attention", arguments)
@@ -192,7 +198,7 @@ def test_attention_of_a_sequence_does_not_depend_on_the_others(name: str, precis
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_decode_attention_takes_any_number_of_warps(precision: str) -> None:
     case = next(case for case in CASES if case.name == "8 rows 64/1 past 257")
-    for block in (32, 256):
+    for block in (32, 512):
         arguments = without_races(placed(case.build(), precision))
         expected = wanted(case.op, arguments)
         decode_attention(precision, **arguments, block=block)

@@ -12,15 +12,16 @@ from cuda_on_cpu import Kernels
 from op_cases import TOLERANCE, Arguments, Array, Case
 
 from lightseq_backend.models.layers import Linear, Norm
-from lightseq_backend.ops import cpu
+from lightseq_backend.ops import cpu, vocabulary_launch
+from lightseq_backend.ops.linear_launch import Device
 from lightseq_backend.ops.slots import SAMPLE, SLOT
 
 pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
 
 PRECISIONS = ("float32", "float16")
-TILE = 128
 SEARCH_KERNELS, SAMPLING_KERNELS = Kernels("search.cu", HALF=0), Kernels("sampling.cu", HALF=0)
-VOCABULARY_KERNELS: dict[tuple[int, int, str], Kernels] = {}
+VOCABULARY_KERNELS: dict[tuple[tuple[str, int], ...], Kernels] = {}
+H100 = Device(90, 132, 227 * 1024)
 
 
 def copied(arguments: Arguments) -> Arguments:
@@ -65,28 +66,26 @@ def packed(weight: Array, precision: str) -> Array:
 def vocabulary(
     precision: str, x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, banned: int, best: int,
     logits: Array | None = None, group: int = 32, rows: Array | None = None, slots: Array | None = None,
-    blocks: int = 0,
+    blocks: int = 0, device: Device = H100,
 ) -> tuple[Array, Array]:  # fmt: skip
     """Statistics [rows, tiles, 2] and choices [rows, tiles, best] of every tile."""
     count, inner = x.shape
     wide = output.weight.shape[1]
-    tiles = -(-wide // TILE)
-    chunks = -(-inner // 32)
+    tiles = vocabulary_launch.tiles(wide)
+    plan = vocabulary_launch.plan(device, group, inner, wide, precision == "float16")
     statistics = np.full((count, tiles, 2), np.nan, np.float32)
     choices = np.full((count, tiles, best), 0, np.uint64)
-    kernels = VOCABULARY_KERNELS.setdefault(
-        (inner, group, precision), Kernels("vocabulary.cu", HALF=int(precision == "float16"), INNER=inner, ROWS=group)
-    )
-    shared = 2 * group * (32 * chunks + 32 * (chunks % 2 == 0)) + 528 * group + 32 * -(-inner // 8)
+    definitions: dict[str, Any] = dict(plan.definitions)
+    kernels = VOCABULARY_KERNELS.setdefault(plan.definitions, Kernels("vocabulary.cu", **definitions))
     floats = [array.astype(precision) for array in (x, norm.gain, norm.bias)]
     kernels.launch(
-        "vocabulary", (blocks or tiles, -(-count // group)), 256,
+        "vocabulary", (-(-count // group), blocks or tiles), 256,
         (
             *floats, packed(output.weight, precision), None if output.bias is None else output.bias.astype(precision),
             rows, slots, logits, statistics, choices, np.int32(count), np.int32(wide), np.int32(best), np.int32(banned),
             np.float32(epsilon), np.float32(scale),
         ),
-        shared=shared if precision == "float16" else 49152 + 824 * group,
+        shared=plan.shared,
     )  # fmt: skip
     return statistics, choices
 
@@ -155,6 +154,26 @@ def test_vocabulary_takes_more_rows_than_a_block(precision: str) -> None:
         assert np.array_equal(many, few)
 
 
+def test_vocabulary_in_less_shared_memory_computes_the_same() -> None:
+    head = a_head(9)
+    small = vocabulary("float32", **head, best=2, group=16, device=Device(75, 40, 47 * 1024))
+    large = vocabulary("float32", **head, best=2, group=16)
+    assert np.array_equal(small[0], large[0])
+    assert np.array_equal(small[1], large[1])
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("shared", [64, 99, 227])
+def test_vocabulary_has_a_launch_for_every_gpu_and_number_of_rows(half: bool, shared: int) -> None:
+    device = Device(80, 40, shared * 1024)
+    for rows in (1, 8, 19, 32, 33, 64, 200):
+        plan = vocabulary_launch.plan(device, rows, 1600, 50257, half)
+        groups, blocks, _ = plan.grid
+        assert plan.shared <= device.shared
+        assert groups * dict(plan.definitions)["ROWS"] >= rows
+        assert 1 <= blocks <= vocabulary_launch.tiles(50257)
+
+
 def test_vocabulary_looks_for_as_many_as_the_sequence_has_beams() -> None:
     head = a_head(3)
     slots = np.zeros(4, SLOT)
@@ -215,16 +234,16 @@ def test_diverse_rounding_is_that_of_the_cpu_to_the_last_bit() -> None:
 def tiled(logits: Array, best: int, banned: int) -> tuple[Array, Array]:
     """Statistics and choices of each tile, by sorting."""
     rows, wide = logits.shape
-    tiles = -(-wide // TILE)
+    tiles = -(-wide // vocabulary_launch.TILE)
     statistics, choices = np.zeros((rows, tiles, 2), np.float32), np.zeros((rows, tiles, best), np.uint64)
     for row in range(rows):
         for tile in range(tiles):
-            part = logits[row, tile * TILE : (tile + 1) * TILE]
+            part = logits[row, tile * vocabulary_launch.TILE : (tile + 1) * vocabulary_launch.TILE]
             statistics[row, tile] = part.max(), np.exp(part - part.max()).sum()
-            order = [i for i in np.argsort(-part, kind="stable") if i + tile * TILE != banned][:best]
+            order = [i for i in np.argsort(-part, kind="stable") if i + tile * vocabulary_launch.TILE != banned][:best]
             bits = part[order].view(np.uint32)
             ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
-            low = ~(np.array(order, np.uint32) + np.uint32(tile * TILE))
+            low = ~(np.array(order, np.uint32) + np.uint32(tile * vocabulary_launch.TILE))
             choices[row, tile, : len(order)] = ordered << np.uint64(32) | low
     return statistics, choices
 

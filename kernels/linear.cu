@@ -55,7 +55,7 @@ __device__ __forceinline__ uint4 load_weight(const uint4* source) {
 #endif
 }
 
-// LayerNorm of one row by one warp -------------------------------------------------------------------------------------
+// LayerNorm of one row by one warp ------------------------------------------------------------------------------------
 
 #define PIECES up(INNER, 32 * LANE_WIDTH)  // of a row, a lane
 
@@ -143,11 +143,11 @@ __device__ __forceinline__ int column_of(int quad) { return blockIdx.x / SPLIT *
 
 // Four numbers from `column` on, zeros from `wide` on.
 __device__ __forceinline__ Four load_four(const T* from, int column, int wide) {
-    from += column;
-    if (column + 4 <= wide && reinterpret_cast<size_t>(from) % sizeof(Four) == 0) return *reinterpret_cast<const Four*>(from);
     Four four;
+    if (column + 4 <= wide && reinterpret_cast<size_t>(from + column) % sizeof(Four) == 0)
+        return *reinterpret_cast<const Four*>(from + column);
 #pragma unroll
-    for (int i = 0; i < 4; i++) four.value[i] = column + i < wide ? from[i] : from_float<T>(0.f);
+    for (int i = 0; i < 4; i++) four.value[i] = column + i < wide ? from[column + i] : from_float<T>(0.f);
     return four;
 }
 
@@ -291,7 +291,8 @@ linear(const T* x, int x_stride, const T* weight, const T* bias, const T* residu
     extern __shared__ __align__(128) char memory[];
     uint4* staged = reinterpret_cast<uint4*>(memory);  // [WARPS][STAGES][ROW_TILES][32]: each lane reads what it copied
     float* partial = reinterpret_cast<float*>(memory);
-    float4* inbox = reinterpret_cast<float4*>(memory + most(WARPS * STAGES * ROW_TILES * 512, WARPS * ROWS * PARTIAL_STRIDE * 4));
+    const int body = most(WARPS * STAGES * ROW_TILES * 512, WARPS * ROWS * PARTIAL_STRIDE * 4);
+    float4* inbox = reinterpret_cast<float4*>(memory + body);
     const Place at = place(wide);
     const uint4* packed = reinterpret_cast<const uint4*>(weight);
 
@@ -441,12 +442,14 @@ struct Weights { float4 value[4]; };
 __device__ __forceinline__ void load_weights(Weights& weights, const float* packed, int step, int wide) {
     const int lane = threadIdx.x % 32, group = threadIdx.x / 32 * 2 + lane / 16;
     const int unit = blockIdx.x % SPLIT * STEPS + step, columns = up(wide, 64) * 64;
-    const float* source = packed + ((long long)unit * 64 + group * 4) * columns + blockIdx.x / SPLIT * 64 + lane % 16 * 4;
+    const int column = blockIdx.x / SPLIT * 64 + lane % 16 * 4;
+    const float* source = packed + ((long long)unit * 64 + group * 4) * columns + column;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        uint4 x = make_uint4(0, 0, 0, 0);
-        if (step < STEPS && unit < UNITS) x = load_weight(reinterpret_cast<const uint4*>(source + (long long)i * columns));
-        weights.value[i] = make_float4(__uint_as_float(x.x), __uint_as_float(x.y), __uint_as_float(x.z), __uint_as_float(x.w));
+        uint4 w = make_uint4(0, 0, 0, 0);
+        if (step < STEPS && unit < UNITS)
+            w = load_weight(reinterpret_cast<const uint4*>(source + (long long)i * columns));
+        weights.value[i] = {__uint_as_float(w.x), __uint_as_float(w.y), __uint_as_float(w.z), __uint_as_float(w.w)};
     }
 }
 
@@ -456,8 +459,8 @@ __device__ __forceinline__ void accumulate(float4& sum, float x, const float4& w
 
 // sums over this block's slice, then in partial. stage(step) fills held [ROWS][X_STRIDE] with TILE_STEPS units of x.
 template <typename Stage>
-__device__ __forceinline__ void multiply(const float* held, float* partial, Weights (&weights)[DEPTH], const float* packed,
-                                         int wide, Stage stage) {
+__device__ __forceinline__ void multiply(const float* held, float* partial, Weights (&weights)[DEPTH],
+                                         const float* packed, int wide, Stage stage) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, group = warp * 2 + lane / 16;
     float4 sums[ROWS] = {};
 #pragma unroll 1
@@ -552,10 +555,12 @@ norm_linear(const T* x, int x_stride, const T* gain, const T* norm_bias, float e
     for (int first = 0; first < ROWS; first += TOGETHER * WARPS) {
         Row row[TOGETHER];
 #pragma unroll
-        for (int j = 0; j < TOGETHER; j++)
+        for (int j = 0; j < TOGETHER; j++) {
+            const int here = blockIdx.y * ROWS + first + j * WARPS + warp;
 #pragma unroll
             for (int i = 0; i < PIECES; i++)
-                row[j].piece[i] = load_piece(x, x_stride, blockIdx.y * ROWS + first + j * WARPS + warp, (32 * i + lane) * 4, rows);
+                row[j].piece[i] = load_piece(x, x_stride, here, (32 * i + lane) * 4, rows);
+        }
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++) {
             const float2 own = moments(row[j], epsilon);
@@ -585,8 +590,8 @@ norm_linear(const T* x, int x_stride, const T* gain, const T* norm_bias, float e
 
 // packed = W in the order linear reads it; zeros beyond W
 //   source T: W[k, n] at k * row_stride + n * column_stride, [inner, wide]
-//   packed T, HALF:  [ceil(wide / 16)][ceil(inner / 32)][2 steps][32 lanes][8]: lane (g, t) of step s has, as a fragment
-//                    of mma.m16n8k16, outputs g and g + 8 of k 8 t + 4 s to 8 t + 4 s + 3
+//   packed T, HALF:  [ceil(wide / 16)][ceil(inner / 32)][2 steps][32 lanes][8]: lane (g, t) of step s has, a fragment of
+//                    mma.m16n8k16, outputs g and g + 8 of k 8 t + 4 s to 8 t + 4 s + 3
 //             float: [inner up to 64][wide up to 64]
 //   one thread for sixteen bytes of packed; grid ceil(pieces / 256), block 256
 extern "C" __global__ void pack_weight(const T* source, long long row_stride, long long column_stride, T* packed,

@@ -21,7 +21,8 @@ __device__ __forceinline__ float block_sum(float x) {
     return sum;
 }
 
-__device__ __forceinline__ void norm_by_pieces(const T* x, const T* gain, const T* bias, float epsilon, T* out, int width) {
+__device__ __forceinline__ void norm_by_pieces(const T* x, const T* gain, const T* bias, float epsilon, T* out,
+                                               int width) {
     Pack16 kept[KEPT];
     const int step = NORM_THREADS * LANE_WIDTH, begin = threadIdx.x * LANE_WIDTH;
     float sum = 0.f, squares = 0.f, values[LANE_WIDTH], gains[LANE_WIDTH], biases[LANE_WIDTH];
@@ -73,7 +74,8 @@ layer_norm(const T* x, int x_stride, const T* gain, const T* bias, float epsilon
     wait_for_previous();
     x += (long long)blockIdx.x * x_stride;
     out += (long long)blockIdx.x * width;
-    if (width % LANE_WIDTH == 0 && x_stride % LANE_WIDTH == 0) return norm_by_pieces(x, gain, bias, epsilon, out, width);
+    if (width % LANE_WIDTH == 0 && x_stride % LANE_WIDTH == 0)
+        return norm_by_pieces(x, gain, bias, epsilon, out, width);
     float sum = 0.f, squares = 0.f;
     for (int k = threadIdx.x; k < width; k += NORM_THREADS) sum += to_float(x[k]);
     const float mean = block_sum(sum) / width;

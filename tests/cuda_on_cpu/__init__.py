@@ -292,7 +292,10 @@ def _with_shared_memory(text: str) -> str:
             return f"{kind}* {name} = ({kind}*)cuda_on_cpu::dynamic_shared<{align}>();{lines}"
         made = []
         for declared in found["names"].split(","):
-            name, dimensions = re.match(r"\s*(\w+)\s*((?:\[[^\]]*\]\s*)*)$", declared, re.S).groups()  # type: ignore[union-attr]
+            parts = re.match(r"\s*(\w+)\s*((?:\[[^\]]*\]\s*)*)$", declared, re.S)
+            if not parts:
+                raise LaunchError(f"cannot read the declaration {found[0]}")
+            name, dimensions = parts.groups()
             made.append(
                 f"typedef {kind} {name}_in_shared {dimensions}; {name}_in_shared& {name} = "
                 f"cuda_on_cpu::shared<{name}_in_shared, {align}>([] {{}});"

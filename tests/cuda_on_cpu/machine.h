@@ -10,6 +10,7 @@
 // kernels use (mma, ldmatrix, cp.async, clusters) are defined at the end; common.cuh has the real ones.
 #pragma once
 #include <math.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -21,7 +22,7 @@
 #include <utility>
 #include <vector>
 #if defined(__x86_64__)
-#include <immintrin.h>
+#include <xmmintrin.h>
 #else
 #include <ucontext.h>
 #endif
@@ -450,7 +451,9 @@ template <typename... A> const char* signature(void (*)(A...)) {
 
 #define CUDA_ON_CPU_HERE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
-inline void __syncthreads(CUDA_ON_CPU_HERE) { cuda_on_cpu::wait_block("__syncthreads", {file, line}, 0, 0, nullptr, nullptr); }
+inline void __syncthreads(CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::wait_block("__syncthreads", {file, line}, 0, 0, nullptr, nullptr);
+}
 inline int cuda_on_cpu_vote(const char* name, int x, cuda_on_cpu::FinishBlock finish, const char* file, int line) {
     cuda_on_cpu::wait_block(name, {file, line}, 0, 0, &x, finish);
     return x;
@@ -504,7 +507,8 @@ template <typename X> X __shfl_sync(unsigned mask, X value, int source, int widt
 }
 template <typename X> X __shfl_xor_sync(unsigned mask, X value, int bits, int width = 32, CUDA_ON_CPU_HERE) {
     int lane = cuda_on_cpu::lane(), from = lane ^ bits;
-    return cuda_on_cpu::shuffle("__shfl_xor_sync", mask, value, from < (lane & -width) + width ? from : -1, file, line);
+    bool inside = from < (lane & -width) + width;
+    return cuda_on_cpu::shuffle("__shfl_xor_sync", mask, value, inside ? from : -1, file, line);
 }
 template <typename X> X __shfl_up_sync(unsigned mask, X value, unsigned by, int width = 32, CUDA_ON_CPU_HERE) {
     int lane = cuda_on_cpu::lane(), from = lane - (int)by;
@@ -512,7 +516,8 @@ template <typename X> X __shfl_up_sync(unsigned mask, X value, unsigned by, int 
 }
 template <typename X> X __shfl_down_sync(unsigned mask, X value, unsigned by, int width = 32, CUDA_ON_CPU_HERE) {
     int lane = cuda_on_cpu::lane(), from = lane + (int)by;
-    return cuda_on_cpu::shuffle("__shfl_down_sync", mask, value, from < (lane & -width) + width ? from : -1, file, line);
+    bool inside = from < (lane & -width) + width;
+    return cuda_on_cpu::shuffle("__shfl_down_sync", mask, value, inside ? from : -1, file, line);
 }
 inline unsigned __ballot_sync(unsigned mask, int x, CUDA_ON_CPU_HERE) {
     unsigned data = x != 0;

@@ -82,8 +82,8 @@ def vocabulary(
         "vocabulary", (-(-count // group), blocks or tiles), 256,
         (
             *floats, packed(output.weight, precision), None if output.bias is None else output.bias.astype(precision),
-            rows, slots, logits, statistics, choices, np.int32(count), np.int32(wide), np.int32(best), np.int32(banned),
-            np.float32(epsilon), np.float32(scale),
+            rows, slots, logits, statistics if best else None, choices if best else None,
+            *(np.int32(number) for number in (count, wide, best, banned)), np.float32(epsilon), np.float32(scale),
         ),
         shared=plan.shared,
     )  # fmt: skip
@@ -152,6 +152,16 @@ def test_vocabulary_takes_more_rows_than_a_block(precision: str) -> None:
         vocabulary(precision, **head, best=2, group=8), vocabulary(precision, **head, best=2, group=24)
     ):
         assert np.array_equal(many, few)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_vocabulary_writes_the_same_logits_without_looking_for_the_best(precision: str) -> None:
+    head = a_head(9)
+    alone, beside = np.full((2, 9, 700), np.nan, np.float32)
+    vocabulary(precision, **head, best=0, group=24, logits=alone)
+    vocabulary(precision, **head, best=2, group=24, logits=beside)
+    assert not np.isnan(alone).any()
+    assert np.array_equal(alone, beside)
 
 
 def test_vocabulary_in_less_shared_memory_computes_the_same() -> None:

@@ -44,6 +44,10 @@ test: setup ## Run all tests
 	@OMP_NUM_THREADS=$(cores) OPENBLAS_NUM_THREADS=$(cores) TOKENIZERS_PARALLELISM=false \
 	    $(python) -m pytest --durations=15 $(TESTS)
 
+.PHONY: test-gpu
+test-gpu: setup ## Run the tests that need a GPU (CuPy must be installed: .venv/bin/pip install .[cuda12])
+	@$(python) -m pytest --durations=15 tests/gpu
+
 .PHONY: lint
 lint: setup ## Check style (ruff) and types (mypy)
 	@.venv/bin/ruff check

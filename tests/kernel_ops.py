@@ -34,7 +34,7 @@ class Ops:
     def __init__(self, half: bool, device: linear_launch.Device):
         self.FLOAT = np.dtype(np.float16 if half else np.float32)
         self.half, self.device = half, device
-        self.allocate, self.view, self.put, self.get = cpu.allocate, cpu.view, cpu.put, cpu.get
+        self.allocate, self.view, self.put, self.fetch = cpu.allocate, cpu.view, cpu.put, cpu.fetch
 
     def kernels(self, source: str, **definitions: int) -> Kernels:
         return Kernels(source, **{"HALF": int(self.half), **definitions})

@@ -78,7 +78,7 @@ def run(ops: ModuleType, case: Case) -> dict[str, Array]:
         # An array given twice (out = residual) stays one array.
         placed.setdefault(id(value), _place(ops, value, name in case.float32))
     getattr(ops, case.op)(**{name: placed[id(value)] for name, value in arguments.items()})
-    return {name: ops.get(placed[id(arguments[name])]) for name in case.outputs}
+    return {name: ops.fetch(placed[id(arguments[name])])() for name in case.outputs}
 
 
 def _place(ops: ModuleType, value: Any, float32: bool) -> Any:
@@ -380,12 +380,17 @@ def _decode_attention_arguments(rows: int, hidden: int, heads: int, steps: int) 
     slots, lanes, used = _seat(random, [1] * rows)
     own = [lane for (lane,) in lanes]
     slots["width"][own], slots["length"][own] = 1, _decode_lengths(_seeded(rows, steps), rows, steps)
+    # A lane's past lies anywhere, as after many reorders; nobody's lane is nobody's past. No row may read what another
+    # one writes in the same step: such steps lie in a lane that no row has.
+    ancestors = random.integers(0, slots.size - 1, (slots.size, steps)).astype(np.int32)
+    written = np.full(slots.size, -1)
+    written[used] = slots["length"][used]
+    ancestors[written[ancestors] == np.arange(steps)] = np.setdiff1d(np.arange(slots.size), used)[0]
     return {
         "qkv": 2 * _floats(random, used.size, 3 * hidden),
         "rows": used,
         "slots": slots,
-        # A lane's past lies anywhere, as after many reorders; nobody's lane is nobody's past.
-        "ancestors": random.integers(0, slots.size - 1, (slots.size, steps)).astype(np.int32),
+        "ancestors": ancestors,
         "keys": _floats(random, slots.size, steps, hidden),
         "values": _floats(random, slots.size, steps, hidden),
         "heads": heads,

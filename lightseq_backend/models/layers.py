@@ -81,6 +81,12 @@ class Work:
     def widths(hidden: int, inner: int) -> dict[str, int]:
         return {"x": hidden, "normed": hidden, "context": hidden, "query": hidden, "qkv": 3 * hidden, "inner": inner}
 
+    @property
+    def key_values(self) -> Array:
+        """[rows, 2 * hidden], contiguous, in the memory of qkv."""
+        rows, hidden = self.x.shape
+        return self.qkv.reshape(-1)[: rows * 2 * hidden].reshape(rows, 2 * hidden)
+
     def first(self, rows: int) -> Work:
         """The same memory, for that many rows."""
         return Work(*(getattr(self, field.name)[:rows] for field in fields(self)))

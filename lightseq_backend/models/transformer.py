@@ -55,7 +55,7 @@ class Transformer:
             arithmetic.attention(work, attention, attend)
             arithmetic.feed_forward(work, feed_forward)
         ops.layer_norm(work.x, self.encoder_norm, arithmetic.epsilon, work.normed)
-        key_values = work.qkv[:, : 2 * self.config.hidden]
+        key_values = work.key_values
         for layer, memory in enumerate(self.memory):
             ops.linear(work.normed, memory, key_values)
             ops.store(key_values, pack.lanes, pack.steps, cache.memory_keys[layer], cache.memory_values[layer])

@@ -32,9 +32,12 @@ class Cublas:
         self._call("cublasSetStream_v2", self._handle, ctypes.c_void_p(stream))
         self._call("cublasSetWorkspace_v2", self._handle, ctypes.c_void_p(workspace), ctypes.c_size_t(WORKSPACE))
 
-    def product(self, x: Any, weight: Any, transposed: bool, out: Any, scale: float = 1.0) -> None:
-        """out = scale * x . weight, float32 sums. x: [rows, in]; weight: [in, out], or [out, in] if transposed;
-        out: [rows, out]. The rows of x and out may lie further apart than they are long."""
+    def product(self, x: Any, weight: Any, transposed: bool, out: Any, add: bool = False) -> None:
+        """out = x . weight, or out += x . weight; float32 sums.
+
+        x: [rows, in]; weight: [in, out], or [out, in] if transposed; out: [rows, out]. The rows
+        of x and out may lie further apart than they are long.
+        """
         rows, depth = x.shape
         width = out.shape[1]
         # cuBLAS counts by columns, so it is asked for out^T = weight^T . x^T.
@@ -46,14 +49,14 @@ class Cublas:
             width,
             rows,
             depth,
-            ctypes.byref(ctypes.c_float(scale)),
+            ctypes.byref(ctypes.c_float(1.0)),
             ctypes.c_void_p(weight.data.ptr),
             _TYPE[weight.dtype.name],
             depth if transposed else width,
             ctypes.c_void_p(x.data.ptr),
             _TYPE[x.dtype.name],
             x.strides[0] // x.itemsize,
-            ctypes.byref(ctypes.c_float(0.0)),
+            ctypes.byref(ctypes.c_float(float(add))),
             ctypes.c_void_p(out.data.ptr),
             _TYPE[out.dtype.name],
             out.strides[0] // out.itemsize,

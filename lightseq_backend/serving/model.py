@@ -99,7 +99,7 @@ class TritonPythonModel:
 
 
 def _engine(settings: Settings) -> Engine:
-    module = ops.load(settings.device)
+    module = ops.load(settings.device, settings.device_id, settings.precision)
     config, arrays = weights.load(settings.weights, dialect=settings.dialect, kind=settings.wire.form.kind)
     if isinstance(config, TransformerConfig):
         return Engine(Transformer(config, arrays, module), settings.engine_config(config), module)

@@ -15,7 +15,7 @@ from lightseq_backend.request import SCORE
 from lightseq_backend.serving.wire import GPT, TRANSFORMER, Wire, read_wire
 
 DEVICES = {"CPU": "cpu", "GPU": "cuda"}  # by Triton's instance kind
-PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp32", "fp16")}
+PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}  # by device, the default first
 SIZES = ("slots", "max_beam_size", "queue", "prompt_tokens", "burst")  # fields of EngineConfig
 PARAMETERS = ("weights", "dialect", "precision", *SIZES)
 MODEL_TYPES = {"Transformer": TRANSFORMER, "Gpt": GPT}  # LightSeq's own parameter: what `model_type` may be
@@ -88,7 +88,7 @@ def read_settings(args: Mapping[str, str], environment: Mapping[str, str] = os.e
         wire=wire,
         weights=weights,
         dialect=given.get("dialect", "head"),
-        precision=given.get("precision", "fp32"),
+        precision=given.get("precision", PRECISIONS[device][0]),
         max_rows=max(1, model_config.get("max_batch_size", 0)),
         sizes=sizes,
     )
@@ -97,7 +97,7 @@ def read_settings(args: Mapping[str, str], environment: Mapping[str, str] = os.e
 def _check_parameters(given: Mapping[str, str], device: str, wire: Wire | None, faults: list[str]) -> None:
     for key in sorted(set(given) - {*PARAMETERS, *TRITON_PARAMETERS, "model_type"}):
         faults.append(f"parameter {key!r} is unknown; parameters are {', '.join(PARAMETERS)}")
-    dialect, precision = given.get("dialect", "head"), given.get("precision", "fp32")
+    dialect, precision = given.get("dialect", "head"), given.get("precision", PRECISIONS[device][0])
     if dialect not in DIALECTS:
         faults.append(f"dialect is {dialect!r}; dialects are {', '.join(DIALECTS)}")
     if precision not in PRECISIONS[device]:

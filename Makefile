@@ -40,7 +40,8 @@ serve: setup ## Serve model_repository in the foreground until Ctrl-C
 	    --http-port $(HTTP_PORT) --grpc-port $(GRPC_PORT) --metrics-port $(METRICS_PORT)
 
 .PHONY: test
-test: setup ## Run all tests
+test: setup ## Run all tests that need no GPU
+	@./setup.sh kernels
 	@OMP_NUM_THREADS=$(cores) OPENBLAS_NUM_THREADS=$(cores) TOKENIZERS_PARALLELISM=false \
 	    $(python) -m pytest --durations=15 $(TESTS)
 

@@ -14,7 +14,7 @@ import pytest
 
 from lightseq_backend.weights.schema import message_type
 
-GOLDEN = Path(os.environ.get("LIGHTSEQ_GOLDEN") or Path(__file__).resolve().parents[2] / "shared" / "golden")
+GOLDEN = Path(os.environ.get("LIGHTSEQ_GOLDEN", Path(__file__).parent / "golden"))
 
 # Sizes that all differ, so that no two fields can be mistaken for each other by their count.
 HIDDEN, INNER, HEADS, POSITIONS, SOURCE, TARGET, ENCODERS, DECODERS = 8, 12, 2, 7, 11, 13, 2, 3

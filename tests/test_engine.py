@@ -578,3 +578,20 @@ def test_counts_say_what_was_done() -> None:
     assert engine.counts["prompt_tokens"] == 2  # a prompt's last token is the first step's
     assert engine.counts["scored_tokens"] == 2
     assert engine.counts["generated_tokens"] in range(2, 7)
+
+
+def test_failed_device_takes_no_more_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, replies = transformer(), Replies()
+
+    def fail(*arguments: Any) -> None:
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(cpu, "beam_step", fail)
+    monkeypatch.setattr(cpu, "fault", lambda: "GPU 0 has failed: illegal memory access")
+    engine.submit([request(engine, [3], replies.to(number)) for number in range(3)])
+    while not engine.idle:
+        engine.step()
+    assert [str(replies.results[number]) for number in range(3)] == ["illegal memory access"] * 3
+    assert not engine.ready
+    with pytest.raises(RuntimeError, match="GPU 0 has failed: illegal memory access"):
+        engine.submit([request(engine, [3], replies.to(3))])

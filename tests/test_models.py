@@ -12,6 +12,7 @@ from reference import GptReference, TransformerReference
 
 from lightseq_backend.config import DIALECTS, EngineConfig
 from lightseq_backend.engine.buffers import Buffers, allocate
+from lightseq_backend.errors import WeightError
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.pack import Pack
 from lightseq_backend.models.transformer import Transformer
@@ -178,3 +179,13 @@ def test_gpt_read_equals_recomputation_of_the_whole_text() -> None:
     ops.vocabulary_logits(work.x, head.norm, head.output, head.epsilon, head.scale, work.normed, logits)
     wanted = np.concatenate([GptReference(config, arrays).logits(text) for text in texts])
     np.testing.assert_allclose(logits, wanted, atol=TOLERANCE * np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_named(bad: float) -> None:
+    config, arrays = small_models.gpt()
+    arrays["layer.1.ffn_inner.weight"][3, 5] = arrays["norm.gain"][0] = bad
+    with pytest.raises(WeightError) as caught:
+        Gpt(config, arrays, ops)
+    expected = {"layer.1.ffn_inner.weight holds NaN or infinity", "norm.gain holds NaN or infinity"}
+    assert set(str(caught.value).splitlines()) == expected

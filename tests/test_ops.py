@@ -257,7 +257,8 @@ def test_operation_equals_its_definition(case: Case) -> None:
 
 def test_table_has_cases_for_every_operation() -> None:
     transfer = {
-        "start", "matrix", "vector", "table", "available_memory", "allocate", "view", "put", "get", "fetch", "capture",
+        "start", "matrix", "vector", "table", "available_memory", "allocate", "view", "put", "get", "fetch", "fault",
+        "capture",
     }  # fmt: skip
     public = {
         name

@@ -49,6 +49,7 @@ class Engine:
         self._rows = 0  # the bucket that the rows in device memory fill
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self.fault: str | None = None  # why the device takes no more work
         self.counts: Counter[str] = Counter()
         self.last_step = time.monotonic()
         log.info("engine memory: %d bytes for %d slots", self._buffers.size, config.slots)
@@ -76,6 +77,11 @@ class Engine:
     def alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
+    @property
+    def ready(self) -> bool:
+        """Whether answers can be expected."""
+        return self.alive and self.fault is None
+
     def options(self, changes: dict[str, object] | None = None) -> DecodingOptions:
         """The model's defaults with a request's own settings; RequestError names each bad one."""
         return self.model.config.decoding.with_changes(changes or {}, self.limits)
@@ -83,13 +89,16 @@ class Engine:
     def submit(self, requests: Ordered[Request]) -> None:
         """Queues all requests or none.
 
-        RequestError: one cannot be honoured. Overloaded: the queue is full, or the engine is stopping.
+        RequestError: one cannot be honoured. Overloaded: the queue is full, or the engine is stopping. RuntimeError:
+        the device has failed.
         """
         for request in requests:
             if request.kind == GENERATE and request.options.width > self.limits.max_beam_size:
                 raise RequestError(
                     f"the request is {request.options.width} rows wide; this model takes {self.limits.max_beam_size}"
                 )
+        if self.fault:
+            raise RuntimeError(self.fault)
         sequences = [Sequence.of(request, self.model.config) for request in requests]
         self._scheduler.enqueue(sequences)
 
@@ -161,7 +170,8 @@ class Engine:
             self.step()
 
     def step(self) -> None:
-        """One round. An error of ours fails what is in flight, with the reason, and nothing that comes after."""
+        """One round. An error of ours fails what is in flight, with the reason, and nothing that comes after, unless
+        the device itself has failed: then `fault` says so and nothing more is taken."""
         admitted = self._scheduler.admit()
         self._admitted.update((id(one), one) for one in admitted)
         try:
@@ -171,6 +181,7 @@ class Engine:
                 self._burst()
         except Exception as error:
             log.exception("a step failed")
+            self.fault = self._ops.fault()
             self._fail(error)
         self.last_step = time.monotonic()
 

@@ -11,6 +11,10 @@ from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from lightseq_backend.errors import WeightError
+
 Array = Any  # of the ops module: numpy.ndarray or cupy.ndarray
 Weights = Mapping[str, Any]
 
@@ -37,7 +41,12 @@ class Reader:
     """Hands weights to a model by name, in the form its ops want."""
 
     def __init__(self, weights: Weights, ops: ModuleType):
+        """WeightError names every array that holds something else than numbers."""
         self._weights, self._ops = weights, ops
+        # A sum keeps every NaN and infinity there is, and costs one reading.
+        bad = [name for name, array in weights.items() if not np.isfinite(np.sum(array))]
+        if bad:
+            raise WeightError("\n".join(f"{name} holds NaN or infinity" for name in bad))
 
     def norm(self, name: str) -> Norm:
         vector = self._ops.vector

@@ -101,6 +101,11 @@ def fetch(source: Array) -> Callable[[], Array]:
     return lambda: copy
 
 
+def fault() -> str | None:
+    """Why the device cannot go on after an error, or None where it can."""
+    return None
+
+
 def capture(run: Callable[[], None]) -> Callable[[], None]:
     """What replays `run`: a graph launch on a GPU, `run` itself here."""
     return run

@@ -142,6 +142,14 @@ class Cuda:
 
         return wait
 
+    def fault(self) -> str | None:
+        """An error of the device stays: everything that is asked of it afterwards fails with it."""
+        try:
+            self._stream.synchronize()
+        except Exception as error:  # what CuPy raises differs by its version
+            return f"GPU {self.device_id} has failed: {error}"
+        return None
+
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Runs once, which compiles what is new; then records one graph."""
         run()

@@ -69,7 +69,7 @@ class TritonPythonModel:
 
     def is_ready(self) -> bool:
         """Whether answers can be expected."""
-        return self._engine.alive and self._replies.alive
+        return self._engine.ready and self._replies.alive
 
     def finalize(self) -> None:
         """Finishes what is under way, within PATIENCE seconds; the rest is answered with an error."""

@@ -195,8 +195,7 @@ class Engine:
         if pack.rows:
             self.model.prefill(pack, self._buffers.work.first(pack.rows), self._buffers.cache)
             self.counts["prompt_tokens"] += pack.rows
-        for sequence in sequences:
-            self._write_records(sequence)
+        self._write_records(sequences)
         self._active.extend(sequences)
         self._write_rows()
 
@@ -244,13 +243,23 @@ class Engine:
             put(room.starts, starts),
         )
 
-    def _write_records(self, sequence: Sequence) -> None:
+    def _write_records(self, sequences: list[Sequence]) -> None:
+        """The first records of the sequences' slots, a transfer for every run of neighbouring slots."""
+        slots = np.array([slot for sequence in sequences for slot in sequence.slots])
+        records = np.concatenate([self._first_records(sequence) for sequence in sequences])
+        order = np.argsort(slots)
+        slots, records = slots[order], records[order]
+        starts = np.flatnonzero(np.diff(slots, prepend=-2) > 1).tolist()
+        for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
+            self._ops.put(self._buffers.state.slots[slots[start] : slots[end - 1] + 1], records[start:end])
+
+    def _first_records(self, sequence: Sequence) -> np.ndarray:
         config, options, slots = self.model.config, sequence.request.options, sequence.slots
         if options.searches:
             records = beam.begin(sequence, config.end_id, config.dialect)
         else:
             records = sampling.begin(sequence, config.end_id)
-        state, cache, put = self._buffers.state, self._buffers.cache, self._ops.put
+        cache, put = self._buffers.cache, self._ops.put
         if isinstance(config, GptConfig):
             past = len(sequence.tokens) - 1
             records["token"] = sequence.tokens[-1]
@@ -260,8 +269,7 @@ class Engine:
         else:
             records["token"] = config.start_id
             records["memory"], records["memory_length"] = slots[0], len(sequence.tokens)
-        for slot, record in zip(slots, records, strict=True):
-            put(state.slots[slot : slot + 1], record[None])
+        return records
 
     def _write_rows(self) -> None:
         """Tells the device which slots the next steps work on; rows of nobody fill the bucket."""
@@ -292,11 +300,14 @@ class Engine:
         if not self._active:
             self._reports.clear()  # of bursts that had nothing left to do
         self._write_rows()
+        slots = [slot for sequence in done for slot in sequence.slots]
+        first = min(slots)
+        history = self._ops.get(self._buffers.state.history[first : max(slots) + 1])
         for sequence in done:
-            self._retire(sequence, self._finish(sequence, records[sequence.slots]))
+            own = np.array(sequence.slots)
+            self._retire(sequence, self._finish(sequence, records[own], history[own - first]))
 
-    def _finish(self, sequence: Sequence, records: np.ndarray) -> Output:
-        history = np.stack([self._ops.get(self._buffers.state.history[slot]) for slot in sequence.slots])
+    def _finish(self, sequence: Sequence, records: np.ndarray, history: np.ndarray) -> Output:
         if sequence.request.options.searches:
             return beam.finish(sequence, records, history)
         return sampling.finish(records, history)

@@ -17,6 +17,7 @@ from lightseq_backend.serving.wire import GPT, TRANSFORMER, Wire, read_wire
 DEVICES = {"CPU": "cpu", "GPU": "cuda"}  # by Triton's instance kind
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}  # by device, the default first
 SIZES = ("slots", "max_beam_size", "queue", "prompt_tokens", "burst")  # fields of EngineConfig
+BURSTS = {"cpu": 1, "cuda": 4}  # the host's part of a burst must fit into the device's
 PARAMETERS = ("weights", "dialect", "precision", *SIZES)
 MODEL_TYPES = {"Transformer": TRANSFORMER, "Gpt": GPT}  # LightSeq's own parameter: what `model_type` may be
 TRITON_PARAMETERS = ("FORCE_CPU_ONLY_INPUT_TENSORS", "EXECUTION_ENV_PATH")
@@ -57,6 +58,7 @@ class Settings:
         sizes.setdefault("slots", max(plain.slots, beams))
         sizes.setdefault("max_beam_size", min(beams, sizes["slots"]))
         sizes.setdefault("queue", max(plain.queue, self.max_rows))
+        sizes.setdefault("burst", BURSTS[self.device])
         if sizes["queue"] < self.max_rows:
             raise ConfigError(f"queue is {sizes['queue']}; max_batch_size lets a request have {self.max_rows} rows")
         return EngineConfig(**sizes)

@@ -19,7 +19,7 @@ class DecodingState:
     """slots              SLOT [lanes]: one record a cache lane, the last for padding rows
     history            int32 [lanes, steps]: generated tokens
     rows               int32 [rows]: the slots that the next step works on
-    logits             float [rows, vocabulary]: work space
+    logits             float [rows or more, vocabulary]: work space
     ids, log_probabilities  [rows, beams]: each row's best next tokens
     """
 
@@ -31,13 +31,13 @@ class DecodingState:
     log_probabilities: Array
 
     @staticmethod
-    def plan(lanes: int, rows: int, steps: int, vocabulary: int, beams: int) -> Plan:
+    def plan(lanes: int, rows: int, logits: int, steps: int, vocabulary: int, beams: int) -> Plan:
         integer, number = np.dtype(np.int32), np.dtype(np.float32)
         return {
             "slots": ((lanes,), SLOT),
             "history": ((lanes, steps), integer),
             "rows": ((rows,), integer),
-            "logits": ((rows, vocabulary), number),
+            "logits": ((logits, vocabulary), number),
             "ids": ((rows, beams), integer),
             "log_probabilities": ((rows, beams), number),
         }

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lightseq_backend.config import EngineConfig
+from lightseq_backend.config import EngineConfig, GptConfig
 from lightseq_backend.decoding.state import DecodingState
 from lightseq_backend.errors import ConfigError
 from lightseq_backend.models.cache import Cache, Plan
@@ -76,11 +76,12 @@ def _plan(model: Any, config: EngineConfig, beams: int, ops: ModuleType) -> dict
     lanes = config.slots + 1
     prompt_rows = max(config.prompt_tokens, shape.max_positions)
     rows = max(buckets(config.slots))
+    logits = max(rows, min(prompt_rows, ops.SCORED_ROWS)) if isinstance(shape, GptConfig) else rows
     integer = np.dtype(np.int32)
     widths = Work.widths(shape.hidden, shape.inner)
     return {
         "cache": model.cache_plan(lanes),
-        "state": DecodingState.plan(lanes, rows, shape.max_positions, shape.vocabulary, beams),
+        "state": DecodingState.plan(lanes, rows, logits, shape.max_positions, shape.vocabulary, beams),
         "work": {name: ((max(prompt_rows, rows), width), ops.FLOAT) for name, width in widths.items()},
         "prompt": {
             **dict.fromkeys(("tokens", "positions", "lanes", "steps"), ((prompt_rows,), integer)),

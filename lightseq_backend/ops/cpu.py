@@ -21,6 +21,7 @@ from lightseq_backend.ops.slots import FAN_OUT, SAMPLE, SEARCH
 Array = np.ndarray[Any, Any]
 
 NAME = "cpu"
+SCORED_ROWS = 32  # rows whose logits are held at the same time when texts are scored
 BURSTS_AHEAD = 1  # bursts queued before the end of the first is looked at: a GPU must not wait for the host
 FLOAT = np.dtype(np.float32)
 

@@ -48,6 +48,7 @@ class Cuda:
 
     NAME = "cuda"
     BURSTS_AHEAD = 2
+    SCORED_ROWS = 512
 
     def __init__(self, device_id: int = 0, precision: str = "fp16", early: bool = True):
         if precision not in PRECISIONS:
@@ -89,7 +90,7 @@ class Cuda:
         pieces = packed.nbytes // 16
         self._launch(
             "linear", "pack_weight", (-(-pieces // 256),), 256,
-            (plain, np.int64(strides[0]), np.int64(strides[1]), packed, inner, wide),
+            (plain, *strides, packed, inner, wide),
         )  # fmt: skip
         return Matrix(plain, transposed, packed, inner, wide)
 

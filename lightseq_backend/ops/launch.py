@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import struct
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
 
-import numpy as np
-
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_*
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_MOST_ARGUMENTS = 24
+_FLOAT, _FLOAT_BYTES = struct.Struct("<I"), struct.Struct("<f")
 
 
 class _Attribute(ctypes.Structure):
@@ -43,6 +44,13 @@ class Kernel:
         self.name = name
         self._kernel = cupy.RawKernel(_source(family), name, options=options)
         self._shared = 48 * 1024
+        # Written anew for every launch, made once: a prefill pass makes hundreds of launches.
+        self._values = (ctypes.c_uint64 * _MOST_ARGUMENTS)()
+        address, size = ctypes.addressof(self._values), ctypes.sizeof(ctypes.c_uint64)
+        self._pointers = (ctypes.c_void_p * _MOST_ARGUMENTS)(*range(address, address + size * _MOST_ARGUMENTS, size))
+        self._attributes = (_Attribute * 2)()
+        self._config = _Config(attributes=self._attributes)
+        self._address = ctypes.byref(self._config)
 
     def __call__(
         self,
@@ -55,46 +63,49 @@ class Kernel:
         cluster: int = 1,
         early: bool = False,
     ) -> None:
-        """Queues the kernel.
+        """Queues the kernel. One thread at a time.
 
-        arguments  arrays, None (a null pointer), ints (int32), numpy.int64 or floats (float32)
+        arguments  arrays, None (a null pointer), ints (int32) or floats (float32)
         stream     cudaStream_t
         cluster    blocks in x that form a cluster (sm_90 and later)
         early      may begin before the kernel in front has ended: it waits for it itself (sm_90 and later)
         """
         if shared > self._shared:
             self._kernel.max_dynamic_shared_size_bytes = self._shared = shared
-        values = [_argument(value) for value in arguments]
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        attributes = (_Attribute * 2)()
-        count = 0
+        values = self._values
+        for i, value in enumerate(arguments):
+            values[i] = _bits(value)
+        config, count = self._config, 0
         if cluster > 1:
-            attributes[count].id = _CLUSTER_DIMENSION
-            attributes[count].value[0:3] = [cluster, 1, 1]
+            self._attributes[count].id = _CLUSTER_DIMENSION
+            self._attributes[count].value[0:3] = [cluster, 1, 1]
             count += 1
         if early:
-            attributes[count].id = _PROGRAMMATIC_STREAM_SERIALIZATION
-            attributes[count].value[0] = 1
+            self._attributes[count].id = _PROGRAMMATIC_STREAM_SERIALIZATION
+            self._attributes[count].value[0] = 1
             count += 1
-        whole_grid = (ctypes.c_uint * 3)(*grid, *[1] * (3 - len(grid)))
-        config = _Config(whole_grid, (ctypes.c_uint * 3)(block, 1, 1), shared, stream, attributes, count)
-        status = _driver().cuLaunchKernelEx(
-            ctypes.byref(config), ctypes.c_void_p(self._kernel.kernel.ptr), pointers, None
-        )
+        config.grid[0:3] = [*grid, 1, 1][:3]
+        config.block[0:3] = [block, 1, 1]
+        config.shared, config.stream, config.attribute_count = shared, stream, count
+        status = _driver().cuLaunchKernelEx(self._address, self._handle, self._pointers, None)
         if status:
             raise RuntimeError(f"launching {self.name} failed with CUDA error {status}; grid {grid}, shared {shared}")
 
+    @functools.cached_property
+    def _handle(self) -> ctypes.c_void_p:
+        """CUfunction; compiles the source, or finds it compiled."""
+        return ctypes.c_void_p(self._kernel.kernel.ptr)
 
-def _argument(value: Any) -> Any:
-    if value is None:
-        return ctypes.c_void_p(0)
-    if hasattr(value, "data") and hasattr(value.data, "ptr"):
-        return ctypes.c_void_p(value.data.ptr)
-    if isinstance(value, np.int64):
-        return ctypes.c_int64(int(value))
+
+def _bits(value: Any) -> int:
+    """An argument as the eight bytes that its one to eight bytes are read from; the machine is little-endian."""
     if isinstance(value, int):
-        return ctypes.c_int32(value)
-    return ctypes.c_float(value)
+        return value & 0xFFFFFFFF
+    if value is None:
+        return 0
+    if isinstance(value, float):
+        return int(_FLOAT.unpack(_FLOAT_BYTES.pack(value))[0])
+    return int(value.data.ptr)
 
 
 @functools.cache

@@ -6,7 +6,10 @@ python -m benchmarks.gpu [--precision fp16]
 from __future__ import annotations
 
 import argparse
+import json
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +19,7 @@ from lightseq_backend.config import DecodingOptions, EngineConfig, GptConfig, Tr
 from lightseq_backend.engine import Engine
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
+from lightseq_backend.request import SCORE, Request, Sequence
 
 FLOOR_BANDWIDTH = 4.3e12  # bytes a second, a device copy on one H200
 
@@ -98,7 +102,7 @@ def decoder_bytes(shape: Shape, cross: bool, size: int) -> int:
     return size * (shape.layers * (attention + 2 * shape.hidden * shape.inner) + shape.hidden * shape.vocabulary)
 
 
-def step_us(engine: Engine, rows: list[np.ndarray], tokens: int, changes: dict[str, object]) -> tuple[float, float]:
+def step_us(engine: Engine, rows: list[np.ndarray], changes: dict[str, object]) -> tuple[float, float]:
     """Microseconds a replay with the caches filled, and milliseconds of a whole `answer`."""
     import cupy
 
@@ -122,44 +126,114 @@ def step_us(engine: Engine, rows: list[np.ndarray], tokens: int, changes: dict[s
     return float(np.median(medians)), float(np.median(totals)) * 1e3
 
 
+def prefill_ms(engine: Engine, rows: list[np.ndarray]) -> float:
+    """Milliseconds of one pass over sources or prompts, host included, until the device is done."""
+    options = engine.options({"sampling_method": "greedy"})
+    sequences = [Sequence.of(Request(row, options, lambda result: None), engine.model.config) for row in rows]
+    for slot, sequence in enumerate(sequences):
+        sequence.slots = [slot]
+    times = []
+    for _ in range(20):
+        start = time.perf_counter()
+        pack = engine._pack(sequences, 0)
+        engine.model.prefill(pack, engine._buffers.work.first(pack.rows), engine._buffers.cache)
+        engine._ops._stream.synchronize()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times)) * 1e3
+
+
+def perplexity_ms(engine: Engine, rows: list[np.ndarray]) -> float:
+    """Milliseconds of scoring all rows in one pass."""
+    times = []
+    for _ in range(10):
+        start = time.perf_counter()
+        engine.answer(rows, SCORE)
+        times.append(time.perf_counter() - start)
+    return float(np.median(times)) * 1e3
+
+
+MODELS: dict[str, tuple[Shape, Callable[[Shape], Any]]] = {
+    "big": (BIG, transformer),
+    "base": (BASE, transformer),
+    "gpt2": (GPT2, gpt),
+    "xl": (XL, gpt),
+}
+
+
+def measure(name: str, precision: str) -> Iterator[dict[str, Any]]:
+    """One record a batch size and figure: model, precision, batch, what, value, floor, unit."""
+    shape, make = MODELS[name]
+    config, arrays = make(shape)
+    start = time.perf_counter()
+    backend = ops.load("cuda", 0, precision)
+    translates = make is transformer
+    model = Transformer(config, arrays, backend) if translates else Gpt(config, arrays, backend)
+    room = EngineConfig(slots=128 if translates else 8, max_beam_size=4, burst=8, prompt_tokens=4096)
+    engine = Engine(model, room, backend)
+
+    def record(what: str, batch: int, value: float, unit: str, floor: float | None = None) -> dict[str, Any]:
+        return {
+            "model": name, "precision": precision, "batch": batch, "what": what,
+            "value": round(value, 3), "unit": unit, "floor": floor and round(floor, 1),
+        }  # fmt: skip
+
+    yield record("load and capture, weights in memory", 0, time.perf_counter() - start, "s")
+    floor = decoder_bytes(shape, translates, 2 if precision == "fp16" else 4) / FLOOR_BANDWIDTH * 1e6
+    for batch in (1, 8, 32) if translates else (1, 8):
+        rows = [np.arange(3, 27 if translates else 35) + i for i in range(batch)]
+        us, total = step_us(engine, rows, {"max_new_tokens": 24})
+        yield record("decode step", batch, us, "us", floor)
+        yield record("24 tokens, whole requests", batch, total, "ms")
+        if translates:
+            yield record("encoder, 24 columns", batch, prefill_ms(engine, rows), "ms")
+    if not translates:
+        yield record(
+            "perplexity, 512 tokens", 8, perplexity_ms(engine, [np.arange(3, 515) + i for i in range(8)]), "ms"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--precision", default="fp16")
-    parser.add_argument("--models", default="big,base,gpt2")
+    parser.add_argument("--precision", default="fp16,fp32")
+    parser.add_argument("--models", default="big,base,gpt2,xl")
+    parser.add_argument("--output", help="folder that takes <gpu>.json and <gpu>.md")
     options = parser.parse_args()
-    size = 2 if options.precision == "fp16" else 4
     import cupy
 
-    print(cupy.cuda.runtime.getDeviceProperties(0)["name"].decode(), "cupy", cupy.__version__, options.precision)
-    for name, shape, make in (
-        ("big", BIG, transformer),
-        ("base", BASE, transformer),
-        ("gpt2", GPT2, gpt),
-        ("xl", XL, gpt),
-    ):
-        if name not in options.models.split(","):
-            continue
-        start = time.perf_counter()
-        config, arrays = make(shape)
-        made = time.perf_counter()
-        backend = ops.load("cuda", 0, options.precision)
-        cross = make is transformer
-        model = Transformer(config, arrays, backend) if cross else Gpt(config, arrays, backend)
-        slots = 128 if cross else 8
-        engine = Engine(model, EngineConfig(slots=slots, max_beam_size=4, burst=8, prompt_tokens=2048), backend)
-        print(f"{name}: weights made {made - start:.1f} s, loaded and captured {time.perf_counter() - made:.1f} s")
-        floor = decoder_bytes(shape, cross, size) / FLOOR_BANDWIDTH * 1e6
-        for batch in (1, 8, 32) if cross else (1, 8):
-            rows = (
-                [np.arange(3, 27) + i for i in range(batch)] if cross else [np.arange(3, 35) + i for i in range(batch)]
-            )
-            changes: dict[str, object] = {"max_new_tokens": 24}
-            us, total = step_us(engine, rows, 24, changes)
-            print(
-                f"{name} batch {batch}: {us:7.1f} us/step  floor {floor:5.1f} ({floor / us:.0%})",
-                f"24 tokens {total:.2f} ms",
-                flush=True,
-            )
+    gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
+    conditions = {
+        "gpu": gpu, "cupy": cupy.__version__, "CUDA driver": cupy.cuda.runtime.driverGetVersion(),
+        "date": time.strftime("%F"),
+    }  # fmt: skip
+    print(conditions)
+    records = []
+    for precision in options.precision.split(","):
+        for name in options.models.split(","):
+            for one in measure(name, precision):
+                records.append(one)
+                print(line(one), flush=True)
+    if options.output:
+        write(Path(options.output), conditions, records)
+
+
+def line(record: dict[str, Any]) -> str:
+    floor = record["floor"]
+    share = f"{floor} | {floor / record['value']:.0%}" if floor else " | "
+    cells = ("model", "precision", "batch", "what")
+    return f"| {' | '.join(str(record[cell]) for cell in cells)} | {record['value']} {record['unit']} | {share} |"
+
+
+def write(folder: Path, conditions: dict[str, Any], records: list[dict[str, Any]]) -> None:
+    stem = folder / f"gpu-{conditions['gpu'].lower().replace(' ', '-')}"
+    stem.with_suffix(".json").write_text(json.dumps({"conditions": conditions, "records": records}, indent=1) + "\n")
+    head = (
+        "# Decoding on a GPU\n\n"
+        + ", ".join(f"{key} {value}" for key, value in conditions.items())
+        + ".\n\nRandom weights, beam 4 (GPT: greedy, prompt 32), 24 tokens. A step is the median of 20 times 20 replays of"
+        "\nits graph with the caches full; the floor is the decoder's weights at 4.3 TB/s.\n\n"
+        "| model | precision | batch | what | measured | floor | of the floor |\n|--|--|--:|--|--:|--:|--:|\n"
+    )
+    stem.with_suffix(".md").write_text(head + "\n".join(map(line, records)) + "\n")
 
 
 if __name__ == "__main__":

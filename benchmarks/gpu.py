@@ -229,8 +229,8 @@ def write(folder: Path, conditions: dict[str, Any], records: list[dict[str, Any]
     head = (
         "# Decoding on a GPU\n\n"
         + ", ".join(f"{key} {value}" for key, value in conditions.items())
-        + ".\n\nRandom weights, beam 4 (GPT: greedy, prompt 32), 24 tokens. A step is the median of 20 times 20 replays of"
-        "\nits graph with the caches full; the floor is the decoder's weights at 4.3 TB/s.\n\n"
+        + ".\n\nRandom weights, beam 4 (GPT: greedy, prompt 32), 24 tokens. A step is the median of 20 times 20 replays"
+        "\nof its graph with the caches full; the floor is the decoder's weights at 4.3 TB/s.\n\n"
         "| model | precision | batch | what | measured | floor | of the floor |\n|--|--|--:|--|--:|--:|--:|\n"
     )
     stem.with_suffix(".md").write_text(head + "\n".join(map(line, records)) + "\n")

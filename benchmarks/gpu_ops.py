@@ -78,6 +78,7 @@ def _operations(engine: Engine, model: Any, count: int, translates: bool) -> dic
 
     vocabulary = (work.x, head.norm, head.output, head.epsilon, head.scale, work.normed, state.logits[:count])
     ids, log_probabilities = state.ids[:count], state.log_probabilities[:count]
+    found = backend.tile_results(count, head.output.weight.wide, ids.shape[1])  # part of vocabulary, and its end
     operations = {
         "qkv": over(lambda i, layer: norm_linear(layer[0], work.qkv)),
         "self": over(lambda i, layer: attend(i)),
@@ -87,6 +88,7 @@ def _operations(engine: Engine, model: Any, count: int, translates: bool) -> dic
         "embed": once(lambda: backend.embed_rows(rows, state.slots, model.target_tokens if translates else model.tokens,
                                                  model.target_positions if translates else model.positions, work.x)),
         "vocabulary": once(lambda: backend.vocabulary_top(*vocabulary, head.banned, ids, log_probabilities)),
+        "best": once(lambda: backend.merge_best(*found, ids, log_probabilities)),
         "beam": once(
             lambda: backend.beam_step(rows, state.slots, cache.ancestors, state.history, ids, log_probabilities)
         ),

@@ -35,117 +35,174 @@ __device__ __forceinline__ float head_value(const Head& head, int i) {
     return to_float(head.part[i / VECTOR].value[i % VECTOR]);
 }
 
-__device__ __forceinline__ void copy_head(const T* from, T* to) {
-    for (int i = threadIdx.x; i < VECTORS; i += blockDim.x)
-        reinterpret_cast<Vector*>(to)[i] = reinterpret_cast<const Vector*>(from)[i];
+__device__ __forceinline__ void store_head(T* row, int member, const Head& head) {
+#pragma unroll
+    for (int p = 0; p < PARTS; p++) {
+        int vector = p * GROUP + member;
+        if (vector < VECTORS) *reinterpret_cast<Vector*>(row + vector * VECTOR) = head.part[p];
+    }
 }
 
-// What the warps of a block leave for the others: the running softmax of each over the steps that it saw.
-template <int BEAMS, int WARPS> struct Shares {
-    float most[BEAMS][WARPS], sum[BEAMS][WARPS], context[BEAMS][WARPS][HEAD_SIZE];
+// What the parts of a past leave for each other: the running softmax of each over its steps.
+template <int BEAMS, int MOST_PARTS> struct Shares {
+    float most[BEAMS][MOST_PARTS], sum[BEAMS][MOST_PARTS], context[BEAMS][MOST_PARTS][HEAD_SIZE];
+};
+
+// The new token's own key and value, and where they stay. Null: there is none.
+struct Own {
+    const T *key, *value;
+    T *kept_key, *kept_value;
 };
 
 // out[b] = sum over t < count of softmax(query[b] . key(t) / sqrt(d)) value(t), for BEAMS queries at a time, so that a
-// key is read once for all of them. key(t) and value(t): pointers to one head of a row. Step t belongs to group
-// t % (warps * GROUPS), which sums its steps in order; then groups, then warps are added in order.
-template <int UNROLL, int BEAMS, int WARPS, typename Where>
-__device__ __forceinline__ void attend(const T* query, long long query_stride, int beams, int count, Where where,
-                                       Shares<BEAMS, WARPS>& shares, T* out, long long out_stride) {
+// key is read once for all of them. key(t) and value(t): pointers to one head of a row, and `own` beside them.
+// The past is cut by its length alone: into parts of about a warp's reach, GROUPS * UNROLL steps, at most MOST_PARTS.
+// Step t belongs to part t / GROUPS % parts; there group t % GROUPS sums its steps in order, then groups, then parts
+// are added in order. Warps take parts in turn, so that their number changes no result.
+// Keys and values of the past were written before this step began, queries by the kernel in front: a warp requests
+// its first steps before it waits.
+template <int UNROLL, int BEAMS, int MOST_PARTS, typename Where>
+__device__ __forceinline__ void attend(const T* query, long long query_stride, int beams, Own own, int count,
+                                       Where where, Shares<BEAMS, MOST_PARTS>& shares, T* out, long long out_stride) {
+    constexpr int REACH = GROUPS * UNROLL;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-    int member = lane % GROUP, groups = warps * GROUPS;
-    const float scale = LOG2_E * rsqrtf((float)HEAD_SIZE);
-    float q[BEAMS][OWN], context[BEAMS][OWN], most[BEAMS], sum[BEAMS];
-#pragma unroll
-    for (int b = 0; b < BEAMS; b++) {
-        Head head = load_head(query + b * query_stride, member, b < beams);
-        most[b] = LOWEST;
-        sum[b] = 0;
-#pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            q[b][i] = head_value(head, i) * scale;
-            context[b][i] = 0;
-        }
-    }
-    for (int first = warp * GROUPS; first < count; first += groups * UNROLL) {  // the same for all lanes of a warp
-        Head keys[UNROLL], values[UNROLL];
+    int member = lane % GROUP, parts = max(1, min(MOST_PARTS, (count + REACH - 1) / REACH));
+    if (parts == 1 && warp) return;
+    Head keys[UNROLL], values[UNROLL];
+    auto fetch = [&](int first) {
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-            int step = first + u * groups + lane / GROUP;
+            int step = first + u * parts * GROUPS + lane / GROUP;
             const T *key = nullptr, *value = nullptr;
             if (step < count) where(step, key, value);
             keys[u] = load_head(key, member, step < count);
             values[u] = load_head(value, member, step < count);
         }
+    };
+    if (warp < parts) fetch(warp * GROUPS);
+    wait_for_previous();
+    const float scale = LOG2_E * rsqrtf((float)HEAD_SIZE);
+    Head q[BEAMS];
+    float context[BEAMS][OWN], most[BEAMS], sum[BEAMS];
+#pragma unroll
+    for (int b = 0; b < BEAMS; b++) q[b] = load_head(query + b * query_stride, member, b < beams && warp < parts);
+    for (int part = warp; part < parts; part += warps) {
 #pragma unroll
         for (int b = 0; b < BEAMS; b++) {
-            float scores[UNROLL], highest = most[b];
+            most[b] = LOWEST;
+            sum[b] = 0;
 #pragma unroll
-            for (int u = 0; u < UNROLL; u++) {
-                scores[u] = 0;
+            for (int i = 0; i < OWN; i++) context[b][i] = 0;
+        }
+        if (own.key && part == 0) {  // the first group begins with the token itself
+            bool first = lane < GROUP;
+            Head key = load_head(own.key, member, first), value = load_head(own.value, member, first);
+            float score = 0;
 #pragma unroll
-                for (int i = 0; i < OWN; i++) scores[u] += q[b][i] * head_value(keys[u], i);
+            for (int i = 0; i < OWN; i++) score += head_value(q[0], i) * head_value(key, i);
 #pragma unroll
-                for (int offset = GROUP / 2; offset > 0; offset /= 2)
-                    scores[u] += __shfl_xor_sync(FULL_WARP, scores[u], offset);
-                if (first + u * groups + lane / GROUP >= count) scores[u] = -INFINITE;
-                highest = fmaxf(highest, scores[u]);
-            }
-            float shrink = exp2f(most[b] - highest);
-            most[b] = highest;
-            sum[b] *= shrink;
+            for (int offset = GROUP / 2; offset > 0; offset /= 2) score += __shfl_xor_sync(FULL_WARP, score, offset);
+            if (first) {
+                most[0] = score * scale;
+                sum[0] = 1;
 #pragma unroll
-            for (int i = 0; i < OWN; i++) context[b][i] *= shrink;
-#pragma unroll
-            for (int u = 0; u < UNROLL; u++) {
-                float share = exp2f(scores[u] - highest);
-                sum[b] += share;
-#pragma unroll
-                for (int i = 0; i < OWN; i++) context[b][i] += share * head_value(values[u], i);
+                for (int i = 0; i < OWN; i++) context[0][i] = head_value(value, i);
+                store_head(own.kept_key, member, key);
+                store_head(own.kept_value, member, value);
             }
         }
-    }
-    // The groups of a warp, then the warps that had anything to do.
+        for (int first = part * GROUPS; first < count; first += parts * REACH) {
+            if (first != warp * GROUPS) fetch(first);
+            float scores[UNROLL][BEAMS];
 #pragma unroll
-    for (int b = 0; b < BEAMS; b++) {
-        float highest = most[b];
+            for (int u = 0; u < UNROLL; u++) {
+                bool there = first + u * parts * GROUPS + lane / GROUP < count;
 #pragma unroll
-        for (int offset = GROUP; offset < 32; offset *= 2)
-            highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, offset));
-        float shrink = exp2f(most[b] - highest);
-        sum[b] *= shrink;
+                for (int b = 0; b < BEAMS; b++) {
+                    scores[u][b] = 0;
 #pragma unroll
-        for (int offset = GROUP; offset < 32; offset *= 2) sum[b] += __shfl_xor_sync(FULL_WARP, sum[b], offset);
+                    for (int i = 0; i < OWN; i++) scores[u][b] += head_value(q[b], i) * head_value(keys[u], i);
 #pragma unroll
-        for (int i = 0; i < OWN; i++) {
-            context[b][i] *= shrink;
+                    for (int offset = GROUP / 2; offset > 0; offset /= 2)
+                        scores[u][b] += __shfl_xor_sync(FULL_WARP, scores[u][b], offset);
+                    scores[u][b] = there ? scores[u][b] * scale : -INFINITE;
+                }
+            }
+#pragma unroll
+            for (int b = 0; b < BEAMS; b++) {
+                float highest = most[b];
+#pragma unroll
+                for (int u = 0; u < UNROLL; u++) highest = fmaxf(highest, scores[u][b]);
+                float shrink = exp2f(most[b] - highest);
+                most[b] = highest;
+                sum[b] *= shrink;
+#pragma unroll
+                for (int i = 0; i < OWN; i++) context[b][i] *= shrink;
+#pragma unroll
+                for (int u = 0; u < UNROLL; u++) {
+                    scores[u][b] = exp2f(scores[u][b] - highest);  // from now on its share
+                    sum[b] += scores[u][b];
+                }
+            }
+#pragma unroll
+            for (int u = 0; u < UNROLL; u++)
+#pragma unroll
+                for (int b = 0; b < BEAMS; b++)
+#pragma unroll
+                    for (int i = 0; i < OWN; i++) context[b][i] += scores[u][b] * head_value(values[u], i);
+        }
+        // The groups of the warp.
+#pragma unroll
+        for (int b = 0; b < BEAMS; b++) {
+            float highest = most[b];
 #pragma unroll
             for (int offset = GROUP; offset < 32; offset *= 2)
-                context[b][i] += __shfl_xor_sync(FULL_WARP, context[b][i], offset);
-        }
-        if (lane == 0) {
-            shares.most[b][warp] = highest;
-            shares.sum[b][warp] = sum[b];
-        }
-        if (lane < GROUP) {
+                highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, offset));
+            float shrink = exp2f(most[b] - highest);
+            sum[b] *= shrink;
+#pragma unroll
+            for (int offset = GROUP; offset < 32; offset *= 2) sum[b] += __shfl_xor_sync(FULL_WARP, sum[b], offset);
 #pragma unroll
             for (int i = 0; i < OWN; i++) {
-                int column = (i / VECTOR * GROUP + member) * VECTOR + i % VECTOR;
-                if (column < HEAD_SIZE) shares.context[b][warp][column] = context[b][i];
+                context[b][i] *= shrink;
+#pragma unroll
+                for (int offset = GROUP; offset < 32; offset *= 2)
+                    context[b][i] += __shfl_xor_sync(FULL_WARP, context[b][i], offset);
+            }
+            if (parts == 1) {
+                Head result;
+#pragma unroll
+                for (int i = 0; i < OWN; i++)
+                    result.part[i / VECTOR].value[i % VECTOR] = from_float<T>(count || own.key ? context[b][i] / sum[b]
+                                                                                               : 0.f);
+                if (b < beams && lane < GROUP) store_head(out + b * out_stride, member, result);
+                continue;
+            }
+            if (lane == 0) {
+                shares.most[b][part] = highest;
+                shares.sum[b][part] = sum[b];
+            }
+            if (lane < GROUP) {
+#pragma unroll
+                for (int i = 0; i < OWN; i++) {
+                    int column = (i / VECTOR * GROUP + member) * VECTOR + i % VECTOR;
+                    if (column < HEAD_SIZE) shares.context[b][part][column] = context[b][i];
+                }
             }
         }
     }
+    if (parts == 1) return;
     __syncthreads();
-    int busy = min(warps, (count + GROUPS - 1) / GROUPS);
     for (int i = threadIdx.x; i < beams * HEAD_SIZE; i += blockDim.x) {
         int b = i / HEAD_SIZE, column = i % HEAD_SIZE;
         float highest = LOWEST, total = 0, mixed = 0;
-        for (int w = 0; w < busy; w++) highest = fmaxf(highest, shares.most[b][w]);
-        for (int w = 0; w < busy; w++) {
-            float shrink = exp2f(shares.most[b][w] - highest);
-            total += shrink * shares.sum[b][w];
-            mixed += shrink * shares.context[b][w][column];
+        for (int part = 0; part < parts; part++) highest = fmaxf(highest, shares.most[b][part]);
+        for (int part = 0; part < parts; part++) {
+            float shrink = exp2f(shares.most[b][part] - highest);
+            total += shrink * shares.sum[b][part];
+            mixed += shrink * shares.context[b][part][column];
         }
-        out[b * out_stride + column] = from_float<T>(busy ? mixed / total : 0.f);
+        out[b * out_stride + column] = from_float<T>(mixed / total);
     }
 }
 
@@ -153,61 +210,59 @@ __device__ __forceinline__ void attend(const T* query, long long query_stride, i
 // becomes the slot; then out[r] = softmax(q . k[t] / sqrt(d)) v[t], t <= length, k[t] = keys[ancestors[slot, t], t].
 //   qkv T [rows, 3 hidden]   rows int32 [rows]   slots Slot [lanes]   ancestors int32 [lanes, steps]
 //   keys, values T [lanes, steps, hidden]   out T [rows, hidden], zeros for rows of nobody, which write nothing else
-//   grid (heads, rows); block 128 where steps <= 256, else up to 512; static shared memory (16 * d + 32 floats)
+//   grid (heads, rows); block of any number of warps up to 16; static shared memory (16 * d + 32 floats)
 //   moves 2 * (length + 3) * hidden numbers a row. No row may read what another writes in the same step: ancestors of
 //   steps before `length` lie in lanes that are past that step.
+//   Of what kernels that may still run write, it reads qkv alone before they have ended: rows, slots and the past must
+//   have been there before the step (the graph) began.
 constexpr int DECODE_WARPS = 16;
+constexpr int DECODE_UNROLL = OWN * sizeof(T) <= 16 ? 8 : 4;
 extern "C" __global__ void __launch_bounds__(32 * DECODE_WARPS)
 decode_attention(const T* qkv, const int* rows, const Slot* slots, int* ancestors, T* keys, T* values, T* out,
                  int heads, int steps) {
     __shared__ Shares<1, DECODE_WARPS> shares;
     launch_next();
-    wait_for_previous();
     int head = blockIdx.x, row = blockIdx.y, hidden = heads * HEAD_SIZE, column = head * HEAD_SIZE;
     int slot = rows[row], length = slots[slot].length, width = slots[slot].width;
     T* result = out + (long long)row * hidden + column;
     if (width == 0) {
+        wait_for_previous();
         for (int i = threadIdx.x; i < HEAD_SIZE; i += blockDim.x) result[i] = from_float<T>(0.f);
         return;
     }
     const T* query = qkv + 3ll * row * hidden + column;
-    const T *own_key = query + hidden, *own_value = own_key + hidden;
-    long long own = ((long long)slot * steps + length) * hidden + column;
-    copy_head(own_key, keys + own);
-    copy_head(own_value, values + own);
+    long long place = ((long long)slot * steps + length) * hidden + column;
     int* past = ancestors + (long long)slot * steps;
-    if (head == 0 && threadIdx.x == 0) past[length] = slot;
     auto where = [=](int step, const T*& key, const T*& value) {
-        if (step == length) {
-            key = own_key;
-            value = own_value;
-        } else {
-            long long place = ((long long)past[step] * steps + step) * hidden + column;
-            key = keys + place;
-            value = values + place;
-        }
+        long long place = ((long long)past[step] * steps + step) * hidden + column;
+        key = keys + place;
+        value = values + place;
     };
-    attend<4>(query, 0, 1, length + 1, where, shares, result, 0);
+    Own own = {query + hidden, query + 2 * hidden, keys + place, values + place};
+    attend<DECODE_UNROLL>(query, 0, 1, own, length, where, shares, result, 0);
+    if (head == 0 && threadIdx.x == 0) past[length] = slot;
 }
 
 // cross_attention: out[r] = softmax(q . k[s] / sqrt(d)) v[s] over the memory_length entries of the sequence's memory.
 //   query, out T [rows, hidden]   keys, values T [lanes, steps, hidden]   rows, slots as above
-//   grid (heads, rows); block 128 where sources are mostly <= 64 long, else 256; static shared memory twice the above.
+//   grid (heads, rows); block of any number of warps up to 4; static shared memory that of the above.
 //   Four beams at a time: the block of every fourth row works for the four that follow it, so a sentence's keys and
 //   values are read once for up to four beams (and from L2 beyond). Rows of a sequence stand in the order of beams.
 //   moves 2 * memory_length * hidden numbers a sentence and 2 * hidden a row; zeros for rows of nobody
-constexpr int BEAMS = 4, CROSS_WARPS = 8;
-extern "C" __global__ void __launch_bounds__(32 * CROSS_WARPS)
+//   Of what kernels that may still run write, it reads `query` alone, as above.
+constexpr int BEAMS = 4, CROSS_WARPS = 4;
+constexpr int CROSS_UNROLL = OWN * sizeof(T) <= 16 ? 4 : 2;
+extern "C" __global__ void __launch_bounds__(32 * CROSS_WARPS, 3)
 cross_attention(const T* query, const int* rows, const Slot* slots, const T* keys, const T* values, T* out, int heads,
                 int steps) {
     __shared__ Shares<BEAMS, CROSS_WARPS> shares;
     launch_next();
-    wait_for_previous();
     int row = blockIdx.y, hidden = heads * HEAD_SIZE, column = blockIdx.x * HEAD_SIZE;
     const Slot* slot = slots + rows[row];
     int beam = slot->beam, width = slot->width;
     long long place = (long long)row * hidden + column;
     if (width == 0) {
+        wait_for_previous();
         for (int i = threadIdx.x; i < HEAD_SIZE; i += blockDim.x) out[place + i] = from_float<T>(0.f);
         return;
     }
@@ -218,8 +273,8 @@ cross_attention(const T* query, const int* rows, const Slot* slots, const T* key
         key = keys + memory + (long long)step * hidden;
         value = values + memory + (long long)step * hidden;
     };
-    attend<2>(query + place, hidden, min(BEAMS, width - beam), slot->memory_length, where, shares, out + place,
-                     hidden);
+    attend<CROSS_UNROLL>(query + place, hidden, min(BEAMS, width - beam), Own{}, slot->memory_length, where, shares,
+                         out + place, hidden);
 }
 
 // store: keys[lanes[r], steps[r]] and values[lanes[r], steps[r]] become the two halves of key_values[r].

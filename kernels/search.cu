@@ -173,26 +173,30 @@ beam_step(const int* rows, Slot* slots, int* ancestors, int* history, const int*
 __device__ __forceinline__ float log_sum_exp(const float2* statistics, int tiles) {
     int lane = threadIdx.x % 32;
     float most = -INFINITE, sum = 0;
+#pragma unroll 8
     for (int tile = lane; tile < tiles; tile += 32) most = fmaxf(most, statistics[tile].x);
     most = warp_max(most);
+#pragma unroll 8
     for (int tile = lane; tile < tiles; tile += 32) sum += statistics[tile].y * expf(statistics[tile].x - most);
     return logf(warp_sum(sum)) + most;
 }
 
-// The `wanted` best of a row, best first, from the best of each tile, sorted, `count` apart; by one warp. A lane holds
-// out the best of its tiles that is not taken yet; tiles that have one taken offer their next.
+// The `wanted` best of a row, best first, from the best of some tiles, sorted, `count` apart; by one warp, whose first
+// lane has tile `first`, `stride` and so on after it. A lane holds out the best of its tiles that is not taken yet;
+// tiles that have one taken offer their next.
 template <typename Take>
-__device__ __forceinline__ void merge(const Choice* choices, int tiles, int count, int wanted, Take take) {
-    int lane = threadIdx.x % 32;
+__device__ __forceinline__ void merge(const Choice* choices, int first, int stride, int tiles, int count, int wanted,
+                                      Take take) {
+    first += threadIdx.x % 32;
     Choice mine = 0;
 #pragma unroll 4
-    for (int tile = lane; tile < tiles; tile += 32) mine = better(mine, choices[(long long)tile * count]);
+    for (int tile = first; tile < tiles; tile += stride) mine = better(mine, choices[(long long)tile * count]);
     for (int rank = 0; rank < wanted; rank++) {
         Choice taken = warp_best(mine);
         take(rank, taken);
-        if (mine != taken || rank + 1 == wanted) continue;
+        if (mine != taken || !taken || rank + 1 == wanted) continue;
         mine = 0;
-        for (int tile = lane; tile < tiles; tile += 32) {
+        for (int tile = first; tile < tiles; tile += stride) {
             const Choice* offered = choices + (long long)tile * count;
             int next = 0;
             while (next < wanted && offered[next] >= taken) next++;
@@ -203,16 +207,31 @@ __device__ __forceinline__ void merge(const Choice* choices, int tiles, int coun
 
 // vocabulary_best: the best `count` ids of each row and their log-probabilities, from those of each tile.
 //   statistics float2 [n, tiles]   choices Choice [n, tiles, count]   ids int32, log_probabilities float [n, count]
-//   grid n; block 32; moves n * tiles * (2 + 2 * count) words
-extern "C" __global__ void __launch_bounds__(32)
+//   count <= MAX_WIDTH; grid n; block 288: eight warps merge, one takes the sum, then one merges what the eight found
+//   static shared memory 2 KiB; moves n * tiles * (2 + 2 * count) words
+constexpr int MERGING_WARPS = 8;
+extern "C" __global__ void __launch_bounds__(32 * (MERGING_WARPS + 1))
 vocabulary_best(const float2* statistics, const Choice* choices, int* ids, float* log_probabilities, int tiles,
                 int count) {
+    __shared__ Choice found[MERGING_WARPS][MAX_WIDTH];
+    __shared__ float normalisation;
     launch_next();
     wait_for_previous();
     long long row = blockIdx.x;
-    float normalisation = log_sum_exp(statistics + row * tiles, tiles);
-    merge(choices + row * tiles * count, tiles, count, count, [&](int rank, Choice taken) {
-        if (threadIdx.x == 0) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (warp == MERGING_WARPS) {
+        float sum = log_sum_exp(statistics + row * tiles, tiles);
+        if (lane == 0) normalisation = sum;
+    } else {
+        merge(choices + row * tiles * count, 32 * warp, 32 * MERGING_WARPS, tiles, count, count,
+              [&](int rank, Choice taken) {
+                  if (lane == 0) found[warp][rank] = taken;
+              });
+    }
+    __syncthreads();
+    if (warp) return;
+    merge(found[0], 0, 32, MERGING_WARPS, MAX_WIDTH, count, [&](int rank, Choice taken) {
+        if (lane == 0) {
             ids[row * count + rank] = choice_id(taken);
             log_probabilities[row * count + rank] = choice_score(taken) - normalisation;
         }
@@ -235,7 +254,7 @@ vocabulary_beam_step(const int* rows, Slot* slots, int* ancestors, int* history,
     for (int beam = threadIdx.x / 32; beam < width; beam += blockDim.x / 32) {
         long long row = blockIdx.x + beam;
         float normalisation = log_sum_exp(statistics + row * tiles, tiles);
-        merge(choices + row * tiles * count, tiles, count, width, [&](int rank, Choice taken) {
+        merge(choices + row * tiles * count, 0, 32, tiles, count, width, [&](int rank, Choice taken) {
             if (threadIdx.x % 32 == 0) {
                 best.tokens[beam][rank] = choice_id(taken);
                 best.log_probabilities[beam][rank] = choice_score(taken) - normalisation;

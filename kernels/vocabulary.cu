@@ -2,12 +2,17 @@
 // leaves the chip: for each tile of TILE ids the statistics of the softmax and the best candidates, which kernels/
 // search.cu merges. Compiled with
 //   INNER   width of x
-//   ROWS    rows a block takes: 8, 16, 24 or 32; blockIdx.x counts such groups of rows
+//   ROWS    rows a block takes: a multiple of 8; up to 64 where HALF, else up to 32. blockIdx.x counts such groups
+//   WARPS   with HALF: warps of a block, 8 or 16; a block takes WARPS / 8 tiles at a time
 //   STAGES  without HALF: slices of W in shared memory, 2 or 3
 // Every sum has an order that depends on INNER alone: a row's result is the same whatever rows come with it.
 
+#ifndef WARPS
+#define WARPS 8
+#endif
 constexpr int TILE = 128;
-constexpr int THREADS = 256;
+constexpr int THREADS = 32 * WARPS;
+constexpr int SPAN = WARPS / 8;         // tiles that a block takes at a time
 constexpr int LOGIT_STRIDE = TILE + 4;  // floats; the rows that a warp touches at once lie in different banks
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -88,18 +93,29 @@ __device__ __forceinline__ Pack16 normalise(const Pack16& piece, float2 moments,
 
 // What becomes of the logits of one tile ------------------------------------------------------------------------------
 
-// logits: [ROWS][LOGIT_STRIDE] in shared memory, -inf beyond the vocabulary. Eight lanes take a row.
-__device__ __forceinline__ void summarise(const float* logits, int tile, const Task& task) {
-    int local = threadIdx.x / 8, member = threadIdx.x % 8, row = blockIdx.x * ROWS + local;
-    bool there = local < ROWS && row < task.count;
-    int wanted = task.best;
+// The upper half of a Choice, but 0 stands for an id that is not to be chosen.
+__device__ __forceinline__ unsigned rank_of(float logit, int id, const Task& task) {
+    unsigned bits = (unsigned)(choice(logit, id) >> 32);
+    return id == task.banned || id >= task.vocabulary ? 0 : max(bits, 1u);
+}
+
+// logits: a row's of one tile in shared memory, -inf beyond the vocabulary; overwritten. Eight lanes take a row, each
+// four groups of four ids. A lane keeps the best of each group; of the group that loses its best it finds the next in
+// shared memory. Warps whose rows are all beyond the last do not come here.
+__device__ __forceinline__ void summarise(float* logits, int row, int tile, const Task& task) {
+    int member = threadIdx.x % 8;
+    bool there = row < task.count;
+    int wanted = there ? task.best : 0;
     if (there && task.slots) wanted = min(wanted, task.slots[task.rows[row]].width);
+    float4* groups = reinterpret_cast<float4*>(logits) + member;  // eight apart
     float values[TILE / 8], most = -INFINITE, sum = 0;
 #pragma unroll
-    for (int i = 0; i < TILE / 8; i++) {
-        values[i] = there ? logits[local * LOGIT_STRIDE + i / 4 * 32 + member * 4 + i % 4] : 0.f;
-        most = fmaxf(most, values[i]);
+    for (int i = 0; i < TILE / 32; i++) {
+        float4 group = groups[8 * i];
+        values[4 * i] = group.x, values[4 * i + 1] = group.y, values[4 * i + 2] = group.z, values[4 * i + 3] = group.w;
     }
+#pragma unroll
+    for (int i = 0; i < TILE / 8; i++) most = fmaxf(most, values[i]);
 #pragma unroll
     for (int offset = 4; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, offset));
 #pragma unroll
@@ -107,52 +123,92 @@ __device__ __forceinline__ void summarise(const float* logits, int tile, const T
 #pragma unroll
     for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, offset);
 
-    int tiles = (task.vocabulary + TILE - 1) / TILE;
+    int tiles = (task.vocabulary + TILE - 1) / TILE, id = tile * TILE + member * 4;
     long long place = (long long)row * tiles + tile;
     if (there && member == 0) task.statistics[place] = make_float2(most, sum);
+    uint4* ranks = reinterpret_cast<uint4*>(groups);
+    unsigned best[TILE / 32];
+#pragma unroll
+    for (int i = 0; i < TILE / 32; i++) {
+        uint4 rank;
+        rank.x = rank_of(values[4 * i], id + 32 * i, task);
+        rank.y = rank_of(values[4 * i + 1], id + 32 * i + 1, task);
+        rank.z = rank_of(values[4 * i + 2], id + 32 * i + 2, task);
+        rank.w = rank_of(values[4 * i + 3], id + 32 * i + 3, task);
+        ranks[8 * i] = rank;
+        best[i] = max(max(rank.x, rank.y), max(rank.z, rank.w));
+    }
+    int group = 0, member_of_group = 0;
+    uint4 held;
+    auto held_out = [&]() {
+        unsigned highest = max(max(best[0], best[1]), max(best[2], best[3]));
+        group = highest == best[0] ? 0 : highest == best[1] ? 1 : highest == best[2] ? 2 : 3;
+        held = ranks[8 * group];
+        member_of_group = highest == held.x ? 0 : highest == held.y ? 1 : highest == held.z ? 2 : 3;
+        return highest ? (Choice)highest << 32 | ~(unsigned)(id + 32 * group + member_of_group) : (Choice)0;
+    };
+    Choice mine = held_out();
     // A warp goes on until the last of its rows has what it wants.
-    int rounds = there ? wanted : 0;
+    int rounds = wanted;
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) rounds = max(rounds, __shfl_xor_sync(FULL_WARP, rounds, offset));
-    Choice taken = ~0ull;
     for (int rank = 0; rank < rounds; rank++) {
-        Choice mine = 0;
+        Choice taken = mine;
 #pragma unroll
-        for (int i = 0; i < TILE / 8; i++) {
-            int id = tile * TILE + i / 4 * 32 + member * 4 + i % 4;
-            Choice candidate = choice(values[i], id);
-            if (candidate < taken && id != task.banned && id < task.vocabulary) mine = better(mine, candidate);
-        }
+        for (int offset = 4; offset > 0; offset /= 2) taken = better(taken, __shfl_xor_sync(FULL_WARP, taken, offset));
+        if (there && member == 0 && rank < wanted) task.choices[place * task.best + rank] = taken;
+        if (mine != taken || !taken) continue;
+        if (member_of_group == 0) held.x = 0;
+        if (member_of_group == 1) held.y = 0;
+        if (member_of_group == 2) held.z = 0;
+        if (member_of_group == 3) held.w = 0;
+        ranks[8 * group] = held;
+        unsigned next = max(max(held.x, held.y), max(held.z, held.w));
 #pragma unroll
-        for (int offset = 4; offset > 0; offset /= 2) mine = better(mine, __shfl_xor_sync(FULL_WARP, mine, offset));
-        taken = mine;
-        if (there && member == 0 && rank < wanted) task.choices[place * task.best + rank] = mine;
+        for (int i = 0; i < TILE / 32; i++)
+            if (i == group) best[i] = next;
+        mine = held_out();
     }
 }
 
-__device__ __forceinline__ void finish_tile(const float* logits, int tile, const Task& task) {
+// logits: [SPAN][ROWS][LOGIT_STRIDE] in shared memory, of `tile` and those after it; overwritten.
+__device__ __forceinline__ void finish_tiles(float* logits, int tile, const Task& task) {
+    int tiles = (task.vocabulary + TILE - 1) / TILE;
     if (task.logits) {
-        for (int i = threadIdx.x; i < ROWS * TILE; i += THREADS) {
-            int row = blockIdx.x * ROWS + i / TILE, id = tile * TILE + i % TILE;
+        for (int i = threadIdx.x; i < SPAN * ROWS * TILE; i += THREADS) {
+            int line = i / TILE, row = blockIdx.x * ROWS + line % ROWS, id = (tile + line / ROWS) * TILE + i % TILE;
             if (row < task.count && id < task.vocabulary)
-                task.logits[(long long)row * task.vocabulary + id] = logits[i / TILE * LOGIT_STRIDE + i % TILE];
+                task.logits[(long long)row * task.vocabulary + id] = logits[line * LOGIT_STRIDE + i % TILE];
         }
+        __syncthreads();
     }
-    if (task.statistics) summarise(logits, tile, task);
+    if (!task.statistics) return;
+    for (int line = threadIdx.x / 8; line < SPAN * ROWS; line += THREADS / 8) {
+        int first = blockIdx.x * ROWS + (line - threadIdx.x % 32 / 8) % ROWS;  // of the warp
+        if (tile + line / ROWS < tiles && first < task.count)
+            summarise(logits + line * LOGIT_STRIDE, blockIdx.x * ROWS + line % ROWS, tile + line / ROWS, task);
+    }
 }
 
-__device__ __forceinline__ float finish_logit(float sum, int id, const Task& task) {
-    if (id >= task.vocabulary) return -INFINITE;
-    return task.scale * sum + (task.bias ? to_float(task.bias[id]) : 0.f);
+__device__ __forceinline__ float load_bias(int id, const Task& task) {
+    return task.bias && id < task.vocabulary ? to_float(task.bias[id]) : 0.f;
+}
+
+__device__ __forceinline__ float finish_logit(float sum, float bias, int id, const Task& task) {
+    return id < task.vocabulary ? task.scale * sum + bias : -INFINITE;
 }
 
 #if HALF
 // On tensor cores: a warp has 16 ids of a tile for all rows. Weights go from memory to registers in the order of
 // kernels/linear.cu pack_weight, DEPTH chunks of 32 k ahead, over the ends of tiles; x is normalised once a block.
 constexpr int CHUNKS = (INNER + 31) / 32;
-constexpr int DEPTH = CHUNKS < 4 ? CHUNKS : 4;
+#ifndef MOST_DEPTH
+#define MOST_DEPTH 4
+#endif
+constexpr int DEPTH = CHUNKS < MOST_DEPTH ? CHUNKS : MOST_DEPTH;
 constexpr int TURNS = (CHUNKS + DEPTH - 1) / DEPTH;
 constexpr int ROW_STRIDE = 32 * CHUNKS + (CHUNKS % 2 ? 0 : 32);  // halves: rows 64 bytes apart modulo 128
+constexpr int NORM_WIDTH = (INNER + 7) / 8 * 8;
 
 struct Weights { uint4 step[2]; };
 
@@ -165,26 +221,51 @@ __device__ __forceinline__ void load_weights(Weights& weights, const Task& task,
     weights.step[1] = inside ? load_weight(source + 32) : make_uint4(0, 0, 0, 0);
 }
 
-constexpr int NORM_WIDTH = (INNER + 7) / 8 * 8;
+// A piece of sixteen bytes to shared memory, zeros where it is not wanted; there once this thread has waited for it.
+__device__ __forceinline__ void stage_piece(__half* to, const __half* row, int k, bool wanted) {
+    bool inside = wanted && k < INNER;
+    if (INNER % 8 == 0) copy_async16(to, inside ? row + k : row, inside ? 16 : 0);
+    else *reinterpret_cast<Pack16*>(to) = load_piece(row, wanted ? k : INNER);
+}
 
 // Gain and bias of the norm to shared memory: [2][NORM_WIDTH].
 __device__ __forceinline__ void stage_norm(__half* norm, const Task& task) {
     for (int k = threadIdx.x * 8; k < NORM_WIDTH; k += THREADS * 8) {
-        *reinterpret_cast<Pack16*>(norm + k) = load_piece(task.gain, k);
-        *reinterpret_cast<Pack16*>(norm + NORM_WIDTH + k) = load_piece(task.norm_bias, k);
+        stage_piece(norm + k, task.gain, k, true);
+        stage_piece(norm + NORM_WIDTH + k, task.norm_bias, k, true);
     }
+    copy_async_commit();
 }
 
-// normed: [ROWS][ROW_STRIDE]. Of rows that are not there it keeps anything: columns of an mma never meet.
+// normed: [ROWS][ROW_STRIDE], zeros for rows that are not there. A lane normalises what it copied.
 __device__ __forceinline__ void normalise_rows(__half* normed, const __half* norm, const Task& task) {
-    for (int local = threadIdx.x / 32; local < ROWS; local += THREADS / 32) {
+    int lane = threadIdx.x % 32;
+    for (int local = threadIdx.x / 32; local < ROWS; local += WARPS) {
         int row = blockIdx.x * ROWS + local;
-        if (row >= task.count) break;
-        Row held = load_row(task.x, row);
+        bool there = row < task.count;
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            int k = (32 * i + lane) * 8;
+            if (k < 32 * CHUNKS)
+                stage_piece(normed + local * ROW_STRIDE + k, task.x + (there ? (long long)row * INNER : 0), k, there);
+        }
+    }
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();  // the norm is there
+#pragma unroll 2
+    for (int local = threadIdx.x / 32; local < ROWS; local += WARPS) {
+        Row held;
+#pragma unroll
+        for (int i = 0; i < PIECES; i++) {
+            int k = (32 * i + lane) * 8;
+            held.piece[i] = *reinterpret_cast<const Pack16*>(normed + local * ROW_STRIDE + (k < 32 * CHUNKS ? k : 0));
+            if (k >= INNER) held.piece[i] = Pack16{};
+        }
         float2 statistics = moments(held, task.epsilon);
 #pragma unroll
         for (int i = 0; i < PIECES; i++) {
-            int k = (32 * i + threadIdx.x % 32) * 8, inside = k < NORM_WIDTH ? k : 0;
+            int k = (32 * i + lane) * 8, inside = k < NORM_WIDTH ? k : 0;
             Pack16 gain = *reinterpret_cast<const Pack16*>(norm + inside);
             Pack16 bias = *reinterpret_cast<const Pack16*>(norm + NORM_WIDTH + inside);
             if (k < 32 * CHUNKS)
@@ -197,19 +278,19 @@ __device__ __forceinline__ void normalise_rows(__half* normed, const __half* nor
 __device__ __forceinline__ void run(const Task& task) {
     extern __shared__ __align__(16) char shared_memory[];
     __half* normed = reinterpret_cast<__half*>(shared_memory);  // [ROWS][ROW_STRIDE]
-    float* logits = reinterpret_cast<float*>(normed + ROWS * ROW_STRIDE);  // [ROWS][LOGIT_STRIDE]
-    __half* norm = reinterpret_cast<__half*>(logits + ROWS * LOGIT_STRIDE);
+    float* logits = reinterpret_cast<float*>(normed + ROWS * ROW_STRIDE);  // [SPAN][ROWS][LOGIT_STRIDE]
+    __half* norm = reinterpret_cast<__half*>(logits + SPAN * ROWS * LOGIT_STRIDE);
     int tiles = (task.vocabulary + TILE - 1) / TILE, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     Weights weights[DEPTH];
 #pragma unroll
-    for (int i = 0; i < DEPTH; i++) load_weights(weights[i], task, blockIdx.y, i);
+    for (int i = 0; i < DEPTH; i++) load_weights(weights[i], task, blockIdx.y * SPAN, i);
     stage_norm(norm, task);
-    __syncthreads();
     wait_for_previous();
     normalise_rows(normed, norm, task);
     __syncthreads();
-    for (int tile = blockIdx.y; tile < tiles; tile += gridDim.y) {
-        float sums[ROWS / 8][4] = {};
+    for (int tile = blockIdx.y * SPAN; tile < tiles; tile += gridDim.y * SPAN) {
+        int part = threadIdx.x / 256, column = threadIdx.x / 32 % 8 * 16 + g, id = (tile + part) * TILE + column;
+        float sums[ROWS / 8][4] = {}, bias[2] = {load_bias(id, task), load_bias(id + 8, task)};
         for (int turn = 0; turn < TURNS; turn++) {
 #pragma unroll
             for (int i = 0; i < DEPTH; i++) {
@@ -227,24 +308,24 @@ __device__ __forceinline__ void run(const Task& task) {
                     }
                 }
                 bool last = turn == TURNS - 1;
-                load_weights(weights[i], task, last ? tile + gridDim.y : tile, last ? i : chunk + DEPTH);
+                load_weights(weights[i], task, last ? tile + gridDim.y * SPAN : tile, last ? i : chunk + DEPTH);
             }
         }
+        float* own = logits + part * ROWS * LOGIT_STRIDE + column;
 #pragma unroll
         for (int n = 0; n < ROWS / 8; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int column = threadIdx.x / 32 * 16 + g + i / 2 * 8;
-                logits[(8 * n + 2 * t + i % 2) * LOGIT_STRIDE + column] =
-                    finish_logit(sums[n][i], tile * TILE + column, task);
-            }
+            for (int i = 0; i < 4; i++)
+                own[(8 * n + 2 * t + i % 2) * LOGIT_STRIDE + i / 2 * 8] =
+                    finish_logit(sums[n][i], bias[i / 2], id + i / 2 * 8, task);
         __syncthreads();
-        finish_tile(logits, tile, task);
+        finish_tiles(logits, tile, task);
         __syncthreads();
     }
 }
 
 #else
+static_assert(WARPS == 8, "a thread's share of a slice");
 // In true float: a thread has four ids of a tile for every eighth row. Weights come through shared memory, STAGES - 1
 // slices of SLICE k ahead, over the ends of tiles; x is normalised as it is put beside them.
 constexpr int SLICE = 32;
@@ -310,13 +391,18 @@ __device__ __forceinline__ void run(const Task& task) {
     fetch(0);
     place(0, 0);
     int y = threadIdx.x % 8, ids = threadIdx.x / 8 * 4;
-    float sums[OWN_ROWS][4] = {};
+    float sums[OWN_ROWS][4] = {}, biases[4];
     for (int step = 0; step < steps; step++) {
         int slice = step % SLICES, next = (step + 1) % SLICES;
         copy_async_wait<STAGES - 2>();
         __syncthreads();  // the slice is there, and the slice before it is used up
         request(step + STAGES - 1);
         if (step + 1 < steps) fetch(next);
+        int tile = blockIdx.y + step / SLICES * gridDim.y;
+        if (slice == 0) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) biases[i] = load_bias(tile * TILE + ids + i, task);
+        }
         const Stage& stage = shared.stage[step % STAGES];
 #pragma unroll 2
         for (int k = 0; k < SLICE; k += 4) {
@@ -339,16 +425,15 @@ __device__ __forceinline__ void run(const Task& task) {
         }
         if (step + 1 < steps) place((step + 1) % 2, next);
         if (slice < SLICES - 1) continue;
-        int tile = blockIdx.y + step / SLICES * gridDim.y;
 #pragma unroll
         for (int r = 0; r < OWN_ROWS; r++)
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-                shared.logits[y + 8 * r][ids + i] = finish_logit(sums[r][i], tile * TILE + ids + i, task);
+                shared.logits[y + 8 * r][ids + i] = finish_logit(sums[r][i], biases[i], tile * TILE + ids + i, task);
                 sums[r][i] = 0;
             }
         __syncthreads();
-        finish_tile(shared.logits[0], tile, task);
+        finish_tiles(shared.logits[0], tile, task);
     }
 }
 #endif
@@ -361,10 +446,10 @@ __device__ __forceinline__ void run(const Task& task) {
 //   rows int32 [count], slots Slot [lanes], or both null: then a row wants no more choices than its sequence has beams
 //   logits float [count, vocabulary] or null   statistics float2 [count, tiles] or null: then choices neither
 //   choices [count, tiles, best]; banned: an id or -1
-//   grid (ceil(count / ROWS), blocks up to ceil(vocabulary / TILE)): groups of rows that share a tile run at the same
-//   time; block 256, dynamic shared memory: vocabulary_launch.py
+//   grid (ceil(count / ROWS), blocks up to ceil(tiles / (WARPS / 8))): groups of rows that share a tile run at the same
+//   time; block 32 * WARPS, dynamic shared memory: vocabulary_launch.py
 //   moves W once (for more than one group of rows again, from L2); needs sm_75 where HALF
-extern "C" __global__ void __launch_bounds__(THREADS, 2)
+extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
 vocabulary(const T* x, const T* gain, const T* norm_bias, const T* weight, const T* bias, const int* rows,
            const Slot* slots, float* logits, float2* statistics, Choice* choices, int count, int vocabulary, int best,
            int banned, float epsilon, float scale) {

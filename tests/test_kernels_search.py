@@ -79,7 +79,7 @@ def vocabulary(
     kernels = VOCABULARY_KERNELS.setdefault(plan.definitions, Kernels("vocabulary.cu", **definitions))
     floats = [array.astype(precision) for array in (x, norm.gain, norm.bias)]
     kernels.launch(
-        "vocabulary", (-(-count // group), blocks or tiles), 256,
+        "vocabulary", (-(-count // group), blocks or tiles), vocabulary_launch.threads(plan),
         (
             *floats, packed(output.weight, precision), None if output.bias is None else output.bias.astype(precision),
             rows, slots, logits, statistics if best else None, choices if best else None,
@@ -121,7 +121,8 @@ def test_vocabulary_finds_the_best_and_their_log_probabilities(case: Case, preci
     cpu.top(arguments["logits"], arguments["banned"], expected["ids"], expected["log_probabilities"])
     found = arguments["ids"], arguments["log_probabilities"]
     numbers = np.int32(statistics.shape[1]), np.int32(best)
-    SEARCH_KERNELS.launch("vocabulary_best", len(statistics), 32, (statistics, choices, *found, *numbers))
+    block = vocabulary_launch.BEST_THREADS
+    SEARCH_KERNELS.launch("vocabulary_best", len(statistics), block, (statistics, choices, *found, *numbers))
     check(arguments, expected, ("ids", "log_probabilities"), TOLERANCE["float32"])
 
 

@@ -30,6 +30,8 @@ NORMED_ROWS = (
 STREAMED_ROWS = 64  # up to so many rows a product reads its weights by our own kernel, above by cuBLAS
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 _QUERIES = 64  # queries that one block of packed_attention takes
+_REACH = 32  # steps that a warp of decode_attention looks at together
+_ATTENDING_WARPS = 16  # that a multiprocessor's registers allow
 
 
 @dataclass(frozen=True)
@@ -239,16 +241,17 @@ class Cuda:
     ) -> None:
         steps = keys.shape[1]
         self._launch(
-            "attention", "decode_attention", (heads, len(rows)), 128 if steps <= 256 else 256 if steps <= 512 else 512,
+            "attention", "decode_attention", (heads, len(rows)), 32 * self._warps(heads * len(rows), steps, 16),
             (qkv, rows, slots, ancestors, keys, values, out, heads, steps), HEAD_SIZE=out.shape[1] // heads,
         )  # fmt: skip
 
     def cross_attention(
         self, query: Array, rows: Array, slots: Array, keys: Array, values: Array, heads: int, out: Array
     ) -> None:
+        steps = keys.shape[1]
         self._launch(
-            "attention", "cross_attention", (heads, len(rows)), 128,
-            (query, rows, slots, keys, values, out, heads, keys.shape[1]), HEAD_SIZE=out.shape[1] // heads,
+            "attention", "cross_attention", (heads, len(rows)), 32 * self._warps(heads * len(rows) // 2, steps, 4),
+            (query, rows, slots, keys, values, out, heads, steps), HEAD_SIZE=out.shape[1] // heads,
         )  # fmt: skip
 
     def store(self, key_values: Array, lanes: Array, steps: Array, keys: Array, values: Array) -> None:
@@ -282,14 +285,23 @@ class Cuda:
         logits: Array, banned: int, ids: Array, log_probabilities: Array,
     ) -> None:  # fmt: skip
         rows, best = ids.shape
-        tiles = vocabulary_launch.tiles(output.weight.wide)
-        statistics = self._room("statistics", (rows, tiles, 2), np.float32)
-        choices = self._room("choices", (rows, tiles, best), np.uint64)
+        statistics, choices = self.tile_results(rows, output.weight.wide, best)
         self._vocabulary(
             x, norm, output, epsilon, scale, statistics=statistics, choices=choices, best=best, banned=banned
         )
+        self.merge_best(statistics, choices, ids, log_probabilities)
+
+    def tile_results(self, rows: int, vocabulary: int, best: int) -> tuple[Array, Array]:
+        """What the parts of vocabulary_top hand over: statistics [rows, tiles, 2] and choices [rows, tiles, best]."""
+        tiles = vocabulary_launch.tiles(vocabulary)
+        statistics = self._room("statistics", (rows, tiles, 2), np.float32)
+        return statistics, self._room("choices", (rows, tiles, best), np.uint64)
+
+    def merge_best(self, statistics: Array, choices: Array, ids: Array, log_probabilities: Array) -> None:
+        """The second part of vocabulary_top."""
+        rows, tiles, best = choices.shape
         arguments = (statistics, choices, ids, log_probabilities, tiles, best)
-        self._launch("search", "vocabulary_best", (rows,), 32, arguments)
+        self._launch("search", "vocabulary_best", (rows,), vocabulary_launch.BEST_THREADS, arguments)
 
     def target_log_probabilities(self, logits: Array, targets: Array, out: Array) -> None:
         arguments = (logits, targets, out, logits.shape[1])
@@ -339,9 +351,18 @@ class Cuda:
             len(x), weight.wide, best, banned, epsilon, scale,
         )  # fmt: skip
         self._launch(
-            "vocabulary", "vocabulary", plan.grid, vocabulary_launch.THREADS, arguments,
+            "vocabulary", "vocabulary", plan.grid, vocabulary_launch.threads(plan), arguments,
             shared=plan.shared, **dict(plan.definitions),
         )  # fmt: skip
+
+    def _warps(self, blocks: int, steps: int, most: int) -> int:
+        """Warps of a block that attends to up to so many steps; results do not depend on it.
+
+        As many as have steps of their own (_REACH each), as long as all of them are on the device together.
+        """
+        together = _ATTENDING_WARPS * self._limits.multiprocessors // max(1, blocks)
+        warps = max(1, min(most, -(-steps // _REACH), together))
+        return 1 << warps.bit_length() - 1
 
     def _finish(self, x: Array, bias: Array | None, activation: str) -> None:
         if bias is None and activation == "none":

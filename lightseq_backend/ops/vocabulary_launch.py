@@ -1,13 +1,14 @@
-"""How kernels/vocabulary.cu is compiled and launched: constants, grid, shared memory."""
+"""How kernels/vocabulary.cu is compiled and launched: constants, grid, block, shared memory."""
 
 from __future__ import annotations
 
 from lightseq_backend.ops.linear_launch import Device, Plan
 
-THREADS = 256
 TILE = 128
-_MOST_ROWS = 32
-_BLOCKS = 2  # a multiprocessor has room for
+BEST_THREADS = 288  # of a block of kernels/search.cu vocabulary_best
+_HALF_ROWS, _FLOAT_ROWS = 64, 32  # of a block, at most
+_RESIDENT = 16  # warps of one multiprocessor
+_DEPTH = 4
 
 
 def tiles(vocabulary: int) -> int:
@@ -15,29 +16,39 @@ def tiles(vocabulary: int) -> int:
     return -(-vocabulary // TILE)
 
 
+def threads(plan: Plan) -> int:
+    """Of a block."""
+    return 32 * dict(plan.definitions)["WARPS"]
+
+
 def plan(device: Device, rows: int, inner: int, vocabulary: int, half: bool) -> Plan:
-    """The launch for x [rows, inner], which no result depends on. Any number of rows; it pays up to 64."""
-    for stages, group in _choices(rows, half):
-        shared = _shared(group, inner, half, stages)
+    """The launch for x [rows, inner], which no result depends on. Any number of rows; it pays up to 128."""
+    for warps, stages, group in _choices(rows, half):
+        shared = _shared(group, inner, half, warps, stages)
         if shared <= device.shared:
             break
     else:
         raise ValueError(f"a norm over {inner} needs {shared} bytes of shared memory; a block has {device.shared}")
     groups = -(-rows // group)
-    blocks = min(tiles(vocabulary), max(1, _BLOCKS * device.multiprocessors // groups))
-    definitions = {"HALF": int(half), "INNER": inner, "ROWS": group, **({} if half else {"STAGES": stages})}
+    span = warps // 8
+    blocks = min(-(-tiles(vocabulary) // span), max(1, _RESIDENT // warps * device.multiprocessors // groups))
+    definitions = {"HALF": int(half), "INNER": inner, "ROWS": group, "WARPS": warps}
+    definitions |= {"MOST_DEPTH": _DEPTH} if half else {"STAGES": stages}
     return Plan(tuple(definitions.items()), (groups, blocks, 1), (1, 1, 1), shared)
 
 
-def _choices(rows: int, half: bool) -> list[tuple[int, int]]:
-    """Stages and rows of a block, the best first."""
-    most = min(_MOST_ROWS, -(-rows // 8) * 8)
-    return [(stages, group) for stages in ((3,) if half else (3, 2)) for group in range(most, 0, -8)]
+def _choices(rows: int, half: bool) -> list[tuple[int, int, int]]:
+    """Warps, stages and rows of a block, the best first."""
+    most = min(_HALF_ROWS if half else _FLOAT_ROWS, -(-rows // 8) * 8)
+    groups = range(most, 0, -8)
+    if half:
+        return [(8 if group <= 16 else 16, 0, group) for group in groups]
+    return [(8, stages, group) for stages in (3, 2) for group in groups]
 
 
-def _shared(rows: int, inner: int, half: bool, stages: int) -> int:
+def _shared(rows: int, inner: int, half: bool, warps: int, stages: int) -> int:
     """Bytes, region by region as the kernel lays them out."""
-    logits = rows * (TILE + 4) * 4
+    logits = warps // 8 * rows * (TILE + 4) * 4
     if half:
         chunks = -(-inner // 32)
         normed = rows * 2 * (32 * chunks + (0 if chunks % 2 else 32))

@@ -4,8 +4,9 @@
 //   INNER    width of x
 //   OUTPUTS  columns of the result a block takes: 16, 32 or 64 where HALF, else 64
 //   SPLIT    blocks of a cluster that share the sum over INNER (1 before sm_90)
-//   NORM     1 for norm_linear, 0 for linear
+//   NORM     1 where x goes through a LayerNorm that is folded into W (HALF only), else 0
 //   ALIGNED  1 where rows of x begin at multiples of 16 bytes and INNER is made of such pieces
+//   LATE     1 where the next kernel may begin once x is on its way, 0 where it may begin at once (HALF only)
 // The sum of one result has an order that depends on INNER and SPLIT alone, never on ROWS: a row's result is the same
 // whatever rows come with it.
 
@@ -55,91 +56,39 @@ __device__ __forceinline__ uint4 load_weight(const uint4* source) {
 #endif
 }
 
-// LayerNorm of one row by one warp ------------------------------------------------------------------------------------
-
-#define PIECES up(INNER, 32 * LANE_WIDTH)  // of a row, a lane
-
-struct Row { Pack16 piece[PIECES]; };
-
-// Mean and 1 / sqrt(variance + epsilon), in two passes over registers.
-__device__ __forceinline__ float2 moments(const Row& row, float epsilon) {
-    const int lane = threadIdx.x % 32;
-    float sum = 0.f, squares = 0.f;
-#pragma unroll
-    for (int i = 0; i < PIECES; i++)
-#pragma unroll
-        for (int j = 0; j < LANE_WIDTH; j++)
-            if ((32 * i + lane) * LANE_WIDTH + j < INNER) sum += to_float(row.piece[i].value[j]);
-    const float mean = warp_sum(sum) / INNER;
-#pragma unroll
-    for (int i = 0; i < PIECES; i++)
-#pragma unroll
-        for (int j = 0; j < LANE_WIDTH; j++) {
-            const float centred = to_float(row.piece[i].value[j]) - mean;
-            if ((32 * i + lane) * LANE_WIDTH + j < INNER) squares += centred * centred;
-        }
-    return make_float2(mean, 1.f / sqrtf(warp_sum(squares) / INNER + epsilon));
-}
-
-// Gain and bias of the norm to shared memory: [2][INNER up to whole pieces].
-#define NORM_WIDTH (up(INNER, 8) * 8)
-__device__ __forceinline__ void stage_norm(T* norm, const T* gain, const T* bias) {
-#if ALIGNED
-    for (int k = threadIdx.x * LANE_WIDTH; k < INNER; k += THREADS * LANE_WIDTH) {
-        copy_async16(norm + k, gain + k);
-        copy_async16(norm + NORM_WIDTH + k, bias + k);
-    }
-#else
-    for (int k = threadIdx.x; k < NORM_WIDTH; k += THREADS) {
-        norm[k] = k < INNER ? gain[k] : from_float<T>(0.f);
-        norm[NORM_WIDTH + k] = k < INNER ? bias[k] : from_float<T>(0.f);
-    }
-#endif
-    copy_async_commit();
-}
-
-// (piece - mean) / deviation * gain + bias; zeros from column INNER on.
-__device__ __forceinline__ Pack16 normalise(const Pack16& piece, float2 moments, const T* norm, int k) {
-    float gain[LANE_WIDTH], bias[LANE_WIDTH];
-    Pack16 result;
-    const bool inside = k < INNER;
-    load16(norm + (inside ? k : 0), gain);
-    load16(norm + NORM_WIDTH + (inside ? k : 0), bias);
-#pragma unroll
-    for (int i = 0; i < LANE_WIDTH; i++) {
-        const float x = (to_float(piece.value[i]) - moments.x) * moments.y * gain[i] + bias[i];
-        result.value[i] = from_float<T>(k + i < INNER ? x : 0.f);
-    }
-    return result;
-}
-
 // The end of a product: sums over warps and over the cluster, and what is done to the result --------------------------
 
 struct Epilogue {
-    const T* bias;      // [wide] or null
-    const T* residual;  // [rows, wide] or null; may be out
-    T* out;             // [rows, wide]
+    const T* bias;         // [wide] or null
+    const T* residual;     // [rows, wide] or null; may be out
+    const float* columns;  // [2][wide], where NORM
+    T* out;                // [rows, wide]
     int residual_stride, out_stride, rows, wide, activation;
-    float scale;
+    float scale, epsilon;
 };
 
-#define PARTIAL_STRIDE (OUTPUTS + 4)              // floats; with four more no two lanes of a store share a bank
-#define QUADS (ROWS * OUTPUTS / 4)                // results of a block, four at a time
-#define OWN_QUADS up(QUADS, SPLIT)                // those a block of the cluster finishes
-#define TURNS up(OWN_QUADS, THREADS)
+#define PARTIAL_STRIDE (OUTPUTS + 4)        // floats: with four more no two lanes of a store share a bank; or moments
+#define ROW_QUADS (OUTPUTS / 4)             // results of a row, four at a time
+#define SENT_QUADS (ROW_QUADS + NORM)       // the same and the row's sum and sum of squares
+#define OWN_ROWS up(ROWS, SPLIT)            // rows that a block of the cluster finishes
+#define TURNS up(OWN_ROWS * ROW_QUADS, THREADS)
 
 struct __align__(4 * sizeof(T)) Four { T value[4]; };
 
-// What the end needs from memory, requested at the beginning: the bias at once, the residual when it is there.
-struct Before { Four bias[TURNS], residual[TURNS]; };
+// What the end needs, made at the beginning; the residual when it is there.
+struct Before {
+    Four bias[TURNS], residual[TURNS];
+#if NORM
+    float4 sums[TURNS], offsets[TURNS];
+#endif
+};
 
-__device__ __forceinline__ int quad_of(int turn) {
-    const int own = turn * THREADS + threadIdx.x, quad = blockIdx.x % SPLIT * OWN_QUADS + own;
-    return own < OWN_QUADS && quad < QUADS ? quad : -1;
+// This thread's row in the block (-1: none) and first column in the block, at each turn.
+__device__ __forceinline__ int own_row(int turn) {
+    const int own = (turn * THREADS + threadIdx.x) / ROW_QUADS, row = blockIdx.x % SPLIT * OWN_ROWS + own;
+    return own < OWN_ROWS && row < ROWS ? row : -1;
 }
-
-__device__ __forceinline__ int row_of(int quad) { return blockIdx.y * ROWS + quad / (OUTPUTS / 4); }
-__device__ __forceinline__ int column_of(int quad) { return blockIdx.x / SPLIT * OUTPUTS + quad % (OUTPUTS / 4) * 4; }
+__device__ __forceinline__ int own_column(int turn) { return (turn * THREADS + threadIdx.x) % ROW_QUADS * 4; }
 
 // Four numbers from `column` on, zeros from `wide` on.
 __device__ __forceinline__ Four load_four(const T* from, int column, int wide) {
@@ -151,57 +100,84 @@ __device__ __forceinline__ Four load_four(const T* from, int column, int wide) {
     return four;
 }
 
-__device__ __forceinline__ void load_bias(const Epilogue& end, Before& before) {
+__device__ __forceinline__ void prepare(const Epilogue& end, Before& before) {
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
-        const int quad = quad_of(turn);
-        before.bias[turn] = load_four(end.bias, quad >= 0 ? column_of(quad) : 0, end.bias && quad >= 0 ? end.wide : 0);
+        const int column = blockIdx.x / SPLIT * OUTPUTS + own_column(turn);
+        before.bias[turn] = load_four(end.bias, column, end.bias ? end.wide : 0);
+#if NORM
+        float values[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++)
+            values[i] = column + i % 4 < end.wide ? end.columns[i / 4 * end.wide + column + i % 4] : 0.f;
+        before.sums[turn] = make_float4(values[0], values[1], values[2], values[3]);
+        before.offsets[turn] = make_float4(values[4], values[5], values[6], values[7]);
+#endif
     }
 }
 
 __device__ __forceinline__ void load_residual(const Epilogue& end, Before& before) {
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
-        const int quad = quad_of(turn);
-        const bool inside = end.residual && quad >= 0 && row_of(quad) < end.rows;
-        const T* from = inside ? end.residual + (long long)row_of(quad) * end.residual_stride : nullptr;
-        before.residual[turn] = load_four(from, quad >= 0 ? column_of(quad) : 0, inside ? end.wide : 0);
+        const int own = own_row(turn), row = blockIdx.y * ROWS + own;
+        const bool inside = end.residual && own >= 0 && row < end.rows;
+        const T* from = inside ? end.residual + (long long)row * end.residual_stride : nullptr;
+        before.residual[turn] =
+            load_four(from, blockIdx.x / SPLIT * OUTPUTS + own_column(turn), inside ? end.wide : 0);
     }
 }
 
-// partial: the sums of each warp, [WARPS][ROWS][PARTIAL_STRIDE]; inbox: [SPLIT][OWN_QUADS], where SPLIT > 1.
+__device__ __forceinline__ float4 add(const float4& x, const float4& y) {
+    return make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
+}
+
+// partial: the sums of each warp, [WARPS][ROWS][PARTIAL_STRIDE]; inbox: [SPLIT][OWN_ROWS][SENT_QUADS], if SPLIT > 1.
 __device__ __forceinline__ void finish(const float* partial, float4* inbox, const Epilogue& end, const Before& before) {
-    const int rank = blockIdx.x % SPLIT;
-    for (int quad = threadIdx.x; SPLIT > 1 && quad < QUADS; quad += THREADS) {
+    auto over_warps = [&](int row, int column) {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-        const float* from = partial + quad / (OUTPUTS / 4) * PARTIAL_STRIDE + quad % (OUTPUTS / 4) * 4;
 #pragma unroll
-        for (int warp = 0; warp < WARPS; warp++) {
-            const float4 x = *reinterpret_cast<const float4*>(from + warp * ROWS * PARTIAL_STRIDE);
-            sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+        for (int warp = 0; warp < WARPS; warp++)
+            sum = add(sum, *reinterpret_cast<const float4*>(partial + (warp * ROWS + row) * PARTIAL_STRIDE + column));
+        return sum;
+    };
+    auto over_cluster = [&](int row, int column) {
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int part = 0; part < SPLIT; part++)
+            sum = add(sum, inbox[(part * OWN_ROWS + row % OWN_ROWS) * SENT_QUADS + column / 4]);
+        return sum;
+    };
+    if (SPLIT > 1) {
+        const int rank = blockIdx.x % SPLIT;
+#pragma unroll
+        for (int turn = 0; turn < up(ROWS * SENT_QUADS, THREADS); turn++) {
+            const int quad = turn * THREADS + threadIdx.x, row = quad / SENT_QUADS, column = quad % SENT_QUADS;
+            if (row < ROWS)
+                map_shared(inbox, row / OWN_ROWS)[(rank * OWN_ROWS + row % OWN_ROWS) * SENT_QUADS + column] =
+                    over_warps(row, column * 4);
         }
-        map_shared(inbox, quad / OWN_QUADS)[rank * OWN_QUADS + quad % OWN_QUADS] = sum;
+        cluster_sync();
     }
-    if (SPLIT > 1) cluster_sync();
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
-        const int quad = quad_of(turn);
-        if (quad < 0) continue;
-        const int row = row_of(quad), column = column_of(quad);
-        if (row >= end.rows) continue;
-        float sum[4] = {};
-        const float* from = partial + quad / (OUTPUTS / 4) * PARTIAL_STRIDE + quad % (OUTPUTS / 4) * 4;
-#pragma unroll
-        for (int part = 0; part < (SPLIT > 1 ? SPLIT : WARPS); part++) {
-            const float4 x = SPLIT > 1 ? inbox[part * OWN_QUADS + quad % OWN_QUADS]
-                                       : *reinterpret_cast<const float4*>(from + part * ROWS * PARTIAL_STRIDE);
-            sum[0] += x.x, sum[1] += x.y, sum[2] += x.z, sum[3] += x.w;
-        }
+        const int own = own_row(turn), row = blockIdx.y * ROWS + own;
+        if (own < 0 || row >= end.rows) continue;
+        const int column = blockIdx.x / SPLIT * OUTPUTS + own_column(turn);
+        float4 sum = SPLIT > 1 ? over_cluster(own, own_column(turn)) : over_warps(own, own_column(turn));
+#if NORM
+        const float4 moments = SPLIT > 1 ? over_cluster(own, OUTPUTS) : over_warps(own, OUTPUTS);
+        const float mean = moments.x / INNER, variance = fmaxf(moments.y / INNER - mean * mean, 0.f);
+        const float factor = 1.f / sqrtf(variance + end.epsilon);
+        const float4 less = before.sums[turn], more = before.offsets[turn];
+        sum = make_float4((sum.x - mean * less.x) * factor + more.x, (sum.y - mean * less.y) * factor + more.y,
+                          (sum.z - mean * less.z) * factor + more.z, (sum.w - mean * less.w) * factor + more.w);
+#endif
+        const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
         Four four;
         T* to = end.out + (long long)row * end.out_stride + column;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float x = activate(sum[i] * end.scale + to_float(before.bias[turn].value[i]), end.activation);
+            const float x = activate(sums[i] * end.scale + to_float(before.bias[turn].value[i]), end.activation);
             four.value[i] = from_float<T>(to_float(before.residual[turn].value[i]) + x);
         }
         if (column + 4 <= end.wide && reinterpret_cast<size_t>(to) % sizeof(Four) == 0)
@@ -215,39 +191,38 @@ __device__ __forceinline__ void finish(const float* partial, float4* inbox, cons
 // The product on tensor cores -----------------------------------------------------------------------------------------
 // Weights are the 16-row operand of mma.m16n8k16 and rows of x its eight columns. A chunk is 32 columns of x, two steps
 // of 16, permuted such that lane (g, t) needs columns 8 t to 8 t + 7 of row g: one piece of sixteen bytes.
+//
+// A block is alone with its latencies: what is computed between wait_for_previous and the loads of x delays every
+// kernel behind, so all addresses are made before (`settle`).
 
 #define TILES (OUTPUTS / 16)
 #define ROW_TILES (ROWS / 8)
 #define CHUNKS up(INNER, 32)
 #define SLICE up(CHUNKS, SPLIT)  // chunks of a block: chunk c is warp c % WARPS's
 #define SHARE up(SLICE, WARPS)   // chunks of a warp
-// Chunks whose weights are under way, in registers: as many as 128 registers a thread allow without spills, so that a
-// multiprocessor takes two blocks, this kernel's and the next one's.
-#define DEPTH least(SHARE, most(1, (ROWS > 32 ? 4 : NORM && PIECES > 4 ? 6 : 8) / TILES))
-#define STAGES least(SHARE, ROWS > 32 ? 2 : 4)            // chunks whose x is under way, in shared memory
-#define ROW_STRIDE (32 * CHUNKS + (CHUNKS % 2 ? 0 : 32))   // halves: rows 64 bytes apart modulo 128, no bank conflicts
+#define EVEN (CHUNKS % (SPLIT * WARPS) == 0)
+// Chunks whose weights are under way, and those whose x is, in registers.
+#define DEPTH least(SHARE, 8 / TILES)
+#define STAGES least(SHARE, most(1, 16 / ROW_TILES))
 
 struct Weights { uint4 value[TILES][2]; };
 
-struct Place {
-    int lane, warp, first, count, tiles;  // first chunk of the block, number of chunks
-};
-
-__device__ __forceinline__ Place place(int wide) {
-    const int first = blockIdx.x % SPLIT * SLICE;
-    return {(int)threadIdx.x % 32, (int)threadIdx.x / 32, first, most(0, least(SLICE, CHUNKS - first)), up(wide, 16)};
+__device__ __forceinline__ void settle(const T*& pointer) {
+#ifndef CUDA_ON_CPU
+    asm volatile("" : "+l"(pointer));
+#endif
 }
 
-__device__ __forceinline__ void load_weights(Weights& weights, const uint4* packed, const Place& at, int share) {
-    const int chunk = at.warp + share * WARPS;
-#pragma unroll
-    for (int m = 0; m < TILES; m++) {
-        const int tile = blockIdx.x / SPLIT * TILES + m;
-        const uint4* source = packed + ((long long)tile * CHUNKS + at.first + chunk) * 64 + at.lane;
-        const bool inside = chunk < at.count && tile < at.tiles;
-        weights.value[m][0] = inside ? load_weight(source) : make_uint4(0, 0, 0, 0);
-        weights.value[m][1] = inside ? load_weight(source + 32) : make_uint4(0, 0, 0, 0);
-    }
+// Sixteen bytes that an earlier kernel wrote; in the order of the program.
+__device__ __forceinline__ uint4 load_now(const T* source) {
+#ifdef CUDA_ON_CPU
+    return *reinterpret_cast<const uint4*>(source);
+#else
+    uint4 x;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(source)
+                 : "memory");
+    return x;
+#endif
 }
 
 typedef float Sums[TILES][ROW_TILES][4];
@@ -267,9 +242,105 @@ __device__ __forceinline__ void multiply(Sums& sums, const Weights& weights, con
         }
 }
 
-__device__ __forceinline__ void store_sums(float* partial, const Sums& sums, const Place& at) {
-    const int g = at.lane / 4, t = at.lane % 4;
-    float* own = partial + at.warp * ROWS * PARTIAL_STRIDE;
+// Of each row the sum and the sum of squares: x is also the upper half of the 16-row operand, ones are the lower.
+__device__ __forceinline__ void measure(float (&moments)[ROW_TILES][4], const uint4 (&x)[ROW_TILES]) {
+    const unsigned ones = 0x3c003c00u;
+#pragma unroll
+    for (int step = 0; step < 2; step++)
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++) {
+            const unsigned b[2] = {step ? x[n].z : x[n].x, step ? x[n].w : x[n].y}, a[4] = {b[0], ones, b[1], ones};
+            mma16816(moments[n], a, b);
+        }
+}
+
+// out[r] = residual[r] + activation(scale * (x[r] . W) + b); with NORM, x[r] . W stands for layer_norm(x[r]) . W
+//   x T [rows, INNER], rows x_stride apart; W packed by pack_weight; bias T [wide] or null; residual T [rows, wide] or
+//   null, may be out; out T [rows, wide]; rows residual_stride and out_stride apart
+//   NORM: W has each row times its gain, columns float [2][wide] the sums of W's columns and (bias of the norm) . W:
+//   layer_norm(x) . W = (x . W - mean * columns[0]) / deviation + columns[1], and the moments of x come with the product
+//   grid (SPLIT * ceil(wide / OUTPUTS), ceil(rows / ROWS)), cluster (SPLIT), block 256, shared memory as
+//   linear_launch.py says; moves the weights once, x wide / OUTPUTS times (from L2); needs sm_75
+extern "C" __global__ void __launch_bounds__(THREADS)
+linear(const T* x, int x_stride, const T* weight, const float* columns, float epsilon, const T* bias,
+       const T* residual, int residual_stride, T* out, int out_stride, int rows, int wide, int activation,
+       float scale) {
+    extern __shared__ __align__(128) char memory[];
+    float* partial = reinterpret_cast<float*>(memory);
+    float4* inbox = reinterpret_cast<float4*>(memory + WARPS * ROWS * PARTIAL_STRIDE * 4);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+    const int first = blockIdx.x % SPLIT * SLICE, count = most(0, least(SLICE, CHUNKS - first)), tiles = up(wide, 16);
+    auto has = [&](int share) { return EVEN || (share < SHARE && warp + share * WARPS < count); };
+
+#if !LATE
+    launch_next();
+#endif
+    if (SPLIT > 1) cluster_arrive();
+    const uint4* packed = reinterpret_cast<const uint4*>(weight) +
+                          ((long long)(blockIdx.x / SPLIT * TILES) * CHUNKS + first + warp) * 64 + lane;
+    Weights weights[DEPTH];
+    auto load_weights = [&](int share) {
+#pragma unroll
+        for (int m = 0; m < TILES; m++) {
+            const uint4* source = packed + (m * CHUNKS + share * WARPS) * 64;
+            const bool inside = has(share) && (int)(blockIdx.x / SPLIT * TILES + m) < tiles;
+            weights[share % DEPTH].value[m][0] = inside ? load_weight(source) : make_uint4(0, 0, 0, 0);
+            weights[share % DEPTH].value[m][1] = inside ? load_weight(source + 32) : make_uint4(0, 0, 0, 0);
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < DEPTH; i++) load_weights(i);
+
+    const Epilogue end = {bias, residual, columns, out, residual_stride, out_stride, rows, wide, activation, scale,
+                          epsilon};
+    Before before;
+    prepare(end, before);
+    const T* rows_of_x[ROW_TILES];  // row g of each tile, from this lane's first column on; the last row again after it
+    const int begin = (first + warp) * 32 + t * 8;
+#pragma unroll
+    for (int n = 0; n < ROW_TILES; n++) {
+        rows_of_x[n] = x + (long long)least(blockIdx.y * ROWS + 8 * n + g, rows - 1) * x_stride + begin;
+        settle(rows_of_x[n]);
+    }
+    if (SPLIT > 1) cluster_wait();  // all have begun: their shared memory may be written
+    wait_for_previous();
+
+    uint4 pieces[STAGES][ROW_TILES];
+    auto load_x = [&](int share) {
+#pragma unroll
+        for (int n = 0; n < ROW_TILES; n++) {
+            const int offset = share * WARPS * 32;
+#if ALIGNED
+            const bool inside = has(share) && (INNER % 32 == 0 || begin + offset < INNER);
+            pieces[share % STAGES][n] = inside ? load_now(rows_of_x[n] + offset) : make_uint4(0, 0, 0, 0);
+#else
+            Pack16 piece;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const bool inside = has(share) && begin + offset + i < INNER;
+                piece.value[i] = inside ? rows_of_x[n][offset + i] : from_float<T>(0.f);
+            }
+            pieces[share % STAGES][n] = *reinterpret_cast<const uint4*>(&piece);
+#endif
+        }
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES; i++) load_x(i);
+    load_residual(end, before);
+#if LATE
+    launch_next();
+#endif
+
+    Sums sums = {};
+    float moments[ROW_TILES][4] = {};
+#pragma unroll
+    for (int i = 0; i < SHARE; i++) {
+        multiply(sums, weights[i % DEPTH], pieces[i % STAGES]);
+        if (NORM) measure(moments, pieces[i % STAGES]);
+        if (i + DEPTH < SHARE) load_weights(i + DEPTH);
+        if (i + STAGES < SHARE) load_x(i + STAGES);
+    }
+    float* own = partial + warp * ROWS * PARTIAL_STRIDE;
 #pragma unroll
     for (int m = 0; m < TILES; m++)
 #pragma unroll
@@ -277,152 +348,14 @@ __device__ __forceinline__ void store_sums(float* partial, const Sums& sums, con
 #pragma unroll
             for (int i = 0; i < 4; i++)
                 own[(8 * n + 2 * t + i % 2) * PARTIAL_STRIDE + 16 * m + g + i / 2 * 8] = sums[m][n][i];
-}
-
-#if !NORM
-// out[r] = residual[r] + activation(scale * (x[r] . W) + b)
-//   x T [rows, INNER], rows x_stride apart; W packed by pack_weight; bias T [wide] or null; residual T [rows, wide] or
-//   null, may be out; out T [rows, wide]; rows residual_stride and out_stride apart
-//   grid (SPLIT * ceil(wide / OUTPUTS), ceil(rows / ROWS)), cluster (SPLIT), block 256, shared memory linear_launch.py
-//   moves the weights once, x wide / OUTPUTS times (from L2); needs sm_75
-extern "C" __global__ void __launch_bounds__(THREADS, ROWS * OUTPUTS > 1024 ? 1 : 2)
-linear(const T* x, int x_stride, const T* weight, const T* bias, const T* residual, int residual_stride, T* out,
-       int out_stride, int rows, int wide, int activation, float scale) {
-    extern __shared__ __align__(128) char memory[];
-    uint4* staged = reinterpret_cast<uint4*>(memory);  // [WARPS][STAGES][ROW_TILES][32]: each lane reads what it copied
-    float* partial = reinterpret_cast<float*>(memory);
-    const int body = most(WARPS * STAGES * ROW_TILES * 512, WARPS * ROWS * PARTIAL_STRIDE * 4);
-    float4* inbox = reinterpret_cast<float4*>(memory + body);
-    const Place at = place(wide);
-    const uint4* packed = reinterpret_cast<const uint4*>(weight);
-
-    launch_next();
-    Weights weights[DEPTH];
 #pragma unroll
-    for (int i = 0; i < DEPTH; i++) load_weights(weights[i], packed, at, i);
-    const Epilogue end = {bias, residual, out, residual_stride, out_stride, rows, wide, activation, scale};
-    Before before;
-    load_bias(end, before);
-    wait_for_previous();
-
-    auto stage = [&](int share) {
-        const int chunk = at.warp + share * WARPS, k = (at.first + chunk) * 32 + at.lane % 4 * 8;
-        uint4* to = staged + (at.warp * STAGES + share % STAGES) * ROW_TILES * 32 + at.lane;
-#pragma unroll
-        for (int n = 0; n < ROW_TILES; n++) {
-            const int row = blockIdx.y * ROWS + 8 * n + at.lane / 4;
-            if (chunk < at.count) stage_piece(to + 32 * n, x, x_stride, row, k, rows);
-        }
-        copy_async_commit();
-    };
-#pragma unroll
-    for (int i = 0; i < STAGES; i++) stage(i);
-    load_residual(end, before);
-    if (SPLIT > 1) cluster_sync();  // all have begun: their shared memory may be written
-
-    Sums sums = {};
-#pragma unroll
-    for (int i = 0; i < SHARE; i++) {
-        copy_async_wait<STAGES - 1>();
-        if (at.warp + i * WARPS < at.count) {
-            uint4 piece[ROW_TILES];
-#pragma unroll
-            for (int n = 0; n < ROW_TILES; n++)
-                piece[n] = staged[((at.warp * STAGES + i % STAGES) * ROW_TILES + n) * 32 + at.lane];
-            multiply(sums, weights[i % DEPTH], piece);
-        }
-        if (i + DEPTH < SHARE) load_weights(weights[i % DEPTH], packed, at, i + DEPTH);
-        if (i + STAGES < SHARE) stage(i + STAGES);
-        else copy_async_commit();
-    }
-    __syncthreads();
-    store_sums(partial, sums, at);
+    for (int n = 0; n < ROW_TILES; n++)
+        if (NORM && g / 2 == t)
+            *reinterpret_cast<float4*>(own + (8 * n + g) * PARTIAL_STRIDE + OUTPUTS) =
+                make_float4(moments[n][2 + g % 2], moments[n][g % 2], 0.f, 0.f);
     __syncthreads();
     finish(partial, inbox, end, before);
 }
-
-#else  // NORM
-// normed = layer_norm(x); out = activation(scale * (normed . W) + b)
-//   as linear; gain, norm_bias T [INNER]; normed T [rows, INNER] or null: written by the first blocks, not x itself
-//   every block normalises all rows (of its slice of INNER) while its weights are on their way
-extern "C" __global__ void __launch_bounds__(THREADS, ROWS * OUTPUTS > 1024 ? 1 : 2)
-norm_linear(const T* x, int x_stride, const T* gain, const T* norm_bias, float epsilon, T* normed, const T* weight,
-            const T* bias, T* out, int out_stride, int rows, int wide, int activation, float scale) {
-    extern __shared__ __align__(128) char memory[];
-    T* held = reinterpret_cast<T*>(memory);  // [ROWS][ROW_STRIDE]: x, then normed; a lane touches its own pieces only
-    float* partial = reinterpret_cast<float*>(memory);
-    const int body = most(ROWS * ROW_STRIDE * 2, WARPS * ROWS * PARTIAL_STRIDE * 4);
-    float4* inbox = reinterpret_cast<float4*>(memory + body);
-    T* norm = reinterpret_cast<T*>(memory + body + (SPLIT > 1 ? SPLIT * OWN_QUADS * 16 : 0));
-    const Place at = place(wide);
-    const uint4* packed = reinterpret_cast<const uint4*>(weight);
-
-    launch_next();
-    stage_norm(norm, gain, norm_bias);
-    Weights weights[DEPTH];
-#pragma unroll
-    for (int i = 0; i < DEPTH; i++) load_weights(weights[i], packed, at, i);
-    const Epilogue end = {bias, nullptr, out, 0, out_stride, rows, wide, activation, scale};
-    Before before = {};
-    load_bias(end, before);
-    wait_for_previous();
-
-    for (int r = at.warp; r < ROWS && blockIdx.y * ROWS + r < rows; r += WARPS)
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            const int k = (32 * i + at.lane) * 8;
-            if (k < CHUNKS * 32) stage_piece(held + r * ROW_STRIDE + k, x, x_stride, blockIdx.y * ROWS + r, k, rows);
-        }
-    copy_async_commit();
-    copy_async_wait<0>();
-    if (SPLIT > 1) cluster_sync();  // all have begun; and the norm is there
-    else __syncthreads();
-#pragma unroll 1
-    for (int r = at.warp; r < ROWS && blockIdx.y * ROWS + r < rows; r += WARPS) {
-        Row row;
-        T* own = held + r * ROW_STRIDE;
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            const int k = (32 * i + at.lane) * 8;
-            row.piece[i] = *reinterpret_cast<const Pack16*>(own + (k < CHUNKS * 32 ? k : 0));
-        }
-        const float2 statistics = moments(row, epsilon);
-#pragma unroll
-        for (int i = 0; i < PIECES; i++) {
-            const int k = (32 * i + at.lane) * 8;
-            if (k < at.first * 32 || k >= (at.first + at.count) * 32) continue;
-            // Read again: kept in registers, the row would push weights out of them.
-            const Pack16 piece = normalise(*reinterpret_cast<const Pack16*>(own + k), statistics, norm, k);
-            *reinterpret_cast<Pack16*>(own + k) = piece;
-            if (normed && blockIdx.x < SPLIT) {
-                T* to = normed + (long long)(blockIdx.y * ROWS + r) * INNER + k;
-                if (INNER % 8 == 0 && k < INNER) *reinterpret_cast<Pack16*>(to) = piece;
-                for (int j = 0; INNER % 8 && j < 8 && k + j < INNER; j++) to[j] = piece.value[j];
-            }
-        }
-    }
-    __syncthreads();
-
-    Sums sums = {};
-#pragma unroll
-    for (int i = 0; i < SHARE; i++) {
-        const int chunk = at.warp + i * WARPS;
-        if (chunk < at.count) {
-            uint4 piece[ROW_TILES];  // of rows that are not there, anything: columns of an mma never meet
-#pragma unroll
-            for (int n = 0; n < ROW_TILES; n++)
-                piece[n] = *reinterpret_cast<const uint4*>(
-                    held + (8 * n + at.lane / 4) * ROW_STRIDE + (at.first + chunk) * 32 + at.lane % 4 * 8);
-            multiply(sums, weights[i % DEPTH], piece);
-        }
-        if (i + DEPTH < SHARE) load_weights(weights[i % DEPTH], packed, at, i + DEPTH);
-    }
-    __syncthreads();
-    store_sums(partial, sums, at);
-    __syncthreads();
-    finish(partial, inbox, end, before);
-}
-#endif  // NORM
 
 #else
 // The product in true float -------------------------------------------------------------------------------------------
@@ -431,7 +364,7 @@ norm_linear(const T* x, int x_stride, const T* gain, const T* norm_bias, float e
 
 #define UNITS up(INNER, 64)       // of 64 k
 #define STEPS up(UNITS, SPLIT)    // units of a block
-#define DEPTH least(STEPS, ROWS > 16 ? 1 : 2)
+#define DEPTH least(STEPS, 2)
 #ifndef TILE_STEPS
 #define TILE_STEPS STEPS          // units of x in shared memory at a time
 #endif
@@ -501,89 +434,38 @@ __device__ __forceinline__ void multiply(const float* held, float* partial, Weig
     __syncthreads();
 }
 
-#define TOGETHER least(ROWS / WARPS, most(1, 32 / PIECES))  // rows whose loads are under way at once, a warp
 #define BODY most(ROWS * X_STRIDE * 4, WARPS * ROWS * PARTIAL_STRIDE * 4)
 
-#if !NORM
-// As linear above, in float: W [INNER up to 64, wide up to 64], zero-filled by pack_weight.
-extern "C" __global__ void __launch_bounds__(THREADS)
-linear(const T* x, int x_stride, const T* weight, const T* bias, const T* residual, int residual_stride, T* out,
-       int out_stride, int rows, int wide, int activation, float scale) {
+// As linear above, in float and without NORM: W [INNER up to 64, wide up to 64], zero-filled by pack_weight.
+extern "C" __global__ void __launch_bounds__(THREADS, ROWS > 8 ? 1 : 2)
+linear(const T* x, int x_stride, const T* weight, const float* columns, float epsilon, const T* bias,
+       const T* residual, int residual_stride, T* out, int out_stride, int rows, int wide, int activation,
+       float scale) {
     extern __shared__ __align__(128) char memory[];
     float* held = reinterpret_cast<float*>(memory);
     launch_next();
+    if (SPLIT > 1) cluster_arrive();
     Weights weights[DEPTH];
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) load_weights(weights[d], weight, d, wide);
-    const Epilogue end = {bias, residual, out, residual_stride, out_stride, rows, wide, activation, scale};
+    const Epilogue end = {bias, residual, columns, out, residual_stride, out_stride, rows, wide, activation, scale,
+                          epsilon};
     Before before;
-    load_bias(end, before);
+    prepare(end, before);
+    if (SPLIT > 1) cluster_wait();  // all have begun: their shared memory may be written
     wait_for_previous();
     load_residual(end, before);
-    if (SPLIT > 1) cluster_sync();
     multiply(held, held, weights, weight, wide, [&](int step) {
         const int first = (blockIdx.x % SPLIT * STEPS + step) * 64;
         for (int i = threadIdx.x; i < ROWS * TILE_STEPS * 16; i += THREADS) {
             const int r = i / (TILE_STEPS * 16), k = i % (TILE_STEPS * 16) * 4;
-            *reinterpret_cast<Pack16*>(held + r * X_STRIDE + k) =
-                load_piece(x, x_stride, blockIdx.y * ROWS + r, first + k, rows);
+            stage_piece(held + r * X_STRIDE + k, x, x_stride, blockIdx.y * ROWS + r, first + k, rows);
         }
+        copy_async_commit();
+        copy_async_wait<0>();
     });
     finish(held, reinterpret_cast<float4*>(memory + BODY), end, before);
 }
-
-#else  // NORM
-// As norm_linear above, in float.
-extern "C" __global__ void __launch_bounds__(THREADS)
-norm_linear(const T* x, int x_stride, const T* gain, const T* norm_bias, float epsilon, T* normed, const T* weight,
-            const T* bias, T* out, int out_stride, int rows, int wide, int activation, float scale) {
-    extern __shared__ __align__(128) char memory[];
-    float* held = reinterpret_cast<float*>(memory);
-    float4* inbox = reinterpret_cast<float4*>(memory + BODY);
-    T* norm = reinterpret_cast<T*>(memory + BODY + (SPLIT > 1 ? SPLIT * OWN_QUADS * 16 : 0));
-    __shared__ float2 statistics[ROWS];
-    launch_next();
-    stage_norm(norm, gain, norm_bias);
-    Weights weights[DEPTH];
-#pragma unroll
-    for (int d = 0; d < DEPTH; d++) load_weights(weights[d], weight, d, wide);
-    const Epilogue end = {bias, nullptr, out, 0, out_stride, rows, wide, activation, scale};
-    Before before = {};
-    load_bias(end, before);
-    wait_for_previous();
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    for (int first = 0; first < ROWS; first += TOGETHER * WARPS) {
-        Row row[TOGETHER];
-#pragma unroll
-        for (int j = 0; j < TOGETHER; j++) {
-            const int here = blockIdx.y * ROWS + first + j * WARPS + warp;
-#pragma unroll
-            for (int i = 0; i < PIECES; i++)
-                row[j].piece[i] = load_piece(x, x_stride, here, (32 * i + lane) * 4, rows);
-        }
-#pragma unroll
-        for (int j = 0; j < TOGETHER; j++) {
-            const float2 own = moments(row[j], epsilon);
-            if (lane == 0 && first + j * WARPS + warp < ROWS) statistics[first + j * WARPS + warp] = own;
-        }
-    }
-    copy_async_wait<0>();
-    if (SPLIT > 1) cluster_sync();
-    multiply(held, held, weights, weight, wide, [&](int step) {
-        const int first = (blockIdx.x % SPLIT * STEPS + step) * 64;
-        for (int i = threadIdx.x; i < ROWS * TILE_STEPS * 16; i += THREADS) {
-            const int r = i / (TILE_STEPS * 16), local = i % (TILE_STEPS * 16) * 4, k = first + local;
-            const int here = blockIdx.y * ROWS + r;
-            const Pack16 piece = normalise(load_piece(x, x_stride, here, k, rows), statistics[r], norm, k);
-            *reinterpret_cast<Pack16*>(held + r * X_STRIDE + local) = piece;
-            // Units past this block's slice are the next block's to write.
-            if (normed && blockIdx.x < SPLIT && here < rows && step * 64 + local < STEPS * 64)
-                for (int j = 0; j < 4 && k + j < INNER; j++) normed[(long long)here * INNER + k + j] = piece.value[j];
-        }
-    });
-    finish(held, inbox, end, before);
-}
-#endif  // NORM
 #endif  // HALF
 
 #else  // without INNER: kernels that need no constants

@@ -23,9 +23,16 @@ __device__ __forceinline__ float block_sum(float x) {
 
 __device__ __forceinline__ void norm_by_pieces(const T* x, const T* gain, const T* bias, float epsilon, T* out,
                                                int width) {
-    Pack16 kept[KEPT];
+    Pack16 kept[KEPT], kept_gain[KEPT], kept_bias[KEPT];
     const int step = NORM_THREADS * LANE_WIDTH, begin = threadIdx.x * LANE_WIDTH;
     float sum = 0.f, squares = 0.f, values[LANE_WIDTH], gains[LANE_WIDTH], biases[LANE_WIDTH];
+#pragma unroll
+    for (int i = 0; i < KEPT; i++)
+        if (begin + i * step < width) {
+            kept_gain[i] = *reinterpret_cast<const Pack16*>(gain + begin + i * step);
+            kept_bias[i] = *reinterpret_cast<const Pack16*>(bias + begin + i * step);
+        }
+    wait_for_previous();
 #pragma unroll
     for (int i = 0; i < KEPT; i++)
         if (begin + i * step < width) kept[i] = *reinterpret_cast<const Pack16*>(x + begin + i * step);
@@ -58,8 +65,14 @@ __device__ __forceinline__ void norm_by_pieces(const T* x, const T* gain, const 
     const float factor = 1.f / sqrtf(block_sum(squares) / width + epsilon);
     auto write = [&](int i, int k) {
         fetch(i, k);
-        load16(gain + k, gains);
-        load16(bias + k, biases);
+        if (i < KEPT) {
+#pragma unroll
+            for (int j = 0; j < LANE_WIDTH; j++)
+                gains[j] = to_float(kept_gain[i].value[j]), biases[j] = to_float(kept_bias[i].value[j]);
+        } else {
+            load16(gain + k, gains);
+            load16(bias + k, biases);
+        }
 #pragma unroll
         for (int j = 0; j < LANE_WIDTH; j++) values[j] = (values[j] - mean) * factor * gains[j] + biases[j];
         store16(out + k, values);
@@ -71,11 +84,11 @@ __device__ __forceinline__ void norm_by_pieces(const T* x, const T* gain, const 
 extern "C" __global__ void __launch_bounds__(NORM_THREADS)
 layer_norm(const T* x, int x_stride, const T* gain, const T* bias, float epsilon, T* out, int width) {
     launch_next();
-    wait_for_previous();
     x += (long long)blockIdx.x * x_stride;
     out += (long long)blockIdx.x * width;
     if (width % LANE_WIDTH == 0 && x_stride % LANE_WIDTH == 0)
         return norm_by_pieces(x, gain, bias, epsilon, out, width);
+    wait_for_previous();
     float sum = 0.f, squares = 0.f;
     for (int k = threadIdx.x; k < width; k += NORM_THREADS) sum += to_float(x[k]);
     const float mean = block_sum(sum) / width;

@@ -24,6 +24,7 @@ class Packed:
     """A weight [inner, wide] in the order `linear` reads it."""
 
     memory: Array
+    columns: Array | None
     inner: int
     wide: int
 
@@ -45,14 +46,17 @@ class Ops:
     def table(self, array: Array) -> Array:
         return np.ascontiguousarray(array, self.FLOAT)
 
-    def matrix(self, array: Array) -> Packed:
-        source = np.asarray(array).astype(self.FLOAT)  # keeps the order of a transposed view
+    def matrix(self, array: Array, norm: Norm | None = None) -> Packed:
+        source, columns = np.asarray(array), None
+        if norm is not None and self.half:
+            source, columns = linear_launch.fold(source, norm.gain, norm.bias, self.FLOAT)
+        source = source.astype(self.FLOAT)  # keeps the order of a transposed view
         inner, wide = source.shape
         memory = np.full(linear_launch.packed_elements(inner, wide, self.half), np.nan, self.FLOAT)
         strides = (np.int64(stride // source.itemsize) for stride in source.strides)
         grid = -(-memory.nbytes // 16 // 256)
         self.kernels("linear.cu").launch("pack_weight", grid, 256, (source, *strides, memory, *integers(inner, wide)))
-        return Packed(memory, inner, wide)
+        return Packed(memory, columns, inner, wide)
 
     def embed_tokens(
         self, tokens: Array, positions: Array, token_table: Array, position_table: Array, out: Array
@@ -80,31 +84,32 @@ class Ops:
         activation: str = "none", scale: float = 1,
     ) -> None:  # fmt: skip
         """out = residual + activation(scale * x . W + b); x, out and residual may be slices of columns."""
+        self._launch(x, linear, out, residual, activation, scale)
+
+    def norm_linear(
+        self, x: Array, norm: Norm, linear: Linear, epsilon: float, activation: str, normed: Array, out: Array
+    ) -> None:
+        if linear.weight.columns is None:
+            self.layer_norm(x, norm, epsilon, normed)
+            self._launch(normed, linear, out, None, activation)
+        else:
+            self._launch(x, linear, out, None, activation, epsilon=epsilon)
+
+    def _launch(
+        self, x: Array, linear: Linear, out: Array, residual: Array | None, activation: str, scale: float = 1,
+        epsilon: float | None = None,
+    ) -> None:  # fmt: skip
         weight: Packed = linear.weight
+        aligned = weight.inner * x.itemsize % 16 == 0 and x.strides[0] % 16 == 0 and x.ctypes.data % 16 == 0
+        norm = epsilon is not None
+        plan = linear_launch.plan(self.device, len(x), weight.inner, weight.wide, self.half, norm, aligned)
         arguments = (
-            x, self._stride(x), weight.memory, linear.bias,
+            x, self._stride(x), weight.memory, weight.columns if norm else None, np.float32(epsilon or 0), linear.bias,
             residual, np.int32(0) if residual is None else self._stride(residual), out, self._stride(out),
             *integers(len(x), weight.wide, _ACTIVATIONS[activation]), np.float32(scale),
         )  # fmt: skip
-        self._launch("linear", x, weight, arguments)
-
-    def norm_linear(
-        self, x: Array, norm: Norm, linear: Linear, epsilon: float, activation: str, normed: Array | None, out: Array
-    ) -> None:
-        weight: Packed = linear.weight
-        arguments = (
-            x, self._stride(x), norm.gain, norm.bias, np.float32(epsilon), normed, weight.memory, linear.bias,
-            out, self._stride(out), *integers(len(x), weight.wide, _ACTIVATIONS[activation]), np.float32(1),
-        )  # fmt: skip
-        self._launch("norm_linear", x, weight, arguments)
-
-    def _launch(self, name: str, x: Array, weight: Packed, arguments: tuple[Any, ...]) -> None:
-        aligned = weight.inner * x.itemsize % 16 == 0 and x.strides[0] % 16 == 0 and x.ctypes.data % 16 == 0
-        plan = linear_launch.plan(
-            self.device, len(x), weight.inner, weight.wide, self.half, name == "norm_linear", aligned
-        )
         kernels = Kernels("linear.cu", **dict(plan.definitions))
-        kernels.launch(name, plan.grid, linear_launch.THREADS, arguments, plan.shared, plan.cluster)
+        kernels.launch("linear", plan.grid, linear_launch.THREADS, arguments, plan.shared, plan.cluster)
 
     @staticmethod
     def _stride(array: Array) -> np.int32:

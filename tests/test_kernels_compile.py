@@ -29,9 +29,9 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
         dict(plan(device, rows, inner, wide, half, norm, True).definitions)
         for rows, inner, wide, half, norm in (
             (32, 1024, 4096, True, True),
-            (64, 4096, 1024, True, False),
+            (32, 4096, 1024, True, False),
             (8, 1600, 4800, True, True),
-            (32, 1024, 3072, False, True),
+            (32, 1024, 3072, False, False),
             (32, 4096, 1024, False, False),
         )
     ]

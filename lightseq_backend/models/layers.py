@@ -40,9 +40,9 @@ class Sublayer(NamedTuple):
 class Reader:
     """Hands weights to a model by name, in the form its ops want."""
 
-    def __init__(self, weights: Weights, ops: ModuleType):
+    def __init__(self, weights: Weights, ops: ModuleType, post_norm: bool = False):
         """WeightError names every array that holds something else than numbers."""
-        self._weights, self._ops = weights, ops
+        self._weights, self._ops, self._post_norm = weights, ops, post_norm
         # A sum keeps every NaN and infinity there is, and costs one reading.
         bad = [name for name, array in weights.items() if not np.isfinite(np.sum(array))]
         if bad:
@@ -52,16 +52,19 @@ class Reader:
         vector = self._ops.vector
         return Norm(vector(self._weights[f"{name}.gain"]), vector(self._weights[f"{name}.bias"]))
 
-    def linear(self, name: str) -> Linear:
+    def linear(self, name: str, norm: str | None = None) -> Linear:
+        """norm: the LayerNorm always in front of it, whose result nothing else reads."""
         bias = self._weights.get(f"{name}.bias")
-        weight = self._ops.matrix(self._weights[f"{name}.weight"])
+        before = Norm(self._weights[f"{norm}.gain"], self._weights[f"{norm}.bias"]) if norm else None
+        weight = self._ops.matrix(self._weights[f"{name}.weight"], before)
         return Linear(weight, None if bias is None else self._ops.vector(bias))
 
     def table(self, name: str) -> Array:
         return self._ops.table(self._weights[name])
 
     def sublayer(self, layer: str, norm: str, inner: str, output: str) -> Sublayer:
-        return Sublayer(self.norm(f"{layer}.{norm}"), self.linear(f"{layer}.{inner}"), self.linear(f"{layer}.{output}"))
+        norm, inner, output = (f"{layer}.{name}" for name in (norm, inner, output))
+        return Sublayer(self.norm(norm), self.linear(inner, None if self._post_norm else norm), self.linear(output))
 
     def attention(self, layer: str, prefix: str) -> Sublayer:
         return self.sublayer(layer, f"{prefix}_norm", f"{prefix}_qkv", f"{prefix}_output")

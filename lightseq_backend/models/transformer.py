@@ -21,7 +21,7 @@ class Transformer:
         self.config = config
         epsilon = config.dialect.norm_epsilon
         self.arithmetic = Arithmetic(ops, config.heads, epsilon, config.activation, config.post_norm)
-        read = Reader(weights, ops)
+        read = Reader(weights, ops, config.post_norm)
         self.source_tokens, self.source_positions = read.table("source.tokens"), read.table("source.positions")
         self.target_tokens, self.target_positions = read.table("target.tokens"), read.table("target.positions")
         encoder = [f"encoder.{i}" for i in range(config.encoder_layers)]

@@ -44,8 +44,12 @@ def start() -> None:
     choose_threads()
 
 
-def matrix(array: Array) -> Array:
-    """A weight [in, out] as `linear` operations want it."""
+def matrix(array: Array, norm: Norm | None = None) -> Array:
+    """A weight [in, out] as `linear` operations want it.
+
+    norm: a promise (gain and bias on the host) that norm_linear alone will use it, with that LayerNorm, and that
+    nothing reads `normed` afterwards: a device may fold the gain into the weight.
+    """
     return np.asarray(array, FLOAT)
 
 

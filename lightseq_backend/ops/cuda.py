@@ -24,9 +24,6 @@ from lightseq_backend.ops.slots import SLOT
 
 Array = Any
 PRECISIONS = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
-NORMED_ROWS = (
-    8  # up to so many rows every block of a product normalises all of them itself, above a kernel in front does
-)
 STREAMED_ROWS = 64  # up to so many rows a product reads its weights by our own kernel, above by cuBLAS
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 _QUERIES = 64  # queries that one block of packed_attention takes
@@ -36,11 +33,15 @@ _ATTENDING_WARPS = 16  # that a multiprocessor's registers allow
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [inner, wide], twice: `plain` for cuBLAS ([wide, inner] if transposed), `packed` for our own kernels."""
+    """A weight [inner, wide], twice: `plain` for cuBLAS ([wide, inner] if transposed), `packed` for our own kernels.
+
+    columns: None, or what `packed` needs besides where a LayerNorm is folded into it (linear_launch.fold).
+    """
 
     plain: Array
     transposed: bool
     packed: Array
+    columns: Array | None
     inner: int
     wide: int
 
@@ -83,18 +84,24 @@ class Cuda:
         self._device.use()
         self._stream.use()
 
-    def matrix(self, array: np.ndarray) -> Matrix:
+    def matrix(self, array: np.ndarray, norm: Any = None) -> Matrix:
         inner, wide = array.shape
         transposed = array.T.flags.c_contiguous and not array.flags.c_contiguous
-        plain = self._upload(array.T if transposed else array)
+        plain = source = self._upload(array.T if transposed else array)
+        columns = None
+        if norm is not None and self._half:
+            with self._stream:
+                whole, gain, bias = (cupy.asarray(part, np.float32) for part in (array, norm.gain, norm.bias))
+                source, columns = linear_launch.fold(whole, gain, bias, self.FLOAT)
+                source = cupy.ascontiguousarray(source.T if transposed else source)
         packed = cupy.empty(linear_launch.packed_elements(inner, wide, self._half), self.FLOAT)
         strides = (1, inner) if transposed else (wide, 1)
         pieces = packed.nbytes // 16
         self._launch(
             "linear", "pack_weight", (-(-pieces // 256),), 256,
-            (plain, *strides, packed, inner, wide),
+            (source, *strides, packed, inner, wide),
         )  # fmt: skip
-        return Matrix(plain, transposed, packed, inner, wide)
+        return Matrix(plain, transposed, packed, columns, inner, wide)
 
     def vector(self, array: np.ndarray) -> Array:
         return self._upload(array)
@@ -182,10 +189,10 @@ class Cuda:
         self._launch("norm", "layer_norm", (len(x),), 128, arguments)
 
     def linear(self, x: Array, linear: Any, out: Array) -> None:
-        if len(x) <= STREAMED_ROWS:
+        weight: Matrix = linear.weight
+        if self._streams(len(x), weight):
             self._product(x, linear, out)
             return
-        weight: Matrix = linear.weight
         self._cublas.product(x, weight.plain, weight.transposed, out)
         self._finish(out, linear.bias, "none")
 
@@ -193,26 +200,22 @@ class Cuda:
         self, x: Array, norm: Any, linear: Any, epsilon: float, activation: str, normed: Array, out: Array
     ) -> None:
         weight: Matrix = linear.weight
-        if len(x) > STREAMED_ROWS:
-            self.layer_norm(x, norm, epsilon, normed)
-            self._cublas.product(normed, weight.plain, weight.transposed, out)
-            self._finish(out, linear.bias, activation)
+        streams = self._streams(len(x), weight)
+        if streams and weight.columns is not None:
+            self._product(x, linear, out, activation=activation, epsilon=epsilon)
             return
-        if len(x) > NORMED_ROWS:
-            self.layer_norm(x, norm, epsilon, normed)
+        self.layer_norm(x, norm, epsilon, normed)
+        if streams:
             self._product(normed, linear, out, activation=activation)
             return
-        arguments = (
-            x, _stride(x), norm.gain, norm.bias, epsilon, normed, weight.packed, linear.bias,
-            out, _stride(out), len(x), weight.wide, _ACTIVATIONS[activation], 1.0,
-        )  # fmt: skip
-        self._stream_weight("norm_linear", x, weight, arguments)
+        self._cublas.product(normed, weight.plain, weight.transposed, out)
+        self._finish(out, linear.bias, activation)
 
     def linear_residual(self, x: Array, linear: Any, residual: Array, out: Array) -> None:
-        if len(x) <= STREAMED_ROWS:
+        weight: Matrix = linear.weight
+        if self._streams(len(x), weight):
             self._product(x, linear, out, residual)
             return
-        weight: Matrix = linear.weight
         if residual.data.ptr != out.data.ptr:
             kind = cupy.cuda.runtime.memcpyDeviceToDevice
             cupy.cuda.runtime.memcpyAsync(out.data.ptr, residual.data.ptr, out.nbytes, kind, self._stream.ptr)
@@ -320,23 +323,26 @@ class Cuda:
 
     # How they are launched --------------------------------------------------------------------------------------------
 
+    def _streams(self, rows: int, weight: Matrix) -> bool:
+        return linear_launch.pays(self._limits, rows, weight.inner, weight.wide, self._half)
+
     def _product(
-        self, x: Array, linear: Any, out: Array, residual: Array | None = None, activation: str = "none"
-    ) -> None:
+        self, x: Array, linear: Any, out: Array, residual: Array | None = None, activation: str = "none",
+        epsilon: float | None = None,
+    ) -> None:  # fmt: skip
+        """out = residual + activation(x . W + b); with epsilon, of the LayerNorm of x that is folded into W."""
         weight: Matrix = linear.weight
+        norm = epsilon is not None
+        assert norm == (weight.columns is not None)
+        aligned = weight.inner * x.itemsize % 16 == 0 and x.strides[0] % 16 == 0 and x.data.ptr % 16 == 0
+        plan = linear_launch.plan(self._limits, len(x), weight.inner, weight.wide, self._half, norm, aligned)
         arguments = (
-            x, _stride(x), weight.packed, linear.bias, residual, 0 if residual is None else _stride(residual),
+            x, _stride(x), weight.packed, weight.columns, epsilon or 0.0, linear.bias,
+            residual, 0 if residual is None else _stride(residual),
             out, _stride(out), len(x), weight.wide, _ACTIVATIONS[activation], 1.0,
         )  # fmt: skip
-        self._stream_weight("linear", x, weight, arguments)
-
-    def _stream_weight(self, name: str, x: Array, weight: Matrix, arguments: tuple[Any, ...]) -> None:
-        aligned = weight.inner * x.itemsize % 16 == 0 and x.strides[0] % 16 == 0 and x.data.ptr % 16 == 0
-        plan = linear_launch.plan(
-            self._limits, len(x), weight.inner, weight.wide, self._half, name == "norm_linear", aligned
-        )
         self._launch(
-            "linear", name, plan.grid, linear_launch.THREADS, arguments,
+            "linear", "linear", plan.grid, linear_launch.THREADS, arguments,
             shared=plan.shared, cluster=plan.cluster[0], **dict(plan.definitions),
         )  # fmt: skip
 

@@ -93,6 +93,8 @@ template <int pending> void copy_async_wait() {
 
 inline unsigned cluster_rank() { return cuda_on_cpu::current->block->rank; }
 inline void cluster_sync(CUDA_ON_CPU_HERE) { cuda_on_cpu::wait_cluster({file, line}); }
+inline void cluster_arrive() {}
+inline void cluster_wait(CUDA_ON_CPU_HERE) { cuda_on_cpu::wait_cluster({file, line}); }
 // The same variable in the shared memory of block `rank` of the cluster.
 template <typename X> X* map_shared(X* address, unsigned rank) {
     using namespace cuda_on_cpu;

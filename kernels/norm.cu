@@ -1,4 +1,4 @@
-// norm: LayerNorm on its own, for many rows (few rows have it in norm_linear).
+// norm: LayerNorm on its own: where a product has none folded into it, or something else reads the result.
 
 // out = (x - mean) / sqrt(variance + epsilon) * gain + bias, over a row; biased variance, two passes, sums in float
 //   x T [rows, width], rows x_stride apart; gain, bias T [width]; out T [rows, width], contiguous, may be x where

@@ -181,6 +181,17 @@ __device__ __forceinline__ float log_sum_exp(const float2* statistics, int tiles
     return logf(warp_sum(sum)) + most;
 }
 
+// The best of a warp; where it can, by two reductions of one instruction each.
+__device__ __forceinline__ Choice best_of_warp(Choice x) {
+#if __CUDA_ARCH__ >= 800
+    unsigned high = __reduce_max_sync(FULL_WARP, (unsigned)(x >> 32));
+    unsigned low = __reduce_max_sync(FULL_WARP, high == (unsigned)(x >> 32) ? (unsigned)x : 0);
+    return (Choice)high << 32 | low;
+#else
+    return warp_best(x);
+#endif
+}
+
 // The `wanted` best of a row, best first, from the best of some tiles, sorted, `count` apart; by one warp, whose first
 // lane has tile `first`, `stride` and so on after it. A lane holds out the best of its tiles that is not taken yet;
 // tiles that have one taken offer their next.
@@ -188,28 +199,35 @@ template <typename Take>
 __device__ __forceinline__ void merge(const Choice* choices, int first, int stride, int tiles, int count, int wanted,
                                       Take take) {
     first += threadIdx.x % 32;
+    const Choice* own = choices + (long long)first * count;
     Choice mine = 0;
+    int next = 0;  // of a lane's only tile
 #pragma unroll 4
     for (int tile = first; tile < tiles; tile += stride) mine = better(mine, choices[(long long)tile * count]);
     for (int rank = 0; rank < wanted; rank++) {
-        Choice taken = warp_best(mine);
+        Choice taken = best_of_warp(mine);
         take(rank, taken);
         if (mine != taken || !taken || rank + 1 == wanted) continue;
+        if (tiles <= stride) {
+            mine = own[++next];
+            continue;
+        }
         mine = 0;
         for (int tile = first; tile < tiles; tile += stride) {
             const Choice* offered = choices + (long long)tile * count;
-            int next = 0;
-            while (next < wanted && offered[next] >= taken) next++;
-            if (next < wanted) mine = better(mine, offered[next]);
+            int i = 0;
+            while (i < wanted && offered[i] >= taken) i++;
+            if (i < wanted) mine = better(mine, offered[i]);
         }
     }
 }
 
 // vocabulary_best: the best `count` ids of each row and their log-probabilities, from those of each tile.
 //   statistics float2 [n, tiles]   choices Choice [n, tiles, count]   ids int32, log_probabilities float [n, count]
-//   count <= MAX_WIDTH; grid n; block 288: eight warps merge, one takes the sum, then one merges what the eight found
-//   static shared memory 2 KiB; moves n * tiles * (2 + 2 * count) words
-constexpr int MERGING_WARPS = 8;
+//   count <= MAX_WIDTH; grid n; block: a warp that takes the sum, and warps that merge, best one for 32 tiles, up to 16;
+//   then one merges what they found
+//   static shared memory 4 KiB; moves n * tiles * (2 + 2 * count) words
+constexpr int MERGING_WARPS = 16;
 extern "C" __global__ void __launch_bounds__(32 * (MERGING_WARPS + 1))
 vocabulary_best(const float2* statistics, const Choice* choices, int* ids, float* log_probabilities, int tiles,
                 int count) {
@@ -218,24 +236,26 @@ vocabulary_best(const float2* statistics, const Choice* choices, int* ids, float
     launch_next();
     wait_for_previous();
     long long row = blockIdx.x;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    if (warp == MERGING_WARPS) {
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, merging = blockDim.x / 32 - 1;
+    if (warp == merging) {
         float sum = log_sum_exp(statistics + row * tiles, tiles);
         if (lane == 0) normalisation = sum;
     } else {
-        merge(choices + row * tiles * count, 32 * warp, 32 * MERGING_WARPS, tiles, count, count,
+        merge(choices + row * tiles * count, 32 * warp, 32 * merging, tiles, count, count,
               [&](int rank, Choice taken) {
                   if (lane == 0) found[warp][rank] = taken;
               });
     }
     __syncthreads();
     if (warp) return;
-    merge(found[0], 0, 32, MERGING_WARPS, MAX_WIDTH, count, [&](int rank, Choice taken) {
-        if (lane == 0) {
-            ids[row * count + rank] = choice_id(taken);
-            log_probabilities[row * count + rank] = choice_score(taken) - normalisation;
-        }
+    Choice mine = 0;
+    merge(found[0], 0, 32, merging, MAX_WIDTH, count, [&](int rank, Choice taken) {
+        if (lane == rank) mine = taken;
     });
+    if (lane < count) {
+        ids[row * count + lane] = mine ? choice_id(mine) : 0;  // no numbers, no choice
+        log_probabilities[row * count + lane] = choice_score(mine) - normalisation;
+    }
 }
 
 // vocabulary_beam_step: vocabulary_best for the rows of searching sequences, as many as they have beams; beam_step.
@@ -256,7 +276,7 @@ vocabulary_beam_step(const int* rows, Slot* slots, int* ancestors, int* history,
         float normalisation = log_sum_exp(statistics + row * tiles, tiles);
         merge(choices + row * tiles * count, 0, 32, tiles, count, width, [&](int rank, Choice taken) {
             if (threadIdx.x % 32 == 0) {
-                best.tokens[beam][rank] = choice_id(taken);
+                best.tokens[beam][rank] = taken ? choice_id(taken) : 0;
                 best.log_probabilities[beam][rank] = choice_score(taken) - normalisation;
             }
         });

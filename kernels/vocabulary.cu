@@ -4,6 +4,7 @@
 //   INNER   width of x
 //   ROWS    rows a block takes: a multiple of 8; up to 64 where HALF, else up to 32. blockIdx.x counts such groups
 //   WARPS   with HALF: warps of a block, 8 or 16; a block takes WARPS / 8 tiles at a time
+//   MOST_DEPTH, PREFETCH  with HALF: chunks of weights on their way to registers and to L2
 //   STAGES  without HALF: slices of W in shared memory, 2 or 3
 // Every sum has an order that depends on INNER alone: a row's result is the same whatever rows come with it.
 
@@ -93,81 +94,84 @@ __device__ __forceinline__ Pack16 normalise(const Pack16& piece, float2 moments,
 
 // What becomes of the logits of one tile ------------------------------------------------------------------------------
 
-// The upper half of a Choice, but 0 stands for an id that is not to be chosen.
-__device__ __forceinline__ unsigned rank_of(float logit, int id, const Task& task) {
-    unsigned bits = (unsigned)(choice(logit, id) >> 32);
-    return id == task.banned || id >= task.vocabulary ? 0 : max(bits, 1u);
-}
+__device__ __forceinline__ float best_of(const float4& x) { return fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)); }
 
-// logits: a row's of one tile in shared memory, -inf beyond the vocabulary; overwritten. Eight lanes take a row, each
+// logits: a row's of one tile in shared memory, -inf beyond the vocabulary; overwritten. Eight lanes take it, each
 // four groups of four ids. A lane keeps the best of each group; of the group that loses its best it finds the next in
-// shared memory. Warps whose rows are all beyond the last do not come here.
-__device__ __forceinline__ void summarise(float* logits, int row, int tile, const Task& task) {
-    int member = threadIdx.x % 8;
-    bool there = row < task.count;
-    int wanted = there ? task.best : 0;
+// shared memory. What is not to be chosen, or was already, is not a number, which no maximum heeds.
+// Warps whose rows are all beyond the last do not come here.
+__device__ __forceinline__ void summarise(float* logits, int row, int tile, bool there, const Task& task) {
+    constexpr int NO_ID = 0x7fffffff;
+    const float none = __int_as_float(0x7fffffff);
+    int member = threadIdx.x % 8, wanted = there ? task.best : 0;
     if (there && task.slots) wanted = min(wanted, task.slots[task.rows[row]].width);
     float4* groups = reinterpret_cast<float4*>(logits) + member;  // eight apart
-    float values[TILE / 8], most = -INFINITE, sum = 0;
+    float4 values[TILE / 32];
+    float best[TILE / 32], most, sum = 0;
 #pragma unroll
     for (int i = 0; i < TILE / 32; i++) {
-        float4 group = groups[8 * i];
-        values[4 * i] = group.x, values[4 * i + 1] = group.y, values[4 * i + 2] = group.z, values[4 * i + 3] = group.w;
+        values[i] = groups[8 * i];
+        best[i] = best_of(values[i]);
     }
-#pragma unroll
-    for (int i = 0; i < TILE / 8; i++) most = fmaxf(most, values[i]);
+    most = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3]));
 #pragma unroll
     for (int offset = 4; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, offset));
 #pragma unroll
-    for (int i = 0; i < TILE / 8; i++) sum += exp2f((values[i] - most) * LOG2_E);
+    for (int i = 0; i < TILE / 32; i++)
+        sum += (exp2f((values[i].x - most) * LOG2_E) + exp2f((values[i].y - most) * LOG2_E)) +
+               (exp2f((values[i].z - most) * LOG2_E) + exp2f((values[i].w - most) * LOG2_E));
 #pragma unroll
     for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, offset);
 
     int tiles = (task.vocabulary + TILE - 1) / TILE, id = tile * TILE + member * 4;
     long long place = (long long)row * tiles + tile;
     if (there && member == 0) task.statistics[place] = make_float2(most, sum);
-    uint4* ranks = reinterpret_cast<uint4*>(groups);
-    unsigned best[TILE / 32];
+    if (tile == tiles - 1 || (task.banned >= 0 && task.banned / TILE == tile)) {
 #pragma unroll
-    for (int i = 0; i < TILE / 32; i++) {
-        uint4 rank;
-        rank.x = rank_of(values[4 * i], id + 32 * i, task);
-        rank.y = rank_of(values[4 * i + 1], id + 32 * i + 1, task);
-        rank.z = rank_of(values[4 * i + 2], id + 32 * i + 2, task);
-        rank.w = rank_of(values[4 * i + 3], id + 32 * i + 3, task);
-        ranks[8 * i] = rank;
-        best[i] = max(max(rank.x, rank.y), max(rank.z, rank.w));
+        for (int i = 0; i < TILE / 32; i++) {
+            float4& four = values[i];
+            auto out = [&](int j) { return id + 32 * i + j >= task.vocabulary || id + 32 * i + j == task.banned; };
+            four = make_float4(out(0) ? none : four.x, out(1) ? none : four.y, out(2) ? none : four.z,
+                               out(3) ? none : four.w);
+            best[i] = best_of(four);
+            groups[8 * i] = four;
+        }
     }
-    int group = 0, member_of_group = 0;
-    uint4 held;
-    auto held_out = [&]() {
-        unsigned highest = max(max(best[0], best[1]), max(best[2], best[3]));
-        group = highest == best[0] ? 0 : highest == best[1] ? 1 : highest == best[2] ? 2 : 3;
-        held = ranks[8 * group];
-        member_of_group = highest == held.x ? 0 : highest == held.y ? 1 : highest == held.z ? 2 : 3;
-        return highest ? (Choice)highest << 32 | ~(unsigned)(id + 32 * group + member_of_group) : (Choice)0;
+    int group = 0, own = NO_ID;  // of what this lane holds out: where it is, and its id
+    float mine = none;
+    float4 held;
+    auto hold_out = [&]() {
+        mine = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3]));
+        group = mine == best[0] ? 0 : mine == best[1] ? 1 : mine == best[2] ? 2 : 3;
+        held = groups[8 * group];
+        own = id + 32 * group + (mine == held.x ? 0 : mine == held.y ? 1 : mine == held.z ? 2 : 3);
+        if (mine != mine) own = NO_ID;
     };
-    Choice mine = held_out();
+    hold_out();
     // A warp goes on until the last of its rows has what it wants.
     int rounds = wanted;
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) rounds = max(rounds, __shfl_xor_sync(FULL_WARP, rounds, offset));
+    Choice* found = task.choices + place * task.best;
     for (int rank = 0; rank < rounds; rank++) {
-        Choice taken = mine;
+        float top = mine;
 #pragma unroll
-        for (int offset = 4; offset > 0; offset /= 2) taken = better(taken, __shfl_xor_sync(FULL_WARP, taken, offset));
-        if (there && member == 0 && rank < wanted) task.choices[place * task.best + rank] = taken;
-        if (mine != taken || !taken) continue;
-        if (member_of_group == 0) held.x = 0;
-        if (member_of_group == 1) held.y = 0;
-        if (member_of_group == 2) held.z = 0;
-        if (member_of_group == 3) held.w = 0;
-        ranks[8 * group] = held;
-        unsigned next = max(max(held.x, held.y), max(held.z, held.w));
+        for (int offset = 4; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, offset));
+        int winner = mine == top ? own : NO_ID;
+#pragma unroll
+        for (int offset = 4; offset > 0; offset /= 2) winner = min(winner, __shfl_xor_sync(FULL_WARP, winner, offset));
+        if (member == 0 && rank < wanted) found[rank] = winner == NO_ID ? 0 : choice(top, winner);
+        if (own != winner || winner == NO_ID) continue;
+        int which = own % 4;
+        if (which == 0) held.x = none;
+        if (which == 1) held.y = none;
+        if (which == 2) held.z = none;
+        if (which == 3) held.w = none;
+        groups[8 * group] = held;
 #pragma unroll
         for (int i = 0; i < TILE / 32; i++)
-            if (i == group) best[i] = next;
-        mine = held_out();
+            if (i == group) best[i] = best_of(held);
+        hold_out();
     }
 }
 
@@ -184,9 +188,9 @@ __device__ __forceinline__ void finish_tiles(float* logits, int tile, const Task
     }
     if (!task.statistics) return;
     for (int line = threadIdx.x / 8; line < SPAN * ROWS; line += THREADS / 8) {
-        int first = blockIdx.x * ROWS + (line - threadIdx.x % 32 / 8) % ROWS;  // of the warp
+        int row = blockIdx.x * ROWS + line % ROWS, first = row - threadIdx.x % 32 / 8;  // of the warp
         if (tile + line / ROWS < tiles && first < task.count)
-            summarise(logits + line * LOGIT_STRIDE, blockIdx.x * ROWS + line % ROWS, tile + line / ROWS, task);
+            summarise(logits + line * LOGIT_STRIDE, row, tile + line / ROWS, row < task.count, task);
     }
 }
 
@@ -219,6 +223,21 @@ __device__ __forceinline__ void load_weights(Weights& weights, const Task& task,
     const uint4* source = packed + ((long long)own * CHUNKS + chunk) * 64 + threadIdx.x % 32;
     weights.step[0] = inside ? load_weight(source) : make_uint4(0, 0, 0, 0);
     weights.step[1] = inside ? load_weight(source + 32) : make_uint4(0, 0, 0, 0);
+}
+
+// Asks for what follows a warp's first DEPTH chunks of a tile, as far as PREFETCH chunks, to be brought to L2: memory
+// has something to do while the block normalises or searches.
+#ifndef PREFETCH
+#define PREFETCH 8
+#endif
+__device__ __forceinline__ void prefetch_weights(const Task& task, int tile) {
+#if __CUDA_ARCH__ >= 900 && !defined(CUDA_ON_CPU)
+    constexpr int COUNT = (PREFETCH < CHUNKS ? PREFETCH : CHUNKS) - DEPTH;
+    int own = tile * (TILE / 16) + threadIdx.x / 32;
+    if (COUNT <= 0 || own >= (task.vocabulary + 15) / 16 || threadIdx.x % 32) return;
+    const uint4* from = reinterpret_cast<const uint4*>(task.weight) + ((long long)own * CHUNKS + DEPTH) * 64;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(COUNT * 1024) : "memory");
+#endif
 }
 
 // A piece of sixteen bytes to shared memory, zeros where it is not wanted; there once this thread has waited for it.
@@ -284,6 +303,7 @@ __device__ __forceinline__ void run(const Task& task) {
     Weights weights[DEPTH];
 #pragma unroll
     for (int i = 0; i < DEPTH; i++) load_weights(weights[i], task, blockIdx.y * SPAN, i);
+    prefetch_weights(task, blockIdx.y * SPAN);
     stage_norm(norm, task);
     wait_for_previous();
     normalise_rows(normed, norm, task);
@@ -311,6 +331,7 @@ __device__ __forceinline__ void run(const Task& task) {
                 load_weights(weights[i], task, last ? tile + gridDim.y * SPAN : tile, last ? i : chunk + DEPTH);
             }
         }
+        prefetch_weights(task, tile + gridDim.y * SPAN);
         float* own = logits + part * ROWS * LOGIT_STRIDE + column;
 #pragma unroll
         for (int n = 0; n < ROWS / 8; n++)
@@ -456,4 +477,32 @@ vocabulary(const T* x, const T* gain, const T* norm_bias, const T* weight, const
     launch_next();
     run({x, gain, norm_bias, weight, bias, rows, slots, logits, statistics, choices, count, vocabulary, best, banned,
          epsilon, scale});
+}
+
+// vocabulary_tiles: the same statistics and choices from products that cuBLAS made, for many rows.
+//   logits float [count, vocabulary], unfinished: scale and bias are taken into account here
+//   other arguments as above
+//   grid (ceil(tiles / 32), count); block 256; static shared memory 17 KiB; moves logits once
+constexpr int SUMMARISING = 32;  // tiles of a block, eight lanes each
+extern "C" __global__ void __launch_bounds__(8 * SUMMARISING)
+vocabulary_tiles(const float* logits, const T* bias, const int* rows, const Slot* slots, float2* statistics,
+                 Choice* choices, int count, int vocabulary, int best, int banned, float scale) {
+    __shared__ __align__(16) float staged[SUMMARISING][LOGIT_STRIDE];
+    Task task = {nullptr, nullptr, nullptr, nullptr, bias, rows, slots, nullptr, statistics, choices, count, vocabulary,
+                 best, banned, 0.f, scale};
+    launch_next();
+    wait_for_previous();
+    int tiles = (vocabulary + TILE - 1) / TILE, row = blockIdx.y;
+    const float* own = logits + (long long)row * vocabulary;
+    int first = blockIdx.x * SUMMARISING + threadIdx.x / 32 * 4;  // tile of the warp
+    if (first >= tiles) return;
+#pragma unroll
+    for (int i = 0; i < 4 * TILE / 32; i++) {
+        int line = i * 32 / TILE, column = (32 * i + threadIdx.x % 32) % TILE, id = (first + line) * TILE + column;
+        float logit = id < vocabulary ? own[id] : 0.f;
+        staged[threadIdx.x / 32 * 4 + line][column] = finish_logit(logit, load_bias(id, task), id, task);
+    }
+    __syncwarp();
+    int local = threadIdx.x / 8, tile = blockIdx.x * SUMMARISING + local;
+    summarise(staged[local], row, tile, tile < tiles, task);
 }

@@ -121,7 +121,7 @@ def test_vocabulary_finds_the_best_and_their_log_probabilities(case: Case, preci
     cpu.top(arguments["logits"], arguments["banned"], expected["ids"], expected["log_probabilities"])
     found = arguments["ids"], arguments["log_probabilities"]
     numbers = np.int32(statistics.shape[1]), np.int32(best)
-    block = vocabulary_launch.BEST_THREADS
+    block = vocabulary_launch.best_threads(statistics.shape[1])
     SEARCH_KERNELS.launch("vocabulary_best", len(statistics), block, (statistics, choices, *found, *numbers))
     check(arguments, expected, ("ids", "log_probabilities"), TOLERANCE["float32"])
 
@@ -163,6 +163,34 @@ def test_vocabulary_writes_the_same_logits_without_looking_for_the_best(precisio
     vocabulary(precision, **head, best=2, group=24, logits=beside)
     assert not np.isnan(alone).any()
     assert np.array_equal(alone, beside)
+
+
+def test_vocabulary_of_many_rows_takes_two_tiles_at_a_time() -> None:
+    head = a_head(40)
+    few = vocabulary("float16", **head, best=2, group=8)
+    for group, blocks in ((64, 0), (24, 1)):
+        for one, other in zip(vocabulary("float16", **head, best=2, group=group, blocks=blocks), few, strict=True):
+            assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("wide", [128, 300, 4500])
+def test_vocabulary_tiles_summarises_products_made_elsewhere(wide: int) -> None:
+    random = np.random.default_rng(0)
+    products, bias = np.round(random.standard_normal((3, wide), dtype=np.float32), 1), np.float32(0.5) * np.arange(wide)
+    bias = (bias % 3).astype(np.float32)
+    logits = np.float32(0.5) * products + bias
+    expected = tiled(logits, 4, 7)
+    statistics, choices = np.full_like(expected[0], np.nan), np.zeros_like(expected[1])
+    kernels = Kernels("vocabulary.cu", HALF=0, INNER=64, ROWS=8)
+    kernels.launch(
+        "vocabulary_tiles", (-(-statistics.shape[1] // vocabulary_launch.SUMMARISING), 3), 256,
+        (
+            products, bias, None, None, statistics, choices, *(np.int32(number) for number in (3, wide, 4, 7)),
+            np.float32(0.5),
+        ),
+    )  # fmt: skip
+    assert np.array_equal(choices, expected[1])
+    assert np.allclose(statistics, expected[0], rtol=1e-5)
 
 
 def test_vocabulary_in_less_shared_memory_computes_the_same() -> None:

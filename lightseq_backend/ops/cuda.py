@@ -28,7 +28,7 @@ STREAMED_ROWS = 64  # up to so many rows a product reads its weights by our own 
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 _QUERIES = 64  # queries that one block of packed_attention takes
 _REACH = 32  # steps that a warp of decode_attention looks at together
-_ATTENDING_WARPS = 16  # that a multiprocessor's registers allow
+_ATTENDING_WARPS = 8  # of a multiprocessor: half its registers, the rest is for the kernel that comes next
 
 
 @dataclass(frozen=True)
@@ -253,7 +253,7 @@ class Cuda:
     ) -> None:
         steps = keys.shape[1]
         self._launch(
-            "attention", "cross_attention", (heads, len(rows)), 32 * self._warps(heads * len(rows) // 2, steps, 4),
+            "attention", "cross_attention", (heads, len(rows)), 32 * self._warps(heads * len(rows) // 4, steps, 4),
             (query, rows, slots, keys, values, out, heads, steps), HEAD_SIZE=out.shape[1] // heads,
         )  # fmt: skip
 
@@ -289,9 +289,23 @@ class Cuda:
     ) -> None:  # fmt: skip
         rows, best = ids.shape
         statistics, choices = self.tile_results(rows, output.weight.wide, best)
-        self._vocabulary(
-            x, norm, output, epsilon, scale, statistics=statistics, choices=choices, best=best, banned=banned
-        )
+        if rows <= STREAMED_ROWS or output.weight.wide % 8:  # cuBLAS is slow where rows of logits are not aligned
+            self._vocabulary(
+                x, norm, output, epsilon, scale, statistics=statistics, choices=choices, best=best, banned=banned
+            )
+        else:
+            weight: Matrix = output.weight
+            self.layer_norm(x, norm, epsilon, normed)
+            self._cublas.product(normed, weight.plain, weight.transposed, logits)
+            plan = vocabulary_launch.plan(self._limits, STREAMED_ROWS, weight.inner, weight.wide, self._half)
+            arguments = (
+                logits, output.bias, None, None, statistics, choices, rows, weight.wide, best, banned, scale,
+            )  # fmt: skip
+            blocks = -(-statistics.shape[1] // vocabulary_launch.SUMMARISING)
+            self._launch(
+                "vocabulary", "vocabulary_tiles", (blocks, rows), 8 * vocabulary_launch.SUMMARISING, arguments,
+                **dict(plan.definitions),
+            )  # fmt: skip
         self.merge_best(statistics, choices, ids, log_probabilities)
 
     def tile_results(self, rows: int, vocabulary: int, best: int) -> tuple[Array, Array]:
@@ -304,7 +318,7 @@ class Cuda:
         """The second part of vocabulary_top."""
         rows, tiles, best = choices.shape
         arguments = (statistics, choices, ids, log_probabilities, tiles, best)
-        self._launch("search", "vocabulary_best", (rows,), vocabulary_launch.BEST_THREADS, arguments)
+        self._launch("search", "vocabulary_best", (rows,), vocabulary_launch.best_threads(tiles), arguments)
 
     def target_log_probabilities(self, logits: Array, targets: Array, out: Array) -> None:
         arguments = (logits, targets, out, logits.shape[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from lightseq_backend.ops.linear_launch import Device, Plan
 
 TILE = 128
-BEST_THREADS = 288  # of a block of kernels/search.cu vocabulary_best
+SUMMARISING = 32  # tiles that a block of vocabulary_tiles takes
 _HALF_ROWS, _FLOAT_ROWS = 64, 32  # of a block, at most
 _RESIDENT = 16  # warps of one multiprocessor
 _DEPTH = 4
@@ -14,6 +14,11 @@ _DEPTH = 4
 def tiles(vocabulary: int) -> int:
     """Parts of the vocabulary that have their own statistics and choices."""
     return -(-vocabulary // TILE)
+
+
+def best_threads(tiles: int) -> int:
+    """Of a block of kernels/search.cu vocabulary_best: a warp for 32 tiles, and one more."""
+    return 32 * (min(16, -(-tiles // 32)) + 1)
 
 
 def threads(plan: Plan) -> int:

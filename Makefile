@@ -46,8 +46,8 @@ test: setup ## Run all tests that need no GPU
 	    $(python) -m pytest --durations=15 $(TESTS)
 
 .PHONY: test-gpu
-test-gpu: setup ## Run the tests that need a GPU (CuPy must be installed: .venv/bin/pip install .[cuda12])
-	@$(python) -m pytest --durations=15 tests/gpu
+test-gpu: setup ## Run the tests that need a GPU (install CuPy first: .venv/bin/pip install -e '.[cuda12]')
+	@$(python) -m pytest --durations=15 --capture=no tests/gpu
 
 .PHONY: lint
 lint: setup ## Check style (ruff) and types (mypy)
@@ -59,6 +59,10 @@ lint: setup ## Check style (ruff) and types (mypy)
 bench: setup ## Measure this engine beside Hugging Face's (installs PyTorch)
 	@./setup.sh bench
 	@$(python) -m benchmarks
+
+.PHONY: bench-gpu
+bench-gpu: setup ## Measure operations, models and loading on a GPU, beside PyTorch where it is installed
+	@$(python) -m benchmarks.gpu_all
 
 .PHONY: perf
 perf: setup ## Measure MODEL with Triton's perf_analyzer at concurrency 1, 4 and 16

@@ -1,239 +1,158 @@
-"""Decode steps on a GPU: microseconds a replay of the captured step, beside the time its bytes take at best.
+"""Whole models on a GPU: decode steps, encoder, requests, perplexity, the loop's share, loading.
 
-python -m benchmarks.gpu [--precision fp16]
+    python -m benchmarks.gpu [--quick] [--models big,gpt2] [--precision fp16] [--records FILE]
+
+Weights are random; every search takes as many steps as the source has tokens. Times are medians: of a step, of 30
+times 8 replays of its graph around the last length of such a request, on the device's clock; of the others, of 5 calls
+or more.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
-from lightseq_backend import ops
-from lightseq_backend.config import DecodingOptions, EngineConfig, GptConfig, TransformerConfig
-from lightseq_backend.engine import Engine
-from lightseq_backend.models.gpt import Gpt
-from lightseq_backend.models.transformer import Transformer
-from lightseq_backend.request import SCORE, Request, Sequence
+from benchmarks import gpu_device, gpu_engine, gpu_models
+from benchmarks.gpu_device import Rates
+from benchmarks.gpu_engine import Decoding, Engine
+from benchmarks.gpu_models import MODELS, TINY, Model
+from benchmarks.gpu_records import OURS, Record, Recorder, parser, precisions
+from benchmarks.gpu_timing import device_seconds, wall_seconds
 
-FLOOR_BANDWIDTH = 4.3e12  # bytes a second, a device copy on one H200
-
-
-class Shape(NamedTuple):
-    hidden: int
-    inner: int
-    heads: int
-    layers: int
-    vocabulary: int
-
-
-BIG = Shape(1024, 4096, 16, 6, 30016)
-BASE = Shape(512, 2048, 8, 6, 32000)
-GPT2 = Shape(768, 3072, 12, 12, 50257)
-XL = Shape(1600, 6400, 25, 48, 50257)
-
-
-def transformer(shape: Shape) -> tuple[TransformerConfig, dict[str, np.ndarray]]:
-    hidden, inner, heads, layers, vocabulary = shape
-    config = TransformerConfig(
-        hidden, inner, heads, layers, layers, vocabulary, vocabulary, 128, 0, 1, vocabulary - 1,
-        extra_decode_length=2, decoding=DecodingOptions(beam_size=4),
-    )  # fmt: skip
-    arrays: dict[str, np.ndarray] = {}
-    attention = (("qkv", hidden, 3 * hidden), ("output", hidden, hidden))
-    for i in range(layers):
-        _layer(arrays, f"encoder.{i}.", {"attention": attention}, hidden, inner)
-        cross = (("query", hidden, hidden), ("kv", hidden, 2 * hidden), ("output", hidden, hidden))
-        _layer(arrays, f"decoder.{i}.", {"self": attention, "cross": cross}, hidden, inner)
-    for side in ("source", "target"):
-        arrays[f"{side}.positions"] = _random(128, hidden)
-    for stack in ("encoder", "decoder"):
-        _norm(arrays, stack + ".norm", hidden)
-    arrays["source.tokens"] = _random(vocabulary, hidden)
-    arrays["output.weight"], arrays["output.bias"] = _random(hidden, vocabulary), np.zeros(vocabulary, np.float32)
-    arrays["output.bias"][config.end_id] = -1e4  # every search takes all the steps there are
-    arrays["target.tokens"] = arrays["output.weight"].T
-    return config, arrays
-
-
-def gpt(shape: Shape) -> tuple[GptConfig, dict[str, np.ndarray]]:
-    hidden, inner, heads, layers, vocabulary = shape
-    config = GptConfig(
-        hidden, inner, heads, layers, vocabulary, 1024, vocabulary, vocabulary - 1,
-        decoding=DecodingOptions("greedy"),
-    )  # fmt: skip
-    arrays: dict[str, np.ndarray] = {"tokens": _random(vocabulary, hidden), "positions": _random(1024, hidden)}
-    attention = (("qkv", hidden, 3 * hidden), ("output", hidden, hidden))
-    for i in range(layers):
-        _layer(arrays, f"layer.{i}.", {"attention": attention}, hidden, inner)
-    _norm(arrays, "norm", hidden)
-    arrays["output.weight"] = arrays["tokens"].T
-    return config, arrays
-
-
-def _layer(arrays: dict[str, np.ndarray], prefix: str, blocks: dict[str, Any], hidden: int, inner: int) -> None:
-    for name, products in {**blocks, "ffn": (("inner", hidden, inner), ("output", inner, hidden))}.items():
-        _norm(arrays, f"{prefix}{name}_norm", hidden)
-        for product, narrow, wide in products:
-            arrays[f"{prefix}{name}_{product}.weight"] = _random(narrow, wide) / np.float32(np.sqrt(narrow))
-            arrays[f"{prefix}{name}_{product}.bias"] = np.zeros(wide, np.float32)
-
-
-def _norm(arrays: dict[str, np.ndarray], name: str, hidden: int) -> None:
-    arrays[f"{name}.gain"], arrays[f"{name}.bias"] = np.ones(hidden, np.float32), np.zeros(hidden, np.float32)
-
-
-_generator = np.random.default_rng(0)
-
-
-def _random(rows: int, columns: int) -> np.ndarray:
-    block = _generator.standard_normal(min(rows * columns, 1 << 22), dtype=np.float32)
-    return np.resize(block, (rows, columns))  # the values do not matter to the time; making them would
-
-
-def decoder_bytes(shape: Shape, cross: bool, size: int) -> int:
-    """Weights that one step reads."""
-    attention = 4 * shape.hidden**2 + (2 * shape.hidden**2 if cross else 0)
-    return size * (shape.layers * (attention + 2 * shape.hidden * shape.inner) + shape.hidden * shape.vocabulary)
-
-
-def step_us(engine: Engine, rows: list[np.ndarray], changes: dict[str, object]) -> tuple[float, float]:
-    """Microseconds a replay with the caches filled, and milliseconds of a whole `answer`."""
-    import cupy
-
-    engine.answer(rows, changes=changes)
-    totals = []
-    for _ in range(5):
-        start = time.perf_counter()
-        engine.answer(rows, changes=changes)
-        totals.append(time.perf_counter() - start)
-    count = engine._steps.bucket(len(rows) * engine.options(changes).width)
-    stream = engine._ops._stream
-    medians = []
-    for _ in range(20):
-        begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-        begin.record(stream)
-        for _ in range(20):
-            engine._steps.run(count, True, False)
-        end.record(stream)
-        end.synchronize()
-        medians.append(cupy.cuda.get_elapsed_time(begin, end) / 20 * 1e3)
-    return float(np.median(medians)), float(np.median(totals)) * 1e3
-
-
-def prefill_ms(engine: Engine, rows: list[np.ndarray]) -> float:
-    """Milliseconds of one pass over sources or prompts, host included, until the device is done."""
-    options = engine.options({"sampling_method": "greedy"})
-    sequences = [Sequence.of(Request(row, options, lambda result: None), engine.model.config) for row in rows]
-    for slot, sequence in enumerate(sequences):
-        sequence.slots = [slot]
-    times = []
-    for _ in range(20):
-        start = time.perf_counter()
-        pack = engine._pack(sequences, 0)
-        engine.model.prefill(pack, engine._buffers.work.first(pack.rows), engine._buffers.cache)
-        engine._ops._stream.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times)) * 1e3
-
-
-def perplexity_ms(engine: Engine, rows: list[np.ndarray]) -> float:
-    """Milliseconds of scoring all rows in one pass."""
-    times = []
-    for _ in range(10):
-        start = time.perf_counter()
-        engine.answer(rows, SCORE)
-        times.append(time.perf_counter() - start)
-    return float(np.median(times)) * 1e3
-
-
-MODELS: dict[str, tuple[Shape, Callable[[Shape], Any]]] = {
-    "big": (BIG, transformer),
-    "base": (BASE, transformer),
-    "gpt2": (GPT2, gpt),
-    "xl": (XL, gpt),
-}
-
-
-def measure(name: str, precision: str) -> Iterator[dict[str, Any]]:
-    """One record a batch size and figure: model, precision, batch, what, value, floor, unit."""
-    shape, make = MODELS[name]
-    config, arrays = make(shape)
-    start = time.perf_counter()
-    backend = ops.load("cuda", 0, precision)
-    translates = make is transformer
-    model = Transformer(config, arrays, backend) if translates else Gpt(config, arrays, backend)
-    room = EngineConfig(slots=128 if translates else 8, max_beam_size=4, burst=8, prompt_tokens=4096)
-    engine = Engine(model, room, backend)
-
-    def record(what: str, batch: int, value: float, unit: str, floor: float | None = None) -> dict[str, Any]:
-        return {
-            "model": name, "precision": precision, "batch": batch, "what": what,
-            "value": round(value, 3), "unit": unit, "floor": floor and round(floor, 1),
-        }  # fmt: skip
-
-    yield record("load and capture, weights in memory", 0, time.perf_counter() - start, "s")
-    floor = decoder_bytes(shape, translates, 2 if precision == "fp16" else 4) / FLOOR_BANDWIDTH * 1e6
-    for batch in (1, 8, 32) if translates else (1, 8):
-        rows = [np.arange(3, 27 if translates else 35) + i for i in range(batch)]
-        us, total = step_us(engine, rows, {"max_new_tokens": 24})
-        yield record("decode step", batch, us, "us", floor)
-        yield record("24 tokens, whole requests", batch, total, "ms")
-        if translates:
-            yield record("encoder, 24 columns", batch, prefill_ms(engine, rows), "ms")
-    if not translates:
-        yield record(
-            "perplexity, 512 tokens", 8, perplexity_ms(engine, [np.arange(3, 515) + i for i in range(8)]), "ms"
-        )
+REPLAYS = 8  # of a step, in one sample; the step they centre on is the last of a request
+TEXTS, TEXT_LENGTH = 8, 512  # of perplexity
+SAMPLES = 30
+LONG = 120  # tokens of the decode in which the loop is looked at
+SERVED = {"slots": 32, "max_beam_size": 16, "prompt_tokens": 1024}  # what serving takes unless it is told otherwise
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--precision", default="fp16,fp32")
-    parser.add_argument("--models", default="big,base,gpt2,xl")
-    parser.add_argument("--output", help="folder that takes <gpu>.json and <gpu>.md")
-    options = parser.parse_args()
-    import cupy
-
-    gpu = cupy.cuda.runtime.getDeviceProperties(0)["name"].decode()
-    conditions = {
-        "gpu": gpu, "cupy": cupy.__version__, "CUDA driver": cupy.cuda.runtime.driverGetVersion(),
-        "date": time.strftime("%F"),
-    }  # fmt: skip
-    print(conditions)
-    records = []
-    for precision in options.precision.split(","):
-        for name in options.models.split(","):
-            for one in measure(name, precision):
-                records.append(one)
-                print(line(one), flush=True)
-    if options.output:
-        write(Path(options.output), conditions, records)
+    made = parser("gpu", __doc__)
+    made.add_argument("--models", help="names with commas between (default: big,base,gpt2,xl)")
+    options = made.parse_args()
+    gpu_device.require(options.device)
+    models = MODELS if options.device == "cuda" else TINY
+    names = options.models.split(",") if options.models else list(models)
+    wanted = precisions(options)
+    rates = gpu_device.measure(options.device, wanted)
+    measured = {"copy_bytes_a_second": rates.bytes, "operations_a_second": rates.operations}
+    conditions = gpu_device.conditions(options.device) | measured
+    with Recorder("models", options.records, conditions) as recorder:
+        for name in names:
+            config, arrays = gpu_models.build(models[name])
+            for precision in wanted:
+                subject = Subject(models[name], precision, options.device, rates, options.quick)
+                for record in subject.records(config, arrays):
+                    recorder.add(record)
+                gpu_device.release(options.device)
 
 
-def line(record: dict[str, Any]) -> str:
-    floor = record["floor"]
-    share = f"{floor} | {floor / record['value']:.0%}" if floor else " | "
-    cells = ("model", "precision", "batch", "what")
-    return f"| {' | '.join(str(record[cell]) for cell in cells)} | {record['value']} {record['unit']} | {share} |"
+class Subject:
+    """One model in one precision; `records` measures it."""
 
+    def __init__(self, model: Model, precision: str, device: str, rates: Rates, quick: bool):
+        self.model, self.precision, self.device, self.rates, self.quick = model, precision, device, rates, quick
+        shape = model.shape
+        self.texts, self.text_length = (TEXTS, TEXT_LENGTH) if device == "cuda" else (2, shape.positions)
+        self.long = LONG if device == "cuda" else 40
+        self.samples = SAMPLES if device == "cuda" else 2
 
-def write(folder: Path, conditions: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    stem = folder / f"gpu-{conditions['gpu'].lower().replace(' ', '-')}"
-    stem.with_suffix(".json").write_text(json.dumps({"conditions": conditions, "records": records}, indent=1) + "\n")
-    head = (
-        "# Decoding on a GPU\n\n"
-        + ", ".join(f"{key} {value}" for key, value in conditions.items())
-        + ".\n\nRandom weights, beam 4 (GPT: greedy, prompt 32), 24 tokens. A step is the median of 20 times 20 replays"
-        "\nof its graph with the caches full; the floor is the decoder's weights at 4.3 TB/s.\n\n"
-        "| model | precision | batch | what | measured | floor | of the floor |\n|--|--|--:|--|--:|--:|--:|\n"
-    )
-    stem.with_suffix(".md").write_text(head + "\n".join(map(line, records)) + "\n")
+    def records(self, config: Any, arrays: dict[str, np.ndarray]) -> Iterator[Record]:
+        model = self.model
+        room = {
+            "slots": max(max(model.batches) * model.beams, gpu_models.BEAMS),
+            "max_beam_size": gpu_models.BEAMS,
+            "prompt_tokens": max(max(model.batches) * max(model.lengths), self.texts * self.text_length),
+        }
+        loaded = gpu_engine.load(config, arrays, self.device, self.precision, **room)
+        yield self._record(0, 0, "load: weights in memory to the device", loaded.model_seconds, "s")
+        yield self._record(0, 0, "load: engine and its graphs", loaded.engine_seconds, "s")
+        engine = loaded.engine
+        for batch in model.batches:
+            for length in model.lengths:
+                if not self.quick or length in (24, gpu_models.PROMPT):
+                    yield from self._generation(engine, batch, length)
+        if not model.translates:
+            yield self._perplexity(engine)
+        if not self.quick:
+            for batch in model.batches:
+                yield from self._bursts(engine, batch)
+            if model.name == "big":
+                yield self._served(engine)
+
+    def _generation(self, engine: Engine, batch: int, length: int) -> Iterator[Record]:
+        rows, changes = gpu_models.rows(self.model, batch, length), self._changes(length)
+        clock = gpu_device.clock(engine)
+        step = self._step(engine, batch, length)
+        yield step
+        read = gpu_engine.reading(engine, rows, changes)
+        wall = wall_seconds(clock, read.whole, self.samples)
+        yield self._record(
+            batch, length, self._reading, wall * 1e3, "ms", gpu_models.reading_bytes(self.model, self.precision),
+            gpu_models.reading_operations(self.model, batch, length),
+            device_ms=device_seconds(clock, read.device, 4, self.samples // 2) * 1e3,
+        )  # fmt: skip
+        whole = wall_seconds(clock, lambda: gpu_engine.answer(engine, rows, changes), self.samples // 2)
+        parts = wall + length * step.value / 1e6
+        yield self._record(batch, length, "whole requests", whole * 1e3, "ms", parts_ms=parts * 1e3)
+
+    def _step(self, engine: Engine, batch: int, length: int, what: str = "decode step") -> Record:
+        decoding = Decoding(engine, gpu_models.rows(self.model, batch, length), self._changes(length))
+        last = decoding.generated - 1
+        first = max(0, last - REPLAYS // 2 - 1)
+        seconds = device_seconds(
+            gpu_device.clock(engine), decoding.step, REPLAYS, self.samples, lambda: decoding.rewind(first)
+        )
+        weights, caches = gpu_models.decoder_bytes(self.model, self.precision), decoding.cache_bytes(last)
+        return self._record(
+            batch, length, what, seconds * 1e6, "us", weights + caches,
+            weights_bytes=weights, weights_floor_us=weights / self.rates.bytes * 1e6,
+        )  # fmt: skip
+
+    def _perplexity(self, engine: Engine) -> Record:
+        texts = gpu_models.rows(self.model, self.texts, self.text_length)
+        scored, clock = gpu_engine.scoring(engine, texts), gpu_device.clock(engine)
+        seconds = wall_seconds(clock, scored.whole, 5)
+        weights = gpu_models.decoder_bytes(self.model, self.precision)
+        operations = gpu_models.scoring_operations(self.model, self.texts, self.text_length)
+        return self._record(
+            self.texts, self.text_length, "perplexity", seconds * 1e3, "ms", weights, operations,
+            device_ms=device_seconds(clock, scored.device, 1, 5) * 1e3,
+        )  # fmt: skip
+
+    def _bursts(self, engine: Engine, batch: int) -> Iterator[Record]:
+        length = self.model.lengths[0]
+        rows = gpu_models.rows(self.model, batch, length)
+        taken = gpu_engine.bursts(engine, rows, self._changes(length), self.long)
+        yield self._record(
+            batch, length, "a burst in the loop", taken.loop * 1e6, "us", steps=engine.config.burst,
+            device_us=taken.device * 1e6, host_us=taken.host * 1e6, busy_percent=100 * taken.device / taken.loop,
+        )  # fmt: skip
+
+    def _served(self, engine: Engine) -> Record:
+        other = gpu_engine.another(engine, **SERVED)
+        return self._step(other, min(8, max(self.model.batches)), 24, "decode step with the room that serving takes")
+
+    def _changes(self, tokens: int) -> dict[str, object]:
+        return {"max_new_tokens": tokens}
+
+    @property
+    def _reading(self) -> str:
+        return "encoder" if self.model.translates else "prompts"
+
+    def _record(
+        self, batch: int, length: int, what: str, value: float, unit: str,
+        size: int | None = None, operations: int | None = None, **more: float,
+    ) -> Record:  # fmt: skip
+        floor = None
+        if size is not None:
+            scale = {"us": 1e6, "ms": 1e3, "s": 1.0}[unit]
+            floor = self.rates.floor(size, operations or 0, self.precision) * scale
+        return Record(
+            OURS, self.model.name, self.precision, batch, length, what, value, unit, size, operations, floor, more=more
+        )
 
 
 if __name__ == "__main__":

@@ -1,123 +1,286 @@
-"""What each operation of a decode step takes on a GPU, in a graph of many calls over different weights.
+"""Every operation of a decode step on a GPU: microseconds, GB/s, share of the bandwidth measured in the same run.
 
-python -m benchmarks.gpu_ops [--precision fp16]
+    python -m benchmarks.gpu_ops [--quick] [--rows 8,32] [--models gpt2] [--precision fp16] [--records FILE]
+
+An operation is timed in a graph of many calls, each with other weights: those of the layers, and copies of them until
+no cache of the device holds them all, as in a step the other operations' weights come in between. Attention goes over
+the caches of 128 rows in turn; what is shorter than the device's cache is read from there. Beside an operation with
+weights stands a chain of kernels in such a graph that only read the same weights. Times are medians of 20 replays.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-import numpy as np
+from benchmarks import gpu_device, gpu_engine, gpu_models
+from benchmarks.gpu_device import Rates
+from benchmarks.gpu_engine import Decoding, Engine
+from benchmarks.gpu_models import MODELS, SIZES, TINY, Model
+from benchmarks.gpu_records import OURS, Record, Recorder, parser, precisions
+from benchmarks.gpu_timing import device_seconds
+from lightseq_backend.ops.slots import SAMPLE, SLOT
 
-from benchmarks.gpu import BIG, GPT2, Shape, gpt, transformer
-from lightseq_backend import ops
-from lightseq_backend.config import EngineConfig
-from lightseq_backend.engine import Engine
-from lightseq_backend.models.gpt import Gpt
-from lightseq_backend.models.transformer import Transformer
+ROWS = 128
+COUNTS = (4, 8, 32, 64, 128)
+USUAL = ("big", "gpt2")  # models
+LENGTH = 24  # tokens of a source and generated; a GPT has PROMPT of each
+SAMPLES = 20
+CALLS = 24  # in a graph, at least
+ADVANCING = 8  # calls in a graph of what moves the sequences on
 
-REPEATS = 4  # passes over the layers in one graph
+
+class Operation(NamedTuple):
+    """per_step: calls in a decode step, 0 for one that only sampling has; size: bytes of a call at least."""
+
+    name: str
+    per_step: int
+    size: int
+    call: Callable[[int], Any]  # takes the number of the call in the chain
+    chain: int  # calls with different arguments
+    before: Callable[[], Any] | None = None  # each replay of what moves the sequences on
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--precision", default="fp16")
-    parser.add_argument("--rows", default="8,32,64,128")
-    options = parser.parse_args()
-    for name, shape, make in (("big", BIG, transformer), ("gpt2", GPT2, gpt)):
-        _measure(name, shape, make, options.precision, [int(rows) for rows in options.rows.split(",")])
+    made = parser("gpu_ops", __doc__)
+    made.add_argument("--rows", help=f"numbers with commas between (default: {','.join(map(str, COUNTS))})")
+    made.add_argument("--models", help=f"names with commas between (default: {','.join(USUAL)})")
+    options = made.parse_args()
+    gpu_device.require(options.device)
+    models = {name: MODELS[name] for name in USUAL} if options.device == "cuda" else TINY
+    names = options.models.split(",") if options.models else list(models)
+    counts = [int(count) for count in options.rows.split(",")] if options.rows else (32,) if options.quick else COUNTS
+    rates = gpu_device.measure(options.device, ())
+    conditions = gpu_device.conditions(options.device) | {"copy_bytes_a_second": rates.bytes}
+    with Recorder("operations", options.records, conditions) as recorder:
+        for name in names:
+            model = (MODELS | TINY)[name]
+            config, arrays = gpu_models.build(model)
+            for precision in precisions(options):
+                for record in Subject(model, precision, options.device, rates, config, arrays).records(counts):
+                    recorder.add(record)
+                gpu_device.release(options.device)
 
 
-def _measure(name: str, shape: Shape, make: Callable[..., Any], precision: str, counts: list[int]) -> None:
-    config, arrays = make(shape)
-    backend = ops.load("cuda", 0, precision)
-    translates = make is transformer
-    model = (Transformer if translates else Gpt)(config, arrays, backend)
-    engine = Engine(model, EngineConfig(slots=128, max_beam_size=4, burst=1, prompt_tokens=2048), backend)
-    # Leaves caches, lengths and records as after 24 tokens of 32 sentences.
-    rows = [np.arange(3, 27) + i for i in range(32)]
-    engine.answer(rows, changes={"max_new_tokens": 24, "sampling_method": "beam_search", "beam_size": 4})
-    for count in counts:
-        times = {label: _time(backend, run) for label, run in _operations(engine, model, count, translates).items()}
-        print(f"{name} {precision} rows {count:3d}: " + "  ".join(f"{label} {us:.2f}" for label, us in times.items()))
+class Subject:
+    """One model in one precision, decoding on as many rows as there are."""
+
+    def __init__(self, model: Model, precision: str, device: str, rates: Rates, config: Any, arrays: dict[str, Any]):
+        self.model, self.precision, self._rates = model, precision, rates
+        room = {"slots": ROWS, "max_beam_size": gpu_models.BEAMS, "prompt_tokens": ROWS * gpu_models.PROMPT}
+        self.engine: Engine = gpu_engine.load(config, arrays, device, precision, **room).engine
+        self.length = LENGTH if model.translates else gpu_models.PROMPT
+        rows = gpu_models.rows(model, ROWS // model.beams, self.length)
+        self.decoding = Decoding(self.engine, rows, {"max_new_tokens": self.length})
+        self._samples = SAMPLES if device == "cuda" else 2
+        size = 3 * gpu_device.cache_size(device)
+        self.chains = {name: gpu_engine.copies(found, size) for name, found in self._linears().items()}
+
+    def _linears(self) -> dict[str, list[Any]]:
+        parts = gpu_engine.parts(self.engine, ROWS)
+        own, ffn = ([layer[at] for layer in parts.layers] for at in (0, -1))
+        found = {
+            "qkv": [block.inner for block in own],
+            "output": [block.output for block in own],
+            "FFN 1": [block.inner for block in ffn],
+            "FFN 2": [block.output for block in ffn],
+            "vocabulary": [parts.model.head.output],
+        }
+        if self.model.translates:
+            found["query"] = [layer[1].inner for layer in parts.layers]
+        return found
+
+    @property
+    def steps(self) -> int:
+        """In the cache before the last token of a request."""
+        return self.length - 1 + (0 if self.model.translates else self.length - 1)
+
+    def records(self, counts: Sequence[int]) -> Iterator[Record]:
+        streams = {name: self._stream_seconds(linears) for name, linears in self.chains.items()}
+        streams["vocabulary search"] = streams["logits"] = streams["vocabulary"]
+        for count in counts:
+            total = 0.0
+            for operation in Operations(self, count):
+                seconds = self._seconds(operation, count)
+                total += operation.per_step * seconds
+                more: dict[str, float] = {"per_step": operation.per_step}
+                if stream := streams.get(operation.name):
+                    more["stream_us"] = stream * 1e6
+                yield self._record(count, f"operation {operation.name}", seconds, operation.size, more)
+            yield self._record(count, "all operations of a step", total, None, {})
+
+    def _seconds(self, operation: Operation, count: int) -> float:
+        passes = 1 if operation.before else -(-CALLS // operation.chain)
+
+        def run() -> None:
+            for _ in range(passes):
+                for i in range(operation.chain):
+                    operation.call(i)
+
+        gpu_engine.fill(self.engine, count)
+        self.decoding.rewind(self.length - 1)
+        if operation.before:
+            operation.before()
+        replay = gpu_engine.capture(self.engine, run)
+        clock = gpu_device.clock(self.engine)
+        return device_seconds(clock, replay, 1, self._samples, operation.before) / (passes * operation.chain)
+
+    def _stream_seconds(self, linears: Sequence[Any]) -> float | None:
+        clock, passes = gpu_device.clock(self.engine), -(-CALLS // len(linears))
+        found = []
+        for run in gpu_engine.streams(self.engine, list(linears) * passes):
+            replay = gpu_engine.capture(self.engine, run)
+            found.append(device_seconds(clock, replay, 1, self._samples) / (passes * len(linears)))
+        return min(found, default=None)
+
+    def _record(self, count: int, what: str, seconds: float, size: int | None, more: dict[str, float]) -> Record:
+        floor = size / self._rates.bytes * 1e6 if size else None
+        return Record(
+            OURS, self.model.name, self.precision, count, self.length, what, seconds * 1e6, "us", size, None, floor,
+            more=more,
+        )  # fmt: skip
 
 
-def _operations(engine: Engine, model: Any, count: int, translates: bool) -> dict[str, Callable[[], int]]:
-    backend, buffers = engine._ops, engine._buffers
-    work, state, cache, head = buffers.work.first(count), buffers.state, buffers.cache, model.head
-    rows = state.rows[:count]
-    layers = model.decoder if translates else model.layers
-    arithmetic, heads = model.arithmetic, model.config.heads
+class Operations:
+    """Those of a step over `count` rows, in its order; a GPT's sampling behind them."""
 
-    def over(call: Callable[[int, Any], None]) -> Callable[[], int]:
-        def run() -> int:
-            for _ in range(REPEATS):
-                for i, layer in enumerate(layers):
-                    call(i, layer)
-            return REPEATS * len(layers)
+    def __init__(self, subject: Subject, count: int):
+        self._subject, self._count, self._translates = subject, count, subject.model.translates
+        self._parts = gpu_engine.parts(subject.engine, count)
+        self._groups = gpu_engine.groups(subject.engine, count, ROWS)
+        self._layers, self._size = len(self._parts.layers), SIZES[subject.precision]
 
-        return run
+    def __iter__(self) -> Iterator[Operation]:
+        work, activation = self._parts.work, self._parts.model.arithmetic.activation
+        yield self._embed()
+        yield self._norm_linear("qkv", 0, work.qkv)
+        yield self._self_attention()
+        yield self._residual("output", (2 if self._translates else 1) * self._layers, work.context)
+        if self._translates:
+            yield self._norm_linear("query", 1, work.query)
+            yield self._cross_attention()
+        yield self._norm_linear("FFN 1", -1, work.inner, activation)
+        yield self._residual("FFN 2", self._layers, work.inner)
+        yield self._search()
+        if not self._translates:
+            yield self._logits()
+            yield self._sample_step()
 
-    def norm_linear(block: Any, out: Any, activation: str = "none") -> None:
-        backend.norm_linear(work.x, block.norm, block.inner, arithmetic.epsilon, activation, work.normed, out)
+    def _embed(self) -> Operation:
+        model, parts = self._parts.model, self._parts
+        prefix = "target_" if self._translates else ""
+        tables = getattr(model, f"{prefix}tokens"), getattr(model, f"{prefix}positions")
 
-    def attend(i: int) -> None:
-        backend.decode_attention(
-            work.qkv, rows, state.slots, cache.ancestors, cache.keys[i], cache.values[i], heads, work.context
+        def call(i: int) -> None:
+            parts.ops.embed_rows(self._groups[i], parts.state.slots, *tables, parts.work.x)
+
+        return Operation("embed", 1, 3 * self._size * parts.work.x.size, call, len(self._groups))
+
+    def _norm_linear(self, name: str, block: int, out: Any, activation: str = "none") -> Operation:
+        parts, norm, epsilon = self._parts, self._parts.layers[0][block].norm, self._parts.model.arithmetic.epsilon
+        work = parts.work
+        return self._product(
+            name, self._layers, work.x, out.shape[1],
+            lambda linear: parts.ops.norm_linear(work.x, norm, linear, epsilon, activation, work.normed, out),
+        )  # fmt: skip
+
+    def _residual(self, name: str, per_step: int, x: Any) -> Operation:
+        parts, out = self._parts, self._parts.work.x
+        product = self._product(
+            name, per_step, x, out.shape[1], lambda linear: parts.ops.linear_residual(x, linear, out, out)
         )
+        return product._replace(size=product.size + self._size * out.size)
 
-    def once(call: Callable[[], None]) -> Callable[[], int]:
-        def run() -> int:
-            for _ in range(REPEATS):
-                call()
-            return REPEATS
+    def _product(self, name: str, per_step: int, x: Any, wide: int, call: Callable[[Any], Any]) -> Operation:
+        """Weights, x and the result."""
+        linears, narrow = self._subject.chains[name], x.shape[1]
+        size = self._size * (narrow * wide + self._count * (narrow + wide))
+        return Operation(name, per_step, size, lambda i: call(linears[i]), len(linears))
 
-        return run
+    def _self_attention(self) -> Operation:
+        """Reads the history of one layer, what beams share once, and qkv; writes keys, values and the result."""
+        parts, heads, subject = self._parts, self._subject.model.shape.heads, self._subject
+        hidden, steps = subject.model.shape.hidden, subject.steps
+        entries = subject.decoding.history_entries(steps) * self._count // ROWS
+        size = self._size * hidden * (2 * entries + 6 * self._count) + 4 * self._count * steps
 
-    vocabulary = (work.x, head.norm, head.output, head.epsilon, head.scale, work.normed, state.logits[:count])
-    ids, log_probabilities = state.ids[:count], state.log_probabilities[:count]
-    found = backend.tile_results(count, head.output.weight.wide, ids.shape[1])  # part of vocabulary, and its end
-    operations = {
-        "qkv": over(lambda i, layer: norm_linear(layer[0], work.qkv)),
-        "self": over(lambda i, layer: attend(i)),
-        "out": over(lambda i, layer: backend.linear_residual(work.context, layer[0].output, work.x, work.x)),
-        "ffn1": over(lambda i, layer: norm_linear(layer[-1], work.inner, "relu")),
-        "ffn2": over(lambda i, layer: backend.linear_residual(work.inner, layer[-1].output, work.x, work.x)),
-        "embed": once(lambda: backend.embed_rows(rows, state.slots, model.target_tokens if translates else model.tokens,
-                                                 model.target_positions if translates else model.positions, work.x)),
-        "vocabulary": once(lambda: backend.vocabulary_top(*vocabulary, head.banned, ids, log_probabilities)),
-        "best": once(lambda: backend.merge_best(*found, ids, log_probabilities)),
-        "beam": once(
-            lambda: backend.beam_step(rows, state.slots, cache.ancestors, state.history, ids, log_probabilities)
-        ),
-    }  # fmt: skip
-    if translates:
-        operations["query"] = over(lambda i, layer: norm_linear(layer[1], work.query))
-        operations["cross"] = over(
-            lambda i, layer: backend.cross_attention(
-                work.query, rows, state.slots, cache.memory_keys[i], cache.memory_values[i], heads, work.context
+        def call(i: int) -> None:
+            rows, layer, cache = self._groups[i // self._layers], i % self._layers, parts.cache
+            parts.ops.decode_attention(
+                parts.work.qkv, rows, parts.state.slots, cache.ancestors, cache.keys[layer], cache.values[layer],
+                heads, parts.work.context,
+            )  # fmt: skip
+
+        return Operation("self-attention", self._layers, size, call, len(self._groups) * self._layers)
+
+    def _cross_attention(self) -> Operation:
+        """Reads each sentence's keys and values once, and the queries; writes the result."""
+        parts, heads, hidden = self._parts, self._subject.model.shape.heads, self._subject.model.shape.hidden
+        memory = self._count // gpu_models.BEAMS * self._subject.length
+
+        def call(i: int) -> None:
+            rows, layer, cache = self._groups[i // self._layers], i % self._layers, parts.cache
+            parts.ops.cross_attention(
+                parts.work.query, rows, parts.state.slots, cache.memory_keys[layer], cache.memory_values[layer],
+                heads, parts.work.context,
+            )  # fmt: skip
+
+        size = 2 * self._size * hidden * (self._count + memory)
+        return Operation("cross-attention", self._layers, size, call, len(self._groups) * self._layers)
+
+    def _search(self) -> Operation:
+        """Norm, product, the best ids and the beam step. Logits need not be written."""
+        parts, head, work = self._parts, self._parts.model.head, self._parts.work
+        linears, state, best = self._subject.chains["vocabulary"], parts.state, parts.ids
+        target = (parts.cache.ancestors, state.history)
+
+        def call(i: int) -> None:
+            product = (
+                work.x,
+                head.norm,
+                linears[i % len(linears)],
+                head.epsilon,
+                head.scale,
+                work.normed,
+                parts.logits,
             )
-        )
-    return operations
+            found = (head.banned, best, parts.log_probabilities)
+            parts.ops.vocabulary_search(*product, *found, self._groups[0], state.slots, *target)
 
+        size = self._logits().size - 4 * parts.logits.size + self._record_bytes()
+        return Operation("vocabulary search", 1, size, call, ADVANCING, self._rewind)
 
-def _time(backend: Any, run: Callable[[], int]) -> float:
-    """Microseconds a call, median of 20 replays."""
-    import cupy
+    def _logits(self) -> Operation:
+        """Logits are float32 in either precision."""
+        head, work, room, ops = self._parts.model.head, self._parts.work, self._parts.logits, self._parts.ops
 
-    calls = run()
-    replay = backend.capture(run)
-    stream, times = backend._stream, []
-    for _ in range(20):
-        begin, end = cupy.cuda.Event(), cupy.cuda.Event()
-        begin.record(stream)
-        replay()
-        end.record(stream)
-        end.synchronize()
-        times.append(cupy.cuda.get_elapsed_time(begin, end) * 1e3 / calls)
-    return float(np.median(times))
+        def call(linear: Any) -> None:
+            ops.vocabulary_logits(work.x, head.norm, linear, head.epsilon, head.scale, work.normed, room)
+
+        product = self._product("vocabulary", 0, work.x, room.shape[1], call)
+        return product._replace(name="logits", size=product.size + (4 - self._size) * room.size)
+
+    def _sample_step(self) -> Operation:
+        parts = self._parts
+
+        def call(i: int) -> None:
+            parts.ops.sample_step(
+                self._groups[0], parts.state.slots, parts.state.history, parts.logits, parts.model.head.banned
+            )
+
+        def before() -> None:
+            self._rewind(method=SAMPLE, top_k=4, temperature=1, top_p=1)
+
+        size = self._record_bytes() + 4 * parts.logits.size
+        return Operation("sample of the best 4", 0, size, call, ADVANCING, before)
+
+    def _record_bytes(self) -> int:
+        """Records in and out; ancestors and history in and out."""
+        return self._count * (2 * SLOT.itemsize + 2 * 4 * 2 * self._subject.length)
+
+    def _rewind(self, **fields: object) -> None:
+        """So far back that a replay ahead and half of the next come before the last token of a request."""
+        self._subject.decoding.rewind(self._subject.length - ADVANCING - ADVANCING // 2, **fields)
 
 
 if __name__ == "__main__":

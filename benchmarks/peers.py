@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.transformer_base import CONFIG, END, LENGTH_PENALTY, PADDING, START, parameters
 from lightseq_backend import ops, weights
-from lightseq_backend.config import EngineConfig
+from lightseq_backend.config import EngineConfig, TransformerConfig
 from lightseq_backend.engine import Engine
 from lightseq_backend.engine.buffers import allocate
 from lightseq_backend.models.pack import Pack
@@ -51,10 +51,13 @@ class Ours:
         sentences, length = sources.shape
         ops, model = self._ops, self._model
         buffers = allocate(model, self._settings, self._settings.max_beam_size, ops)
-        lanes, columns = (grid.ravel().astype(np.int32) for grid in np.indices(sources.shape))
-        starts = np.arange(0, sources.size + 1, length, dtype=np.int32)
+        pack = Pack.of(np.zeros(Pack.elements(sources.size), np.int32), sources.size)
+        pack.tokens[:] = sources.ravel()
+        pack.lanes[:], pack.positions[:] = (grid.ravel() for grid in np.indices(sources.shape))
+        pack.steps[:] = pack.positions
+        pack.starts[:] = np.minimum(np.arange(sources.size + 1) * length, sources.size)
         encoder = buffers.work.first(sources.size)
-        model.prefill(Pack(sources.ravel().astype(np.int32), columns, lanes, columns, starts), encoder, buffers.cache)
+        model.prefill(pack, encoder, buffers.cache)
         encoded = encoder.normed.copy()
 
         rows, slots, head = np.arange(sentences, dtype=np.int32), buffers.state.slots, model.head
@@ -75,29 +78,13 @@ class HuggingFace:
 
     def __init__(self, path: Path, beams: int, sentences: int):
         import torch
-        from transformers import M2M100Config, M2M100ForConditionalGeneration
+        from transformers import M2M100ForConditionalGeneration
 
         torch.set_num_threads(THREADS)
         self._torch = torch
         _, arrays = weights.load(path)
         self._weights = parameters(arrays)
-        config = M2M100Config(
-            vocab_size=CONFIG.target_vocabulary,
-            d_model=CONFIG.hidden,
-            encoder_layers=CONFIG.encoder_layers,
-            decoder_layers=CONFIG.decoder_layers,
-            encoder_attention_heads=CONFIG.heads,
-            decoder_attention_heads=CONFIG.heads,
-            encoder_ffn_dim=CONFIG.inner,
-            decoder_ffn_dim=CONFIG.inner,
-            max_position_embeddings=CONFIG.max_positions,
-            activation_function=CONFIG.activation,
-            scale_embedding=True,
-            pad_token_id=PADDING,
-            bos_token_id=START,
-            eos_token_id=END,
-            decoder_start_token_id=START,
-        )
+        config = m2m100_config(CONFIG)
         with torch.device("meta"):
             model = M2M100ForConditionalGeneration(config)
         model.to_empty(device="cpu")
@@ -214,6 +201,29 @@ PEERS: dict[str, Any] = {
     "CTranslate2": CTranslate2,
     "GEMMs alone": Gemms,
 }
+
+
+def m2m100_config(config: TransformerConfig) -> Any:
+    """The same network as Hugging Face's M2M100; both sides share one embedding there."""
+    from transformers import M2M100Config
+
+    return M2M100Config(
+        vocab_size=config.target_vocabulary,
+        d_model=config.hidden,
+        encoder_layers=config.encoder_layers,
+        decoder_layers=config.decoder_layers,
+        encoder_attention_heads=config.heads,
+        decoder_attention_heads=config.heads,
+        encoder_ffn_dim=config.inner,
+        decoder_ffn_dim=config.inner,
+        max_position_embeddings=config.max_positions,
+        activation_function=config.activation,
+        scale_embedding=True,
+        pad_token_id=config.padding_id,
+        bos_token_id=config.start_id,
+        eos_token_id=config.end_id,
+        decoder_start_token_id=config.start_id,
+    )
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -277,17 +277,18 @@ cross_attention(const T* query, const int* rows, const Slot* slots, const T* key
                          out + place, hidden);
 }
 
-// store: keys[lanes[r], steps[r]] and values[lanes[r], steps[r]] become the two halves of key_values[r].
-//   key_values T [rows, 2 hidden], rows `stride` numbers apart   lanes, steps int32 [rows]
-//   keys, values T [lanes, most_steps, hidden]
-//   grid rows; block 256; moves 4 * rows * hidden numbers
+// store: keys[l, lanes[r], steps[r]] and values[...] become the two halves of part l of key_values[r].
+//   key_values T [rows, layers * 2 hidden], rows `stride` numbers apart   lanes, steps int32 [rows]
+//   keys, values T [layers, lane_count, most_steps, hidden]
+//   grid (rows, layers); block 256; moves 4 * rows * layers * hidden numbers
 extern "C" __global__ void __launch_bounds__(256)
 store(const T* key_values, int stride, const int* lanes, const int* steps, T* keys, T* values, int hidden,
-      int most_steps) {
+      int most_steps, int lane_count) {
     launch_next();
     wait_for_previous();
-    const T* from = key_values + (long long)blockIdx.x * stride;
-    long long place = ((long long)lanes[blockIdx.x] * most_steps + steps[blockIdx.x]) * hidden;
+    const T* from = key_values + (long long)blockIdx.x * stride + blockIdx.y * 2 * hidden;
+    long long lane = (long long)blockIdx.y * lane_count + lanes[blockIdx.x];
+    long long place = (lane * most_steps + steps[blockIdx.x]) * hidden;
     size_t address = reinterpret_cast<size_t>(key_values);
     bool aligned = address % 16 == 0 && hidden % LANE_WIDTH == 0 && stride % LANE_WIDTH == 0;
     int wide = aligned ? LANE_WIDTH : 1;
@@ -299,31 +300,35 @@ store(const T* key_values, int stride, const int* lanes, const int* steps, T* ke
 }
 
 // Packed sequences ----------------------------------------------------------------------------------------------------
-// Each block takes TILE queries of one sequence. Which, it finds in `starts`, because the host knows only how many rows
-// and sequences there are: sequence i begins at block starts[i] / TILE + i, which leaves it at least the blocks that
-// it needs, and there are rows / TILE + sequences blocks in all.
+// A tile is TILE queries of one sequence. The host knows only how many rows and sequences there may be, so tiles are
+// found in `starts`: sequence i has those from starts[i] / TILE + i on, which leaves it at least as many as it needs. A
+// block takes every gridDim.x-th tile until the sequences are over; the last of them may be empty, all at the end.
 
 constexpr int TILE = 64;
 
 struct Queries {
     int first, length;  // the sequence: its first row and its rows
-    int query;          // the first query of this block, a row of the sequence
+    int query;          // the first query of this tile, a row of the sequence
+    __device__ __forceinline__ bool there() const { return query >= 0 && query < length; }
 };
 
-__device__ __forceinline__ Queries find_queries(const int* starts, int sequences) {
-    int block = blockIdx.x, low = 0, high = sequences;  // low's first block is at or before this one, high's is not
+// By a whole warp, which looks at 32 sequences at a time.
+__device__ __forceinline__ Queries find_queries(const int* starts, int sequences, int tile) {
+    int low = 0, high = sequences;  // low's first tile is at or before this one, high's is not
     while (high - low > 1) {
-        int middle = (low + high) / 2;
-        if (starts[middle] / TILE + middle <= block) low = middle;
-        else high = middle;
+        int step = (high - low + 31) / 32, candidate = low + (threadIdx.x % 32 + 1) * step;
+        bool before = candidate < high && starts[candidate] / TILE + candidate <= tile;
+        int count = __popc(__ballot_sync(FULL_WARP, before));  // of candidates, which ascend
+        high = min(high, low + (count + 1) * step);
+        low += count * step;
     }
     int first = starts[low];
-    return {first, starts[low + 1] - first, (block - first / TILE - low) * TILE};
+    return {first, starts[low + 1] - first, (tile - first / TILE - low) * TILE};
 }
 
 // packed_attention: out[r] = softmax(q[r] . k[s] / sqrt(d)) v[s], s over r's sequence, up to r where causal is not 0.
 //   qkv T [rows, 3 hidden]   starts int32 [sequences + 1]   out T [rows, hidden]
-//   grid (rows / 64 + sequences, heads); block 256; static shared memory 34 KiB
+//   grid (any, best rows / 64 + sequences, heads); block 256; static shared memory 34 KiB
 //   Products in float on the ordinary cores, for any head size: fp32, and fp16 before sm_75. Moves 4 * rows * hidden
 //   numbers and, for sequences of n rows, reads keys and values n / 64 times from L2.
 constexpr int SLICE = 32;  // columns of q, k or v in shared memory
@@ -337,15 +342,11 @@ __device__ __forceinline__ void load_slice(float (*slice)[SLICE + 4], const T* r
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-packed_attention(const T* qkv, const int* starts, T* out, int sequences, int heads, int causal) {
-    __shared__ __align__(16) float queries[TILE][SLICE + 4];
-    __shared__ __align__(16) float others[TILE][SLICE + 4];  // keys, then values
-    __shared__ __align__(16) float shares[TILE][TILE + 4];
-    launch_next();
-    wait_for_previous();
-    Queries own = find_queries(starts, sequences);
-    if (own.query < 0 || own.query >= own.length) return;
+typedef float Slice[TILE][SLICE + 4];
+
+// One tile of queries of one head. queries, others (keys, then values), shares: in shared memory.
+__device__ __forceinline__ void attend_packed(const T* qkv, Queries own, T* out, int heads, int causal, Slice& queries,
+                                              Slice& others, float (&shares)[TILE][TILE + 4]) {
     long long hidden = heads * HEAD_SIZE, stride = 3 * hidden;
     const T* q = qkv + own.first * stride + blockIdx.y * HEAD_SIZE;
     const T *k = q + hidden, *v = k + hidden;
@@ -443,6 +444,20 @@ packed_attention(const T* qkv, const int* starts, T* out, int sequences, int hea
     }
 }
 
+extern "C" __global__ void __launch_bounds__(256)
+packed_attention(const T* qkv, const int* starts, T* out, int sequences, int heads, int causal) {
+    __shared__ __align__(16) Slice queries, others;
+    __shared__ __align__(16) float shares[TILE][TILE + 4];
+    launch_next();
+    wait_for_previous();
+    const int total = starts[sequences];
+    for (int tile = blockIdx.x; tile < total / TILE + sequences; tile += gridDim.x) {
+        Queries own = find_queries(starts, sequences, tile);
+        if (own.first >= total) return;
+        if (own.there()) attend_packed(qkv, own, out, heads, causal, queries, others, shares);
+    }
+}
+
 // packed_attention_tensor: packed_attention on the tensor cores (Dao, "FlashAttention-2", 2023): fp16 products, float
 // sums; weights of the average are rounded to fp16.
 //   arguments and grid as above; block 128; static shared memory up to 37 KiB
@@ -466,17 +481,12 @@ __device__ __forceinline__ unsigned two_halves(float x, float y) {
     __half2 pair = __floats2half2_rn(x, y);
     return *reinterpret_cast<unsigned*>(&pair);
 }
-#endif
 
-extern "C" __global__ void __launch_bounds__(128)
-packed_attention_tensor(const T* qkv, const int* starts, T* out, int sequences, int heads, int causal) {
-#if ON_TENSOR_CORES
-    __shared__ __align__(16) __half keys[2][KEYS][STRIDE];
-    __shared__ __align__(16) __half values[2][KEYS][STRIDE];
-    launch_next();
-    wait_for_previous();
-    Queries own = find_queries(starts, sequences);
-    if (own.query < 0 || own.query >= own.length) return;
+typedef __half KeyTile[KEYS][STRIDE];
+
+// One tile of queries of one head. keys, values: in shared memory.
+__device__ __forceinline__ void attend_packed_tensor(const T* qkv, Queries own, T* out, int heads, int causal,
+                                                     KeyTile (&keys)[2], KeyTile (&values)[2]) {
     long long hidden = heads * HEAD_SIZE, stride = 3 * hidden;
     const T* q = qkv + own.first * stride + blockIdx.y * HEAD_SIZE;
     const T *k = q + hidden, *v = k + hidden;
@@ -585,6 +595,21 @@ packed_attention_tensor(const T* qkv, const int* starts, T* out, int sequences, 
                 *reinterpret_cast<unsigned*>(result + column) =
                     two_halves(context[n][2 * half] / sum[half], context[n][2 * half + 1] / sum[half]);
         }
+    }
+}
+#endif
+
+extern "C" __global__ void __launch_bounds__(128)
+packed_attention_tensor(const T* qkv, const int* starts, T* out, int sequences, int heads, int causal) {
+#if ON_TENSOR_CORES
+    __shared__ __align__(16) KeyTile keys[2], values[2];
+    launch_next();
+    wait_for_previous();
+    const int total = starts[sequences];
+    for (int tile = blockIdx.x; tile < total / TILE + sequences; tile += gridDim.x) {
+        Queries own = find_queries(starts, sequences, tile);
+        if (own.first >= total) return;
+        if (own.there()) attend_packed_tensor(qkv, own, out, heads, causal, keys, values);
     }
 #else
     __trap();

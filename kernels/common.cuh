@@ -76,29 +76,44 @@ __device__ __forceinline__ float warp_max(float x) {
     return x;
 }
 
-// A score and its id as one number that is larger for the better choice: the higher score, among equals the lower id.
-// -0 equals 0; what is not a number comes last. 0 stands for no choice.
-typedef unsigned long long Choice;
-__device__ __forceinline__ Choice choice(float score, int id) {
+// A score as a number that is larger for the better one: -0 equals 0, and 0 stands for what is not a number.
+__device__ __forceinline__ unsigned ranked(float score) {
     unsigned bits = __float_as_uint(score + 0.f);
-    bits = score != score ? 0 : bits >> 31 ? ~bits : bits | 0x80000000u;
-    return (Choice)bits << 32 | ~(unsigned)id;
+    return score != score ? 0 : bits >> 31 ? ~bits : bits | 0x80000000u;
 }
+__device__ __forceinline__ float ranked_score(unsigned x) {
+    return __uint_as_float(x >> 31 ? x & 0x7fffffffu : ~x);
+}
+__device__ __forceinline__ unsigned warp_most(unsigned x) {
+#if __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(FULL_WARP, x);
+#else
+#pragma unroll
+    for (int offset = 16; offset > 0; offset >>= 1) x = max(x, __shfl_xor_sync(FULL_WARP, x, offset));
+    return x;
+#endif
+}
+
+// A score and its id as one number that is larger for the better choice: the higher score, among equals the lower id.
+// 0 stands for no choice.
+typedef unsigned long long Choice;
+__device__ __forceinline__ Choice choice(float score, int id) { return (Choice)ranked(score) << 32 | ~(unsigned)id; }
 __device__ __forceinline__ int choice_id(Choice x) { return (int)~(unsigned)x; }
-__device__ __forceinline__ float choice_score(Choice x) {
-    unsigned bits = (unsigned)(x >> 32);
-    return __uint_as_float(bits >> 31 ? bits & 0x7fffffffu : ~bits);
-}
+__device__ __forceinline__ float choice_score(Choice x) { return ranked_score((unsigned)(x >> 32)); }
 __device__ __forceinline__ Choice better(Choice x, Choice y) { return x > y ? x : y; }
 __device__ __forceinline__ Choice warp_best(Choice x) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset >>= 1) x = better(x, __shfl_xor_sync(FULL_WARP, x, offset));
-    return x;
+    unsigned high = warp_most((unsigned)(x >> 32));
+    unsigned low = warp_most(high == (unsigned)(x >> 32) ? (unsigned)x : 0);
+    return (Choice)high << 32 | low;
 }
 
 __device__ __forceinline__ float gelu(float x) {  // tanh form (Hendrycks and Gimpel 2016)
     return 0.5f * x * (1.f + tanhf(0.7978845608028654f * x * (1.f + 0.044715f * x * x)));
 }
+
+__host__ __device__ constexpr int up(int x, int y) { return (x + y - 1) / y; }
+__host__ __device__ constexpr int least(int x, int y) { return x < y ? x : y; }
+__host__ __device__ constexpr int most(int x, int y) { return x > y ? x : y; }
 
 enum Activation { NONE = 0, RELU = 1, GELU = 2 };
 __device__ __forceinline__ float activate(float x, int activation) {
@@ -128,6 +143,34 @@ __device__ __forceinline__ void mma16816(float (&d)[4], const unsigned (&a)[4], 
 #else
     __trap();
 #endif
+}
+
+// The same for a 16 x 8 and b 8 x 8 in TF32, which is a float of which the tensor cores read the upper 19 bits.
+__device__ __forceinline__ void mma1688(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+    __trap();
+#endif
+}
+
+// Weights are never written: they may be requested before the kernels in front have ended, and pass L1 by.
+__device__ __forceinline__ uint4 load_weight(const uint4* source) {
+    uint4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(source));
+    return x;
+}
+
+// Sixteen bytes that an earlier kernel wrote; in the order of the program.
+__device__ __forceinline__ uint4 load_now(const void* source) {
+    uint4 x;
+    asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(source)
+                 : "memory");
+    return x;
 }
 
 // Eight-by-eight blocks of halves from shared memory: lanes 8 i to 8 i + 7 give the rows of block i.
@@ -230,3 +273,67 @@ __device__ __forceinline__ void launch_next() {
 }
 
 #endif  // CUDA_ON_CPU
+
+// Products on the tensor cores, of T with sums in float. Weights are the 16-row operand and rows of x the eight columns.
+// A chunk is 64 bytes of each row of x (CHUNK numbers), two steps, permuted such that lane (g, t) needs of row g the
+// sixteen bytes at 16 t: the first half of them at step 0, the second at step 1. kernels/linear.cu pack_weight puts
+// weights into the same order, sixteen bytes a lane and step.
+// In float a number is the sum of two that TF32 holds: x = high + low to 2^-24 of x, high rounded to 11 bits. Three of
+// the four products are taken; the fourth is below a float's last bit. (Ootomo and Yokota 2022; needs sm_80.)
+#define CHUNK (64 / (int)sizeof(T))
+
+#if HALF
+struct Left { unsigned value[4]; };
+struct Right { unsigned value[2]; };
+__device__ __forceinline__ Left left_operand(const uint4& w) { return {{w.x, w.y, w.z, w.w}}; }
+__device__ __forceinline__ Right right_operand(unsigned x, unsigned y) { return {{x, y}}; }
+__device__ __forceinline__ void multiply_add(float (&d)[4], const Left& a, const Right& b) {
+    mma16816(d, a.value, b.value);
+}
+#define ONE 0x3c003c00u
+#else
+__device__ __forceinline__ unsigned high_part(unsigned x) { return (x + 0x1000u) & 0xffffe000u; }
+__device__ __forceinline__ unsigned low_part(unsigned x, unsigned high) {
+    return __float_as_uint(__uint_as_float(x) - __uint_as_float(high));
+}
+struct Left { unsigned high[4], low[4]; };
+struct Right { unsigned high[2], low[2]; };
+__device__ __forceinline__ Left left_operand(const uint4& w) {
+    const unsigned value[4] = {w.x, w.y, w.z, w.w};
+    Left a;
+#pragma unroll
+    for (int i = 0; i < 4; i++) a.high[i] = high_part(value[i]), a.low[i] = low_part(value[i], a.high[i]);
+    return a;
+}
+__device__ __forceinline__ Right right_operand(unsigned x, unsigned y) {
+    const unsigned high[2] = {high_part(x), high_part(y)};
+    return {{high[0], high[1]}, {low_part(x, high[0]), low_part(y, high[1])}};
+}
+__device__ __forceinline__ void multiply_add(float (&d)[4], const Left& a, const Right& b) {
+    mma1688(d, a.low, b.high);
+    mma1688(d, a.high, b.low);
+    mma1688(d, a.high, b.high);
+}
+#define ONE 0x3f800000u
+#endif
+
+// The two steps of a chunk; `piece` is a lane's sixteen bytes of a row.
+__device__ __forceinline__ Right right_operand(const uint4& piece, int step) {
+    return step ? right_operand(piece.z, piece.w) : right_operand(piece.x, piece.y);
+}
+
+// Adds to moments, for the eight rows of `piece`, what `row_moments` reads: the rows are also the upper half of the
+// sixteen-row operand, ones are the lower.
+__device__ __forceinline__ void add_moments(float (&moments)[4], const uint4& piece) {
+#pragma unroll
+    for (int step = 0; step < 2; step++) {
+        const unsigned x = step ? piece.z : piece.x, y = step ? piece.w : piece.y;
+        multiply_add(moments, left_operand(make_uint4(x, ONE, y, ONE)), right_operand(x, y));
+    }
+}
+
+// Lane (g, t) with g / 2 == t has row g's: {sum, sum of squares}.
+__device__ __forceinline__ float2 row_moments(const float (&moments)[4]) {
+    const int g = threadIdx.x % 32 / 4;
+    return make_float2(moments[2 + g % 2], moments[g % 2]);
+}

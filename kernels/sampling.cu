@@ -1,5 +1,5 @@
 // sampling: what is done with whole rows of logits: the next token drawn, the best ids, what a target's id is worth.
-// One block a row; logits are float [rows, vocabulary], at most 2^18 ids. Nothing depends on the order in which threads
+// One block a row; logits are float [rows, vocabulary], rows `stride` apart, at most 2^18 ids. Nothing depends on the order in which threads
 // come: float sums are taken in a fixed order, counts and shares of probability are integers.
 
 constexpr int THREADS = 1024;
@@ -48,7 +48,7 @@ __device__ __forceinline__ float log_sum_exp(const float* logits, int vocabulary
 //   logits float [rows, vocabulary]   bias T [vocabulary] or null
 //   grid (ceil(vocabulary / 1024), rows up to 65535); block 256; moves logits twice
 extern "C" __global__ void __launch_bounds__(256)
-finish_logits(float* logits, const T* bias, int rows, int vocabulary, float scale) {
+finish_logits(float* logits, int stride, const T* bias, int rows, int vocabulary, float scale) {
     launch_next();
     wait_for_previous();
     int first = blockIdx.x * 1024 + threadIdx.x;
@@ -57,61 +57,120 @@ finish_logits(float* logits, const T* bias, int rows, int vocabulary, float scal
         for (int i = 0; i < 4; i++) {
             int id = first + i * 256;
             if (id >= vocabulary) break;
-            float* logit = logits + (long long)row * vocabulary + id;
+            float* logit = logits + (long long)row * stride + id;
             *logit = scale * *logit + (bias ? to_float(bias[id]) : 0.f);
         }
 }
 
-// target_log_probabilities: out[r] = log softmax(logits[r])[targets[r]].
-//   logits float [rows, vocabulary]   targets int32 [rows]   out float [rows]
-//   grid rows; block 1024; moves logits once, then reads them again from L2
+// What is made of a product: scale * logit + bias. bias: T [vocabulary] or null.
+struct Finish {
+    const T* bias;
+    float scale;
+    __device__ __forceinline__ float operator()(float logit, int id) const {
+        return scale * logit + (bias ? to_float(bias[id]) : 0.f);
+    }
+};
+
+// Calls take(z, id) for this thread's share of a row; four at a time where the row begins at a multiple of 16 bytes.
+template <typename Take>
+__device__ __forceinline__ void for_row(const float* row, int vocabulary, Finish finish, Take take) {
+    const bool whole = reinterpret_cast<size_t>(row) % 16 == 0;
+#pragma unroll 4
+    for (int id = threadIdx.x * 4; id < vocabulary; id += THREADS * 4) {
+        float four[4];
+        if (whole && id + 4 <= vocabulary) {
+            const float4 loaded = *reinterpret_cast<const float4*>(row + id);
+            four[0] = loaded.x, four[1] = loaded.y, four[2] = loaded.z, four[3] = loaded.w;
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++) four[i] = id + i < vocabulary ? row[id + i] : 0.f;
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) four[i] = id + i < vocabulary ? finish(four[i], id + i) : -INFINITE;
+        take(four, id);
+    }
+}
+
+// The largest of what a thread has seen, and the sum of exp(z - largest).
+struct Running {
+    float most = -3e38f, sum = 0.f;
+    __device__ __forceinline__ void add(const float (&z)[4]) {
+        float largest = fmaxf(fmaxf(most, fmaxf(z[0], z[1])), fmaxf(z[2], z[3]));
+        sum = sum * expf(most - largest) + ((expf(z[0] - largest) + expf(z[1] - largest)) +
+                                            (expf(z[2] - largest) + expf(z[3] - largest)));
+        most = largest;
+    }
+    // log sum exp over all threads' shares.
+    __device__ __forceinline__ float total(float* scratch) const {
+        float largest = block_max(most, scratch);
+        return logf(block_sum(sum * expf(most - largest), scratch)) + largest;
+    }
+};
+
+// target_log_probabilities: out[r] = log softmax(z[r])[targets[r]], z = scale * logits + bias.
+//   logits float [rows, vocabulary]   bias T [vocabulary] or null   targets int32 [rows]   out float [rows]
+//   grid rows; block 1024; moves logits once
 extern "C" __global__ void __launch_bounds__(THREADS)
-target_log_probabilities(const float* logits, const int* targets, float* out, int vocabulary) {
+target_log_probabilities(const float* logits, int stride, const T* bias, const int* targets, float* out, int vocabulary,
+                         float scale) {
     __shared__ float scratch[32];
     launch_next();
     wait_for_previous();
-    const float* own = logits + (long long)blockIdx.x * vocabulary;
-    float most = block_max(highest(own, vocabulary), scratch);
-    float normalisation = log_sum_exp(own, vocabulary, most, scratch);
-    if (threadIdx.x == 0) out[blockIdx.x] = own[targets[blockIdx.x]] - normalisation;
+    const float* own = logits + (long long)blockIdx.x * stride;
+    const Finish finish = {bias, scale};
+    Running running;
+    for_row(own, vocabulary, finish, [&](const float (&z)[4], int) { running.add(z); });
+    float normalisation = running.total(scratch);
+    int target = targets[blockIdx.x];
+    if (threadIdx.x == 0) out[blockIdx.x] = finish(own[target], target) - normalisation;
 }
 
-// top: the `count` best ids of each row but `banned`, best first, the lower id first among equals, and their
-// log-probabilities; the banned id (or -1) counts in the normalisation.
-//   logits float [rows, vocabulary]   ids int32, log_probabilities float [rows, count], count <= 32
-//   grid rows; block 1024; static shared memory 9 KiB; moves logits once, then reads them again from L2
-struct Two { Choice first, second; };  // best of a thread's ids that are below a bound
-
-__device__ __forceinline__ Two two_best(const float* logits, int vocabulary, int banned, Choice below) {
-    Two best = {};
-#pragma unroll 4
-    for (int id = threadIdx.x; id < vocabulary; id += THREADS) {
-        Choice candidate = choice(logits[id], id);
-        if (id == banned || candidate >= below) continue;
-        best.second = better(best.second, candidate < best.first ? candidate : best.first);
-        best.first = better(best.first, candidate);
+// top: of z = scale * logits + bias the `count` best ids of each row but `banned`, best first, the lower id first among
+// equals, and their log-probabilities; the banned id (or -1) counts in the normalisation.
+//   logits float [rows, vocabulary]   bias T [vocabulary] or null
+//   ids int32, log_probabilities float [rows, count], count <= 32
+//   grid rows; block 1024; static shared memory 9 KiB; moves logits once (again, from L2, for a thread that has more than
+//   two of the best)
+struct Two {
+    Choice first = 0, second = 0;  // best of a thread's ids that are below a bound
+    __device__ __forceinline__ void add(const float (&z)[4], int id, int vocabulary, int banned, Choice below) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            Choice candidate = choice(z[i], id + i);
+            if (id + i >= vocabulary || id + i == banned || candidate >= below) continue;
+            second = better(second, candidate < first ? candidate : first);
+            first = better(first, candidate);
+        }
     }
-    return best;
-}
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-top(const float* logits, int* ids, float* log_probabilities, int vocabulary, int count, int banned) {
+top(const float* logits, int stride, const T* bias, int* ids, float* log_probabilities, int vocabulary, int count,
+    int banned, float scale) {
     __shared__ float scratch[32];
     __shared__ Choice lists[WARPS][MOST_BEST];
     launch_next();
     wait_for_previous();
-    const float* own = logits + (long long)blockIdx.x * vocabulary;
-    float normalisation = log_sum_exp(own, vocabulary, block_max(highest(own, vocabulary), scratch), scratch);
+    const float* own = logits + (long long)blockIdx.x * stride;
+    const Finish finish = {bias, scale};
+    Running running;
+    Two mine;
+    for_row(own, vocabulary, finish, [&](const float (&z)[4], int id) {
+        running.add(z);
+        mine.add(z, id, vocabulary, banned, ~0ull);
+    });
+    float normalisation = running.total(scratch);
     // Each warp sorts its own best; then the first warp, a lane a list, takes the best of what they hold out.
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    Two mine = two_best(own, vocabulary, banned, ~0ull);
     for (int rank = 0; rank < count; rank++) {
         Choice taken = warp_best(mine.first);
         if (lane == 0) lists[warp][rank] = taken;
         if (mine.first == taken && taken) {
             mine.first = mine.second;
             mine.second = 0;
-            if (!mine.first) mine = two_best(own, vocabulary, banned, taken);
+            if (!mine.first)
+                for_row(own, vocabulary, finish,
+                        [&](const float (&z)[4], int id) { mine.add(z, id, vocabulary, banned, taken); });
         }
     }
     __syncthreads();
@@ -315,8 +374,8 @@ __device__ __forceinline__ void advance(const int* group, Slot* slots, int* hist
 //   arrivals int32 [n]: zeros, and zeros again afterwards
 //   grid n; block 1024; static shared memory 17 KiB; reads logits once, and 2 to 12 times from L2
 extern "C" __global__ void __launch_bounds__(THREADS)
-sample_step(const int* rows, Slot* slots, int* history, const float* logits, int* arrivals, int vocabulary, int banned,
-            int steps) {
+sample_step(const int* rows, Slot* slots, int* history, const float* logits, int stride, int* arrivals, int vocabulary,
+            int banned, int steps) {
     __shared__ Histogram histogram;
     __shared__ float scratch[32];
     __shared__ Choice choices[32];
@@ -332,7 +391,7 @@ sample_step(const int* rows, Slot* slots, int* history, const float* logits, int
     int generated = lead->generated, token = lead->end_id;
     float penalty = lead->length_penalty;
     if (!before.finished) {
-        Row row = {logits + (long long)blockIdx.x * vocabulary, vocabulary, banned, before.temperature, 0};
+        Row row = {logits + (long long)blockIdx.x * stride, vocabulary, banned, before.temperature, 0};
         cut(row, before, histogram, scratch);
         token = draw(row, before, generated, choices);
         float most = block_max(highest(row.logits, vocabulary), scratch);

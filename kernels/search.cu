@@ -169,27 +169,14 @@ beam_step(const int* rows, Slot* slots, int* ancestors, int* history, const int*
 
 // Merging what kernels/vocabulary.cu found in each tile of the vocabulary ---------------------------------------------
 
-// log sum exp over a row, from the largest logit and the sum of exp(logit - largest) of each tile; by one warp.
-__device__ __forceinline__ float log_sum_exp(const float2* statistics, int tiles) {
-    int lane = threadIdx.x % 32;
+// The largest logit of a row and the sum of exp(logit - it), from those of the tiles of one warp, as in `merge`.
+__device__ __forceinline__ float2 total(const float2* statistics, int first, int stride, int tiles) {
     float most = -INFINITE, sum = 0;
-#pragma unroll 8
-    for (int tile = lane; tile < tiles; tile += 32) most = fmaxf(most, statistics[tile].x);
+    for (int tile = first + threadIdx.x % 32; tile < tiles; tile += stride) most = fmaxf(most, statistics[tile].x);
     most = warp_max(most);
-#pragma unroll 8
-    for (int tile = lane; tile < tiles; tile += 32) sum += statistics[tile].y * expf(statistics[tile].x - most);
-    return logf(warp_sum(sum)) + most;
-}
-
-// The best of a warp; where it can, by two reductions of one instruction each.
-__device__ __forceinline__ Choice best_of_warp(Choice x) {
-#if __CUDA_ARCH__ >= 800
-    unsigned high = __reduce_max_sync(FULL_WARP, (unsigned)(x >> 32));
-    unsigned low = __reduce_max_sync(FULL_WARP, high == (unsigned)(x >> 32) ? (unsigned)x : 0);
-    return (Choice)high << 32 | low;
-#else
-    return warp_best(x);
-#endif
+    for (int tile = first + threadIdx.x % 32; tile < tiles; tile += stride)
+        sum += statistics[tile].y * expf(statistics[tile].x - most);
+    return make_float2(most, warp_sum(sum));
 }
 
 // The `wanted` best of a row, best first, from the best of some tiles, sorted, `count` apart; by one warp, whose first
@@ -205,7 +192,7 @@ __device__ __forceinline__ void merge(const Choice* choices, int first, int stri
 #pragma unroll 4
     for (int tile = first; tile < tiles; tile += stride) mine = better(mine, choices[(long long)tile * count]);
     for (int rank = 0; rank < wanted; rank++) {
-        Choice taken = best_of_warp(mine);
+        Choice taken = warp_best(mine);
         take(rank, taken);
         if (mine != taken || !taken || rank + 1 == wanted) continue;
         if (tiles <= stride) {
@@ -222,62 +209,42 @@ __device__ __forceinline__ void merge(const Choice* choices, int first, int stri
     }
 }
 
-// vocabulary_best: the best `count` ids of each row and their log-probabilities, from those of each tile.
-//   statistics float2 [n, tiles]   choices Choice [n, tiles, count]   ids int32, log_probabilities float [n, count]
-//   count <= MAX_WIDTH; grid n; block: a warp that takes the sum, and warps that merge, best one for 32 tiles, up to 16;
-//   then one merges what they found
-//   static shared memory 4 KiB; moves n * tiles * (2 + 2 * count) words
-constexpr int MERGING_WARPS = 16;
-extern "C" __global__ void __launch_bounds__(32 * (MERGING_WARPS + 1))
-vocabulary_best(const float2* statistics, const Choice* choices, int* ids, float* log_probabilities, int tiles,
-                int count) {
-    __shared__ Choice found[MERGING_WARPS][MAX_WIDTH];
-    __shared__ float normalisation;
-    launch_next();
-    wait_for_previous();
-    long long row = blockIdx.x;
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, merging = blockDim.x / 32 - 1;
-    if (warp == merging) {
-        float sum = log_sum_exp(statistics + row * tiles, tiles);
-        if (lane == 0) normalisation = sum;
-    } else {
-        merge(choices + row * tiles * count, 32 * warp, 32 * merging, tiles, count, count,
-              [&](int rank, Choice taken) {
-                  if (lane == 0) found[warp][rank] = taken;
-              });
-    }
-    __syncthreads();
-    if (warp) return;
-    Choice mine = 0;
-    merge(found[0], 0, 32, merging, MAX_WIDTH, count, [&](int rank, Choice taken) {
-        if (lane == rank) mine = taken;
-    });
-    if (lane < count) {
-        ids[row * count + lane] = mine ? choice_id(mine) : 0;  // no numbers, no choice
-        log_probabilities[row * count + lane] = choice_score(mine) - normalisation;
-    }
-}
-
-// vocabulary_beam_step: vocabulary_best for the rows of searching sequences, as many as they have beams; beam_step.
-//   arguments as of both; grid n; block 256; static shared memory 9 KiB. A warp merges a row at a time.
-extern "C" __global__ void __launch_bounds__(256)
+// vocabulary_beam_step: the best tokens of each searching row, as many as its sequence has beams, then beam_step.
+//   statistics float2 [n, tiles]   choices Choice [n, tiles, count]   other arguments as of beam_step
+//   grid n; block 1024; static shared memory 21 KiB; moves n * tiles * (2 + 2 * count) words and what beam_step moves
+//   The warps share the rows of a sequence evenly; those of a row share its tiles, then one merges what they found.
+constexpr int MERGING_WARPS = 32;
+extern "C" __global__ void __launch_bounds__(32 * MERGING_WARPS)
 vocabulary_beam_step(const int* rows, Slot* slots, int* ancestors, int* history, const float2* statistics,
                      const Choice* choices, int tiles, int count, int steps) {
     __shared__ Sequence sequence;
     __shared__ Best best;
+    __shared__ Choice found[MERGING_WARPS][MAX_WIDTH];
+    __shared__ float2 totals[MERGING_WARPS];
     __shared__ int parents[MAX_WIDTH], ranks[MAX_WIDTH];
     launch_next();
     wait_for_previous();
     if (!begin(rows, slots, sequence)) return;
     __syncthreads();
-    int width = sequence.record.width;
-    for (int beam = threadIdx.x / 32; beam < width; beam += blockDim.x / 32) {
+    int width = sequence.record.width, share = MERGING_WARPS / width;  // warps of a row
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, beam = warp / share;
+    if (beam < width) {
         long long row = blockIdx.x + beam;
-        float normalisation = log_sum_exp(statistics + row * tiles, tiles);
-        merge(choices + row * tiles * count, 0, 32, tiles, count, width, [&](int rank, Choice taken) {
-            if (threadIdx.x % 32 == 0) {
-                best.tokens[beam][rank] = taken ? choice_id(taken) : 0;
-                best.log_probabilities[beam][rank] = choice_score(taken) - normalisation;
+        int first = 32 * (warp % share), stride = 32 * share;
+        float2 own = total(statistics + row * tiles, first, stride, tiles);
+        if (lane == 0) totals[warp] = own;
+        merge(choices + row * tiles * count, first, stride, tiles, count, width, [&](int rank, Choice taken) {
+            if (lane == 0) found[warp][rank] = taken;
+        });
+    }
+    __syncthreads();
+    if (warp < width) {
+        float2 own = total(totals + warp * share, 0, 32, share);
+        float normalisation = own.x + logf(own.y);
+        merge(found[warp * share], 0, 32, share, MAX_WIDTH, width, [&](int rank, Choice taken) {
+            if (lane == 0) {
+                best.tokens[warp][rank] = taken ? choice_id(taken) : 0;  // no numbers, no choice
+                best.log_probabilities[warp][rank] = choice_score(taken) - normalisation;
             }
         });
     }

@@ -70,6 +70,7 @@ class Sequence:
     tokens, positions  int32 [m]: the row without padding, and the row of the position table for each token
     limit              tokens it may generate
     slots              the cache lanes it holds, one a beam or sample; empty until admitted
+    queued             decode steps that the device has been given for it
     """
 
     request: Request
@@ -78,13 +79,13 @@ class Sequence:
     limit: int
     seed: int
     slots: list[int] = field(default_factory=list)
+    queued: int = 0
 
     @classmethod
     def of(cls, request: Request, config: Config) -> Sequence:
         """The sequence a request asks for; RequestError when this model cannot take it."""
         row = np.asarray(request.tokens)
-        _check_row(row, config)
-        columns = np.flatnonzero(row != config.padding_id)
+        columns = _columns(row, config)
         if isinstance(config, GptConfig):
             tokens, limit = _text(row, columns, request, config)
             positions = np.arange(tokens.size)
@@ -122,19 +123,21 @@ def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptCon
     return prompt, config.new_tokens(prompt.size, request.options)
 
 
-def _check_row(row: np.ndarray, config: Config) -> None:
+def _columns(row: np.ndarray, config: Config) -> np.ndarray:
+    """Where a row holds something else than padding; RequestError when this model cannot take the row."""
     if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
         raise RequestError(f"a row of ids is one-dimensional and integer; this one is {row.dtype} {list(row.shape)}")
     if row.size == 0:
         raise RequestError("the row is empty; it needs at least one id")
     if row.size > config.max_positions:
         raise RequestError(f"the row has {row.size} ids; this model takes {config.max_positions} (max_step)")
-    padding = row == config.padding_id
-    if padding.all():
+    columns = np.flatnonzero(row != config.padding_id)
+    if columns.size == 0:
         raise RequestError(f"the row holds only padding (id {config.padding_id})")
-    outside = np.flatnonzero(((row < 0) | (row >= config.input_vocabulary)) & ~padding)
-    if outside.size:
-        column = int(outside[0])
+    tokens = row if columns.size == row.size else row[columns]
+    if tokens.min() < 0 or tokens.max() >= config.input_vocabulary:
+        column = int(columns[np.flatnonzero((tokens < 0) | (tokens >= config.input_vocabulary))[0]])
         raise RequestError(
             f"id {int(row[column])} at column {column} is outside the vocabulary (0 to {config.input_vocabulary - 1})"
         )
+    return columns

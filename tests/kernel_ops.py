@@ -48,7 +48,7 @@ class Ops:
 
     def matrix(self, array: Array, norm: Norm | None = None) -> Packed:
         source, columns = np.asarray(array), None
-        if norm is not None and self.half:
+        if norm is not None:
             source, columns = linear_launch.fold(source, norm.gain, norm.bias, self.FLOAT)
         source = source.astype(self.FLOAT)  # keeps the order of a transposed view
         inner, wide = source.shape
@@ -109,7 +109,7 @@ class Ops:
             *integers(len(x), weight.wide, _ACTIVATIONS[activation]), np.float32(scale),
         )  # fmt: skip
         kernels = Kernels("linear.cu", **dict(plan.definitions))
-        kernels.launch("linear", plan.grid, linear_launch.THREADS, arguments, plan.shared, plan.cluster)
+        kernels.launch("linear", plan.grid, plan.threads, arguments, plan.shared, plan.cluster)
 
     @staticmethod
     def _stride(array: Array) -> np.int32:

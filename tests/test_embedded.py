@@ -171,26 +171,58 @@ def group_of(leader: int) -> list[int]:
     return found
 
 
+def install(root: Path, libraries: str = "lib") -> Path:
+    """A Triton as in its container: {bin,backends/python,lib}, nothing from PyPI."""
+    found = embedded.find_triton()
+    (root / "bin").mkdir(parents=True)
+    (root / "backends" / "python").mkdir(parents=True)
+    (root / libraries).symlink_to(found.libraries[0])
+    shutil.copy(found.server, root / "bin" / "tritonserver")
+    for path in found.backend_files:
+        shutil.copy(path, root / "backends" / "python" / path.name)
+    return root
+
+
 def test_server_on_the_path_is_used_without_the_wheel(
     tmp_path: Path, echo_repository: Path, monkeypatch: pytest.MonkeyPatch, serve: Callable[..., EmbeddedServer]
 ) -> None:
-    """Triton's container: /opt/tritonserver/{bin,backends/python,lib}, nothing from PyPI."""
-    wheel = embedded.find_triton()
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "backends" / "python").mkdir(parents=True)
-    (tmp_path / "lib").symlink_to(wheel.libraries[0])
-    shutil.copy(wheel.server, tmp_path / "bin" / "tritonserver")
-    for path in wheel.backend_files:
-        shutil.copy(path, tmp_path / "backends" / "python" / path.name)
-    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=os.pathsep)
+    root = install(tmp_path)
+    monkeypatch.delenv(embedded.TRITON_VARIABLE, raising=False)
+    monkeypatch.setenv("PATH", str(root / "bin"), prepend=os.pathsep)
     monkeypatch.setattr(embedded, "find_spec", lambda name: None)
-    assert embedded.find_triton().server == tmp_path / "bin" / "tritonserver"
+    assert embedded.find_triton().server == root / "bin" / "tritonserver"
     result = ask(tritonclient.grpc, serve(echo_repository).grpc, np.ones((1, 3), np.int32))
     assert result.as_numpy("y").tolist() == [[2, 2, 2]]
 
 
+def test_server_in_a_named_directory_is_used_whatever_else_there_is(
+    tmp_path: Path, echo_repository: Path, monkeypatch: pytest.MonkeyPatch, serve: Callable[..., EmbeddedServer]
+) -> None:
+    one, other = install(tmp_path / "one", "libs"), install(tmp_path / "other")
+    running = serve(echo_repository, triton=one)
+    assert os.readlink(f"/proc/{running.pid}/exe") == str(one / "bin" / "tritonserver")
+    result = ask(tritonclient.grpc, running.grpc, np.ones((1, 3), np.int32))
+    assert result.as_numpy("y").tolist() == [[2, 2, 2]]
+    monkeypatch.setenv(embedded.TRITON_VARIABLE, str(other))
+    assert embedded.find_triton().server == other / "bin" / "tritonserver"
+    assert embedded.find_triton(one).server == one / "bin" / "tritonserver"
+
+
+def test_server_for_another_python_is_refused(tmp_path: Path) -> None:
+    stub = install(tmp_path) / "backends" / "python" / "triton_python_backend_stub"
+    stub.write_bytes(b"\x7fELF...libpython3.9.so.1.0...")
+    with pytest.raises(ConfigError, match=rf"stub is for Python 3.9; this is Python 3.{sys.version_info.minor}"):
+        embedded.find_triton(tmp_path)
+
+
+def test_named_directory_without_a_server_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="nowhere holds no Triton: bin/tritonserver is missing"):
+        embedded.find_triton(tmp_path / "nowhere")
+
+
 def test_no_server_at_all_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "find_spec", lambda name: None)
+    monkeypatch.delenv(embedded.TRITON_VARIABLE, raising=False)
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match="install the extra `server`"):
         embedded.find_triton()

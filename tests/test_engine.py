@@ -322,12 +322,12 @@ def broken_once(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         ("transformer", "embed_tokens", 0),
         ("transformer", "store", 0),
         ("transformer", "cross_attention", 0),
-        ("transformer", "vocabulary_top", 2),
+        ("transformer", "vocabulary_search", 2),
         ("transformer", "beam_step", 2),
         ("gpt", "packed_attention", 0),
         ("gpt", "put", 0),
         ("gpt", "decode_attention", 2),
-        ("gpt", "vocabulary_top", 2),
+        ("gpt", "vocabulary_search", 2),
         ("gpt", "get", 2),
         ("gpt", "fetch", 2),
     ],
@@ -423,11 +423,8 @@ def test_engine_takes_one_block_and_no_more(model: str, monkeypatch: pytest.Monk
 
 def test_engines_arrays_do_not_overlap() -> None:
     buffers = transformer(slots=5, max_beam_size=3)._buffers
-    arrays = [
-        array
-        for part in (buffers.cache, buffers.state, buffers.work, buffers.prompt)
-        for array in vars(part).values()
-    ] + [buffers.targets, buffers.scored]  # fmt: skip
+    parts = (buffers.cache, buffers.state, buffers.work)
+    arrays = [array for part in parts for array in vars(part).values()] + [buffers.prompt, buffers.scored]
     places = sorted((array.ctypes.data, array.ctypes.data + array.nbytes) for array in arrays)
     assert all(end <= start for (_, end), (start, _) in pairwise(places))
     assert all(start % 64 == 0 for start, _ in places)

@@ -29,7 +29,7 @@ LAYERS = [
 BESIDE = {"lightseq_backend.weights", "lightseq_backend.export"}
 # Who may import what comes from outside, by the first word of its name.
 ONLY_IN = {
-    "cupy": ("lightseq_backend.ops.cuda", "lightseq_backend.ops.launch"),
+    "cupy": ("lightseq_backend.ops.cuda", "lightseq_backend.ops.launch", "lightseq_backend.ops.transfer"),
     "torch": ("lightseq_backend.export",),
     "triton_python_backend_utils": ("lightseq_backend.serving",),
     "tritonclient": ("lightseq_client",),

@@ -62,31 +62,36 @@ def decode_attention(
 
 
 def cross_attention(
-    precision: str, query: Array, rows: Array, slots: Array, keys: Array, values: Array, heads: int, out: Array
-) -> None:
+    precision: str, query: Array, rows: Array, slots: Array, keys: Array, values: Array, heads: int, out: Array,
+    block: int = 128,
+) -> None:  # fmt: skip
     kernels(out.shape[1] // heads, precision).launch(
-        "cross_attention", (heads, len(rows)), 128,
+        "cross_attention", (heads, len(rows)), block,
         (query, rows, slots, keys, values, out, np.int32(heads), np.int32(keys.shape[1])),
     )  # fmt: skip
 
 
 def packed_attention(
-    precision: str, qkv: Array, starts: Array, heads: int, causal: bool, out: Array, tensor: bool = False
-) -> None:
+    precision: str, qkv: Array, starts: Array, heads: int, causal: bool, out: Array, tensor: bool = False,
+    blocks: int = 0,
+) -> None:  # fmt: skip
     sequences = len(starts) - 1
     kernels(out.shape[1] // heads, precision).launch(
         "packed_attention_tensor" if tensor else "packed_attention",
-        (len(out) // 64 + sequences, heads), 128 if tensor else 256,
+        (blocks or len(out) // 64 + sequences, heads), 128 if tensor else 256,
         (qkv, starts, out, np.int32(sequences), np.int32(heads), np.int32(causal)),
     )  # fmt: skip
 
 
 def store(precision: str, key_values: Array, lanes: Array, steps: Array, keys: Array, values: Array) -> None:
-    hidden = keys.shape[2]
+    layers, lane_count, most_steps, hidden = keys.shape
     stride = key_values.strides[0] // key_values.itemsize
     kernels(64, precision).launch(
-        "store", len(lanes), 256,
-        (key_values, np.int32(stride), lanes, steps, keys, values, np.int32(hidden), np.int32(keys.shape[1])),
+        "store", (len(lanes), layers), 256,
+        (
+            key_values, np.int32(stride), lanes, steps, keys, values,
+            *(np.int32(size) for size in (hidden, most_steps, lane_count)),
+        ),
     )  # fmt: skip
 
 
@@ -206,6 +211,17 @@ def test_decode_attention_takes_any_number_of_warps(precision: str) -> None:
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("case", [case for case in CASES if case.op == "cross_attention"], ids=str)
+def test_cross_attention_takes_any_number_of_warps(case: Case, precision: str) -> None:
+    results = []
+    for block in (32, 64, 128):
+        arguments = placed(case.build(), precision)
+        cross_attention(precision, **arguments, block=block)
+        results.append(arguments["out"])
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_attention_of_nobody_is_zero_and_touches_no_lane(precision: str) -> None:
     case = next(case for case in CASES if case.name == "7 rows 64/64 past 19")
     arguments = without_races(placed(case.build(), precision))
@@ -229,9 +245,9 @@ def test_cross_attention_reads_the_lane_of_the_first_beam_for_a_beam_beyond_the_
 @pytest.mark.parametrize(("hidden", "skipped"), [(64, 64), (64, 3), (19, 0)])
 def test_store_takes_columns_of_a_wider_matrix(hidden: int, skipped: int) -> None:
     matrix = np.arange(3 * (skipped + 2 * hidden), dtype=np.float32).reshape(3, -1)
-    keys, values = np.zeros((2, 2, 5, hidden), np.float32)
+    keys, values = np.zeros((2, 1, 2, 5, hidden), np.float32)
     lanes, steps = np.array([1, 0, 1], np.int32), np.array([4, 0, 2], np.int32)
     store("float32", matrix[:, skipped:], lanes, steps, keys, values)
-    assert np.array_equal(keys[lanes, steps], matrix[:, skipped : skipped + hidden])
-    assert np.array_equal(values[lanes, steps], matrix[:, skipped + hidden :])
-    assert not keys[0, 1:].any()
+    assert np.array_equal(keys[0, lanes, steps], matrix[:, skipped : skipped + hidden])
+    assert np.array_equal(values[0, lanes, steps], matrix[:, skipped + hidden :])
+    assert not keys[0, 0, 1:].any()

@@ -12,7 +12,7 @@ from cuda_on_cpu import Kernels
 from op_cases import TOLERANCE, Arguments, Array, Case
 
 from lightseq_backend.models.layers import Linear, Norm
-from lightseq_backend.ops import cpu, vocabulary_launch
+from lightseq_backend.ops import cpu, linear_launch, vocabulary_launch
 from lightseq_backend.ops.linear_launch import Device
 from lightseq_backend.ops.slots import SAMPLE, SLOT
 
@@ -52,14 +52,13 @@ def check(arguments: Arguments, expected: Arguments, names: tuple[str, ...], tol
 # The vocabulary ------------------------------------------------------------------------------------------------------
 
 
-def packed(weight: Array, precision: str) -> Array:
+def packed(weight: Array) -> Array:
     """weight [inner, wide] in the order of kernels/linear.cu pack_weight."""
     inner, wide = weight.shape
-    if precision == "float32":
-        return np.ascontiguousarray(np.pad(weight, ((0, -inner % 64), (0, -wide % 64))))
-    filled = np.pad(weight, ((0, -inner % 32), (0, -wide % 16))).astype(np.float16)
-    # k = 32 chunk + 8 t + 4 step + 2 pair + odd; output = 16 tile + 8 half + g
-    parts = filled.reshape(-1, 4, 2, 2, 2, filled.shape[1] // 16, 2, 8)  # chunk, t, step, pair, odd, tile, half, g
+    odd = 2 if weight.dtype == np.float16 else 1  # numbers in four bytes
+    filled = np.pad(weight, ((0, -inner % (16 * odd)), (0, -wide % 16)))
+    # k = 4 odd (4 chunk + t) + odd (2 step + pair) + one; output = 16 tile + 8 half + g
+    parts = filled.reshape(-1, 4, 2, 2, odd, filled.shape[1] // 16, 2, 8)  # chunk, t, step, pair, one, tile, half, g
     return np.ascontiguousarray(parts.transpose(5, 0, 2, 7, 1, 3, 6, 4)).reshape(-1)
 
 
@@ -77,12 +76,13 @@ def vocabulary(
     choices = np.full((count, tiles, best), 0, np.uint64)
     definitions: dict[str, Any] = dict(plan.definitions)
     kernels = VOCABULARY_KERNELS.setdefault(plan.definitions, Kernels("vocabulary.cu", **definitions))
-    floats = [array.astype(precision) for array in (x, norm.gain, norm.bias)]
+    folded, columns = linear_launch.fold(output.weight, norm.gain, norm.bias, np.dtype(precision))
     kernels.launch(
-        "vocabulary", (-(-count // group), blocks or tiles), vocabulary_launch.threads(plan),
+        "vocabulary", (-(-count // group), blocks or tiles), plan.threads,
         (
-            *floats, packed(output.weight, precision), None if output.bias is None else output.bias.astype(precision),
-            rows, slots, logits, statistics if best else None, choices if best else None,
+            x.astype(precision), packed(folded), columns,
+            None if output.bias is None else output.bias.astype(precision), rows, slots, logits, np.int32(wide),
+            statistics if best else None, choices if best else None,
             *(np.int32(number) for number in (count, wide, best, banned)), np.float32(epsilon), np.float32(scale),
         ),
         shared=plan.shared,
@@ -103,27 +103,26 @@ def rounded(arguments: Arguments, precision: str) -> Arguments:
     return {name: value if name == "logits" else round_one(value) for name, value in arguments.items()}
 
 
-VOCABULARY_CASES = [case for case in op_cases.cases("vocabulary_top") if case.build()["logits"].size < 20_000]
+VOCABULARY_CASES = [case for case in op_cases.cases("vocabulary_search") if case.build()["logits"].size < 20_000]
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("case", VOCABULARY_CASES, ids=str)
-def test_vocabulary_finds_the_best_and_their_log_probabilities(case: Case, precision: str) -> None:
+def test_vocabulary_finds_the_best_of_every_tile(case: Case, precision: str) -> None:
     arguments = rounded(case.build(), precision)
-    expected = wanted("vocabulary_top", arguments)
-    names = ("x", "norm", "output", "epsilon", "scale", "banned", "logits")
-    best = arguments["ids"].shape[1]
-    group = min(32, -(-len(arguments["x"]) // 8) * 8)
-    statistics, choices = vocabulary(precision, **{name: arguments[name] for name in names}, best=best, group=group)
+    expected = wanted("vocabulary_logits", {name: arguments[name] for name in LOGITS})
+    best, group = arguments["ids"].shape[1], min(32, -(-len(arguments["x"]) // 8) * 8)
+    statistics, choices = vocabulary(
+        precision, **{name: arguments[name] for name in (*HEAD, "banned", "logits")}, best=best, group=group
+    )
     check(arguments, expected, ("logits",), TOLERANCE[precision])
+    of_tiles = tiled(arguments["logits"], best, arguments["banned"])  # for exactly these logits
+    np.testing.assert_allclose(statistics, of_tiles[0], rtol=1e-5)
+    assert np.array_equal(choices, of_tiles[1])
 
-    # The merge, for exactly these logits.
-    cpu.top(arguments["logits"], arguments["banned"], expected["ids"], expected["log_probabilities"])
-    found = arguments["ids"], arguments["log_probabilities"]
-    numbers = np.int32(statistics.shape[1]), np.int32(best)
-    block = vocabulary_launch.best_threads(statistics.shape[1])
-    SEARCH_KERNELS.launch("vocabulary_best", len(statistics), block, (statistics, choices, *found, *numbers))
-    check(arguments, expected, ("ids", "log_probabilities"), TOLERANCE["float32"])
+
+HEAD = ("x", "norm", "output", "epsilon", "scale")
+LOGITS = (*HEAD, "normed", "logits")
 
 
 def a_head(rows: int, inner: int = 64, wide: int = 700) -> Arguments:
@@ -171,26 +170,6 @@ def test_vocabulary_of_many_rows_takes_two_tiles_at_a_time() -> None:
     for group, blocks in ((64, 0), (24, 1)):
         for one, other in zip(vocabulary("float16", **head, best=2, group=group, blocks=blocks), few, strict=True):
             assert np.array_equal(one, other)
-
-
-@pytest.mark.parametrize("wide", [128, 300, 4500])
-def test_vocabulary_tiles_summarises_products_made_elsewhere(wide: int) -> None:
-    random = np.random.default_rng(0)
-    products, bias = np.round(random.standard_normal((3, wide), dtype=np.float32), 1), np.float32(0.5) * np.arange(wide)
-    bias = (bias % 3).astype(np.float32)
-    logits = np.float32(0.5) * products + bias
-    expected = tiled(logits, 4, 7)
-    statistics, choices = np.full_like(expected[0], np.nan), np.zeros_like(expected[1])
-    kernels = Kernels("vocabulary.cu", HALF=0, INNER=64, ROWS=8)
-    kernels.launch(
-        "vocabulary_tiles", (-(-statistics.shape[1] // vocabulary_launch.SUMMARISING), 3), 256,
-        (
-            products, bias, None, None, statistics, choices, *(np.int32(number) for number in (3, wide, 4, 7)),
-            np.float32(0.5),
-        ),
-    )  # fmt: skip
-    assert np.array_equal(choices, expected[1])
-    assert np.allclose(statistics, expected[0], rtol=1e-5)
 
 
 def test_vocabulary_in_less_shared_memory_computes_the_same() -> None:
@@ -288,7 +267,7 @@ def tiled(logits: Array, best: int, banned: int) -> tuple[Array, Array]:
 
 
 @pytest.mark.parametrize("name", ["some finished", "first step", "fan out", "many"])
-@pytest.mark.parametrize("wide", [130, 5000])
+@pytest.mark.parametrize("wide", [130, 5000, 50000])
 def test_vocabulary_beam_step_is_top_and_beam_step(name: str, wide: int) -> None:
     arguments = next(case for case in op_cases.cases("beam_step") if case.name == name).build()
     count = len(arguments["rows"])
@@ -304,13 +283,20 @@ def test_vocabulary_beam_step_is_top_and_beam_step(name: str, wide: int) -> None
     statistics, choices = tiled(logits, best, 7)
     state = [arguments[name] for name in ("rows", "slots", "ancestors", "history")]
     SEARCH_KERNELS.launch(
-        "vocabulary_beam_step", count, 256,
+        "vocabulary_beam_step", count, 1024,
         (*state, statistics, choices, np.int32(statistics.shape[1]), np.int32(best), np.int32(state[2].shape[1])),
     )  # fmt: skip
     check(arguments, expected, ("slots", "ancestors", "history"), 5e-5)
 
 
 # Whole rows of logits ------------------------------------------------------------------------------------------------
+
+
+def apart(logits: Array) -> Array:
+    """The same, in rows that begin at multiples of 32 bytes; what lies between is not a number."""
+    room = np.full((len(logits), -(-logits.shape[1] // 8) * 8), np.nan, np.float32)
+    room[:, : logits.shape[1]] = logits
+    return room[:, : logits.shape[1]]
 
 
 @pytest.mark.parametrize("case", op_cases.cases("top"), ids=str)
@@ -321,8 +307,7 @@ def test_top_computes_what_the_cpu_does(case: Case) -> None:
     arguments = copied(arguments)
     expected = wanted("top", arguments)
     logits, ids = arguments["logits"], arguments["ids"]
-    numbers = (np.int32(number) for number in (logits.shape[1], ids.shape[1], arguments["banned"]))
-    SAMPLING_KERNELS.launch("top", len(ids), 1024, (logits, ids, arguments["log_probabilities"], *numbers))
+    top(apart(logits), None, ids, arguments["log_probabilities"], arguments["banned"])
     check(arguments, expected, case.outputs, case.tolerance["float32"])
 
 
@@ -330,36 +315,75 @@ def test_top_finds_many_best_that_one_thread_holds() -> None:
     logits = np.zeros((1, 32 * 1024), np.float32)
     logits[0, 5::1024] = np.arange(32)
     ids, log_probabilities = np.zeros((1, 32), np.int32), np.zeros((1, 32), np.float32)
-    numbers = (np.int32(number) for number in (logits.shape[1], 32, -1))
-    SAMPLING_KERNELS.launch("top", 1, 1024, (logits, ids, log_probabilities, *numbers))
+    top(logits, None, ids, log_probabilities, -1)
     assert ids[0].tolist() == [*range(5 + 31 * 1024, 5, -1024), 0]  # id 5 is as good as any other
 
 
+def test_top_finishes_products() -> None:
+    random = np.random.default_rng(3)
+    products, bias = (np.round(random.standard_normal(shape, dtype=np.float32), 1) for shape in ((3, 5000), 5000))
+    found, expected = [(np.zeros((3, 4), np.int32), np.zeros((3, 4), np.float32)) for _ in range(2)]
+    top(products, bias, *found, 7, 0.5)
+    cpu.top(np.float32(0.5) * products + bias, 7, *expected)
+    assert np.array_equal(found[0], expected[0])
+    np.testing.assert_allclose(found[1], expected[1], rtol=TOLERANCE["float32"])
+
+
+def top(
+    logits: Array, bias: Array | None, ids: Array, log_probabilities: Array, banned: int, scale: float = 1.0
+) -> None:
+    numbers = (np.int32(number) for number in (logits.shape[1], ids.shape[1], banned))
+    stride = np.int32(logits.strides[0] // 4)
+    arguments = (logits, stride, bias, ids, log_probabilities, *numbers, np.float32(scale))
+    SAMPLING_KERNELS.launch("top", len(logits), 1024, arguments)
+
+
+@pytest.mark.parametrize("aligned", [False, True])
 @pytest.mark.parametrize("case", op_cases.cases("target_log_probabilities"), ids=str)
-def test_target_log_probabilities_computes_what_the_cpu_does(case: Case) -> None:
+def test_target_log_probabilities_computes_what_the_cpu_does(case: Case, aligned: bool) -> None:
     arguments = {name: value[:7].copy() for name, value in case.build().items()}
     expected = wanted("target_log_probabilities", arguments)
-    SAMPLING_KERNELS.launch(
-        "target_log_probabilities", len(arguments["out"]), 1024,
-        (arguments["logits"], arguments["targets"], arguments["out"], np.int32(arguments["logits"].shape[1])),
-    )  # fmt: skip
+    target_log_probabilities(apart(arguments["logits"]) if aligned else arguments["logits"], None, 1.0, arguments)
     check(arguments, expected, case.outputs, case.tolerance["float32"])
 
 
+def test_target_log_probabilities_finishes_products() -> None:
+    case = next(case for case in op_cases.cases("target_log_probabilities") if case.name == "19x1000")
+    arguments = case.build()
+    bias = np.random.default_rng(0).standard_normal(1000, dtype=np.float32)
+    expected = wanted("target_log_probabilities", {**arguments, "logits": np.float32(0.5) * arguments["logits"] + bias})
+    target_log_probabilities(arguments["logits"], bias, 0.5, arguments)
+    check(arguments, expected, case.outputs, case.tolerance["float32"])
+
+
+def target_log_probabilities(logits: Array, bias: Array | None, scale: float, arguments: Arguments) -> None:
+    SAMPLING_KERNELS.launch(
+        "target_log_probabilities", len(logits), 1024,
+        (
+            logits, np.int32(logits.strides[0] // 4), bias, arguments["targets"], arguments["out"],
+            np.int32(logits.shape[1]), np.float32(scale),
+        ),
+    )  # fmt: skip
+
+
 def test_finish_logits_scales_and_adds_the_bias() -> None:
-    logits = np.random.default_rng(0).standard_normal((3, 1030), dtype=np.float32)
+    logits = apart(np.random.default_rng(0).standard_normal((3, 1030), dtype=np.float32))
     bias = np.arange(1030, dtype=np.float32)
     expected = np.float32(0.5) * logits + bias
     numbers = (np.int32(3), np.int32(1030), np.float32(0.5))
-    SAMPLING_KERNELS.launch("finish_logits", (2, 2), 256, (logits, bias, *numbers))
+    SAMPLING_KERNELS.launch("finish_logits", (2, 2), 256, (logits, np.int32(logits.strides[0] // 4), bias, *numbers))
     assert np.allclose(logits, expected, rtol=1e-6)
+    assert np.isnan(logits.base[:, 1030:]).all()
 
 
 def sample_step(rows: Array, slots: Array, history: Array, logits: Array, banned: int) -> None:
     arrivals = np.zeros(len(rows), np.int32)
     SAMPLING_KERNELS.launch(
         "sample_step", len(rows), 1024,
-        (rows, slots, history, logits, arrivals, *(np.int32(n) for n in (logits.shape[1], banned, history.shape[1]))),
+        (
+            rows, slots, history, logits, np.int32(logits.strides[0] // 4), arrivals,
+            *(np.int32(number) for number in (logits.shape[1], banned, history.shape[1])),
+        ),
     )  # fmt: skip
     assert not arrivals.any()
 
@@ -368,7 +392,7 @@ def sample_step(rows: Array, slots: Array, history: Array, logits: Array, banned
 def test_sample_step_computes_what_the_cpu_does(case: Case) -> None:
     arguments = case.build()
     expected = wanted("sample_step", arguments)
-    sample_step(**arguments)
+    sample_step(**{**arguments, "logits": apart(arguments["logits"])})
     check(arguments, expected, case.outputs, case.tolerance["float32"])
 
 

@@ -70,9 +70,10 @@ class Run:
             positions=np.array([position for _, positions, _ in texts for position in positions], np.int32),
             lanes=np.array([lane for tokens, _, lane in texts for _ in tokens], np.int32),
             steps=np.array([step for length in lengths for step in range(length)], np.int32),
+            targets=np.zeros(sum(lengths), np.int32),
             starts=np.cumsum([0, *lengths]).astype(np.int32),
         )
-        work = self.buffers.work.first(pack.rows)
+        work = self.buffers.work.first(len(pack.tokens))
         self.model.prefill(pack, work, self.buffers.cache)
         return work.normed.copy()
 
@@ -171,10 +172,11 @@ def test_gpt_read_equals_recomputation_of_the_whole_text() -> None:
         positions=np.concatenate([np.arange(length) for length in lengths]).astype(np.int32),
         lanes=np.zeros(sum(lengths), np.int32),
         steps=np.zeros(sum(lengths), np.int32),
+        targets=np.zeros(sum(lengths), np.int32),
         starts=np.cumsum([0, *lengths]).astype(np.int32),
     )
-    work, head = run.buffers.work.first(pack.rows), run.model.head
-    logits = np.empty((pack.rows, config.vocabulary), np.float32)
+    work, head = run.buffers.work.first(len(pack.tokens)), run.model.head
+    logits = np.empty((len(pack.tokens), config.vocabulary), np.float32)
     run.model.read(pack, work)
     ops.vocabulary_logits(work.x, head.norm, head.output, head.epsilon, head.scale, work.normed, logits)
     wanted = np.concatenate([GptReference(config, arrays).logits(text) for text in texts])

@@ -99,7 +99,8 @@ def cross_attention(
 
 def store(key_values: Array, lanes: Array, steps: Array, keys: Array, values: Array) -> None:
     for row, (lane, step) in enumerate(zip(lanes, steps)):
-        keys[lane, step], values[lane, step] = np.split(key_values[row], 2)
+        for layer, part in enumerate(np.split(key_values[row], len(keys))):
+            keys[layer, lane, step], values[layer, lane, step] = np.split(part, 2)
 
 
 def vocabulary_logits(
@@ -116,9 +117,16 @@ def top(logits: Array, banned: int, ids: Array, log_probabilities: Array) -> Non
         ids[row], log_probabilities[row] = best, reference.log_softmax(scores)[best]
 
 
-def vocabulary_top(banned: int, ids: Array, log_probabilities: Array, logits: Array, **others: Any) -> None:
+def vocabulary_scores(logits: Array, targets: Array, out: Array, **others: Any) -> None:
+    vocabulary_logits(logits=logits, **others)
+    target_log_probabilities(logits, targets, out)
+
+
+def vocabulary_search(banned: int, ids: Array, log_probabilities: Array, logits: Array, **others: Any) -> None:
+    state = {name: others.pop(name) for name in ("rows", "slots", "ancestors", "history")}
     vocabulary_logits(logits=logits, **others)
     top(logits, banned, ids, log_probabilities)
+    beam_step(**state, ids=ids, log_probabilities=log_probabilities)
 
 
 def target_log_probabilities(logits: Array, targets: Array, out: Array) -> None:
@@ -203,8 +211,8 @@ DEFINITIONS: dict[str, Callable[..., None]] = {
     definition.__name__: definition
     for definition in (
         embed_tokens, embed_rows, layer_norm, linear, norm_linear, linear_residual, packed_attention, decode_attention,
-        cross_attention, store, vocabulary_logits, top, vocabulary_top, target_log_probabilities, beam_step,
-        sample_step,
+        cross_attention, store, vocabulary_logits, top, vocabulary_scores, vocabulary_search, target_log_probabilities,
+        beam_step, sample_step,
     )
 }  # fmt: skip
 
@@ -257,8 +265,8 @@ def test_operation_equals_its_definition(case: Case) -> None:
 
 def test_table_has_cases_for_every_operation() -> None:
     transfer = {
-        "start", "matrix", "vector", "table", "available_memory", "allocate", "view", "put", "get", "fetch", "fault",
-        "capture",
+        "start", "matrix", "vector", "table", "weight_bytes", "available_memory", "allocate", "view", "put", "get",
+        "fetch", "fault", "capture",
     }  # fmt: skip
     public = {
         name
@@ -437,18 +445,19 @@ def _products(narrow: int, wide: int, transposed: bool) -> dict[str, Callable[[A
         ops.vocabulary_logits(x, norm, linear, 1e-12, 0.125, np.empty_like(x), out)
         return out
 
-    def vocabulary_top(x: Array) -> Array:
-        logits, count = np.empty((len(x), wide), np.float32), min(4, wide)
-        ids, scores = np.empty((len(x), count), np.int32), np.empty((len(x), count), np.float32)
-        ops.vocabulary_top(x, norm, linear, 1e-12, 0.125, np.empty_like(x), logits, -1, ids, scores)
-        return np.concatenate([ids.view(np.float32), scores], axis=1)
+    def vocabulary_scores(x: Array) -> Array:
+        logits, out = np.empty((len(x), wide), np.float32), np.empty(len(x), np.float32)
+        ops.vocabulary_scores(
+            x, norm, linear, 1e-12, 0.125, np.empty_like(x), logits, np.full(len(x), 3, np.int32), out
+        )
+        return out[:, None]
 
     return {
         "norm_linear relu": lambda x: norm_linear(x, "relu"),
         "norm_linear gelu": lambda x: norm_linear(x, "gelu"),
         "linear_residual": linear_residual,
         "vocabulary_logits": vocabulary_logits,
-        "vocabulary_top": vocabulary_top,
+        "vocabulary_scores": vocabulary_scores,
     }
 
 

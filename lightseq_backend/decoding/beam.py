@@ -28,22 +28,21 @@ def finish(sequence: Sequence, records: np.ndarray, history: np.ndarray) -> Outp
     negative: then the search ran on plain sums, and the mean over the tokens before the end decides."""
     options = sequence.request.options
     steps = int(records["generated"][0])
-    hypotheses = [
-        hypothesis(record, tokens[:steps], score)
-        for record, tokens, score in zip(records, history, _scores(sequence, records, history), strict=True)
-    ]
+    hypotheses = made_of(records, history[:, :steps], _scores(sequence, records, history))
     if options.length_penalty < 0:
         hypotheses.sort(key=lambda one: -one.score)
     cut = not all(one.finished for one in hypotheses)
     return Output(tuple(hypotheses[: options.hypotheses]), steps, cut)
 
 
-def hypothesis(record: np.void, tokens: np.ndarray, score: float) -> Hypothesis:
-    """tokens: int32 [steps], filled up with the end id behind the end."""
-    finished = bool(record["finished"])
-    if finished:
-        tokens = tokens[: int(np.argmax(tokens == record["end_id"])) + 1]
-    return Hypothesis(tokens.astype(np.int32), score, finished)
+def made_of(records: np.ndarray, tokens: np.ndarray, scores: list[float]) -> list[Hypothesis]:
+    """One hypothesis a record. tokens: int32 [records, steps], filled up with the end id behind the end."""
+    ends = (tokens == records["end_id"][:, None]).argmax(axis=1) + 1 if tokens.size else records["end_id"]
+    finished = records["finished"].tolist()
+    return [
+        Hypothesis(row[:end] if ended else row, score, bool(ended))
+        for row, end, ended, score in zip(tokens, ends.tolist(), finished, scores, strict=True)
+    ]
 
 
 def _scores(sequence: Sequence, records: np.ndarray, history: np.ndarray) -> list[float]:
@@ -51,8 +50,10 @@ def _scores(sequence: Sequence, records: np.ndarray, history: np.ndarray) -> lis
     if options.length_penalty < 0:
         steps = int(records["generated"][0])
         lengths = (history[:, :steps] != records["end_id"][:, None]).sum(axis=1)
-        return [float(total) / max(int(n), 1e-6) for total, n in zip(records["log_probability"], lengths, strict=True)]
-    scores = [float(score) for score in records["score"]]
+        totals = records["log_probability"].tolist()
+        return [total / max(n, 1e-6) for total, n in zip(totals, lengths.tolist(), strict=True)]
+    scores: list[float] = records["score"].tolist()
     if options.sampling_method == TOPK_GREEDY:
-        scores = [UNSCORED if ended else score for ended, score in zip(records["finished"], scores, strict=True)]
+        ended = records["finished"].tolist()
+        scores = [UNSCORED if over else score for over, score in zip(ended, scores, strict=True)]
     return scores

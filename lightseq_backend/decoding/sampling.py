@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightseq_backend.decoding.beam import hypothesis
+from lightseq_backend.decoding.beam import made_of
 from lightseq_backend.decoding.state import new_records
 from lightseq_backend.ops.slots import SAMPLE
 from lightseq_backend.request import Output, Sequence
@@ -25,8 +25,5 @@ def begin(sequence: Sequence, end_id: int) -> np.ndarray:
 def finish(records: np.ndarray, history: np.ndarray) -> Output:
     """records: SLOT [samples]; history: int32 [samples, steps]."""
     steps = int(records["generated"][0])
-    hypotheses = [
-        hypothesis(record, tokens[:steps], float(record["score"]))
-        for record, tokens in zip(records, history, strict=True)
-    ]
+    hypotheses = made_of(records, history[:, :steps], records["score"].tolist())
     return Output(tuple(hypotheses), steps, cut=not all(one.finished for one in hypotheses))

@@ -25,17 +25,21 @@ _ALIGNMENT = 256
 class Buffers:
     """The parts an engine works with, and the bytes they take together.
 
-    prompt  room for a prefill pass: every array of the pack at its largest
-    scored  float32 [prompt rows]; targets int32 [prompt rows]: for perplexity
+    prompt  int32: a pack (models/pack.py) of as many rows as a pass may have
+    scored  float32 [prompt rows]: for perplexity
     """
 
     size: int
     cache: Cache
     state: DecodingState
     work: Work
-    prompt: Pack
-    targets: Array
+    prompt: Array
     scored: Array
+
+    @property
+    def prompt_rows(self) -> int:
+        """The most rows of a pass over sequences."""
+        return len(self.scored)
 
 
 def allocate(model: Any, config: EngineConfig, beams: int, ops: ModuleType) -> Buffers:
@@ -44,16 +48,22 @@ def allocate(model: Any, config: EngineConfig, beams: int, ops: ModuleType) -> B
     def plan(slots: int) -> dict[str, Plan]:
         return _plan(model, replace(config, slots=slots, max_beam_size=min(config.max_beam_size, slots)), beams, ops)
 
-    wanted = plan(config.slots)
-    size, free = _size(wanted), ops.available_memory()
-    if size > free:
-        fitting = _most(config.slots, lambda slots: _size(plan(slots)) <= free)
+    def no_room(free: int) -> ConfigError:
+        fitting = _most(config.slots - 1, lambda slots: _size(plan(slots)) <= free)
         advice = f"{fitting} slots would fit" if fitting else "not even one slot would fit"
-        raise ConfigError(
+        return ConfigError(
             f"the engine needs {size / 2**20:.0f} MiB for {config.slots} slots and {config.prompt_tokens} "
             f"prompt tokens; {free / 2**20:.0f} MiB are free: {advice}"
         )
-    block = ops.allocate(size)
+
+    wanted = plan(config.slots)
+    size, free = _size(wanted), ops.available_memory()
+    if size > free:
+        raise no_room(free)
+    try:
+        block = ops.allocate(size)
+    except MemoryError as error:  # somebody was faster
+        raise no_room(ops.available_memory()) from error
     offset = 0
     parts: dict[str, dict[str, Array]] = {}
     for part, arrays in wanted.items():
@@ -61,13 +71,13 @@ def allocate(model: Any, config: EngineConfig, beams: int, ops: ModuleType) -> B
         for name, (shape, dtype) in arrays.items():
             parts[part][name] = ops.view(block, offset, shape, dtype)
             offset += _bytes(shape, dtype)
+    parts["state"]["logits"] = parts["state"]["logits"][:, : model.config.vocabulary]
     return Buffers(
         size,
         Cache(**parts["cache"]),
         DecodingState(**parts["state"]),
         Work(**parts["work"]),
-        Pack(**parts["prompt"]),
-        **parts["scoring"],
+        **parts["passes"],
     )
 
 
@@ -77,17 +87,17 @@ def _plan(model: Any, config: EngineConfig, beams: int, ops: ModuleType) -> dict
     prompt_rows = max(config.prompt_tokens, shape.max_positions)
     rows = max(buckets(config.slots))
     logits = max(rows, min(prompt_rows, ops.SCORED_ROWS)) if isinstance(shape, GptConfig) else rows
-    integer = np.dtype(np.int32)
-    widths = Work.widths(shape.hidden, shape.inner)
+    memory_layers = 0 if isinstance(shape, GptConfig) else shape.decoder_layers
+    widths = Work.widths(shape.hidden, shape.inner, memory_layers)
+    vocabulary = -(-shape.vocabulary // ops.LOGITS_ALIGNMENT) * ops.LOGITS_ALIGNMENT
     return {
         "cache": model.cache_plan(lanes),
-        "state": DecodingState.plan(lanes, rows, logits, shape.max_positions, shape.vocabulary, beams),
+        "state": DecodingState.plan(lanes, rows, logits, shape.max_positions, vocabulary, beams),
         "work": {name: ((max(prompt_rows, rows), width), ops.FLOAT) for name, width in widths.items()},
-        "prompt": {
-            **dict.fromkeys(("tokens", "positions", "lanes", "steps"), ((prompt_rows,), integer)),
-            "starts": ((prompt_rows + 1,), integer),
+        "passes": {
+            "prompt": ((Pack.elements(prompt_rows),), np.dtype(np.int32)),
+            "scored": ((prompt_rows,), np.dtype(np.float32)),
         },
-        "scoring": {"targets": ((prompt_rows,), integer), "scored": ((prompt_rows,), np.dtype(np.float32))},
     }
 
 

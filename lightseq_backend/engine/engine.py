@@ -16,12 +16,13 @@ import numpy as np
 from lightseq_backend.config import DecodingLimits, DecodingOptions, EngineConfig, GptConfig
 from lightseq_backend.decoding import beam, sampling
 from lightseq_backend.engine.buffers import allocate
-from lightseq_backend.engine.graphs import Steps
+from lightseq_backend.engine.graphs import Passes, Steps
 from lightseq_backend.engine.scheduler import Scheduler
 from lightseq_backend.errors import Overloaded, RequestError
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.pack import Pack
 from lightseq_backend.models.transformer import Transformer
+from lightseq_backend.ops.slots import SLOT
 from lightseq_backend.request import GENERATE, SCORE, Hypothesis, Output, Request, Sequence
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,11 @@ class Engine:
         ops.start()
         self._buffers = allocate(model, config, beams, ops)
         self._steps = Steps(model, self._buffers, config.slots, ops)
+        self._passes = Passes(model, self._buffers, ops)
+        # What is read while serving, read once in full: that makes the room it takes.
+        ops.get(self._buffers.state.history)
+        for largest in (self._buffers.state.slots, self._buffers.scored):
+            ops.fetch(largest)()
         self._scheduler = Scheduler(config)
         self._admitted: dict[int, Sequence] = {}  # by id(): everything taken from the queue and not yet answered
         self._active: list[Sequence] = []  # those of them that decode
@@ -174,6 +180,9 @@ class Engine:
         the device itself has failed: then `fault` says so and nothing more is taken."""
         admitted = self._scheduler.admit()
         self._admitted.update((id(one), one) for one in admitted)
+        if self.fault:  # what still waited when the device failed
+            self._fail(RuntimeError(self.fault))
+            return
         try:
             self._score([one for one in admitted if one.request.kind == SCORE])
             self._begin([one for one in admitted if one.request.kind == GENERATE])
@@ -191,10 +200,11 @@ class Engine:
         if not sequences:
             return
         # A prompt's last token is left to the first decode step, which then is like any other.
-        pack = self._pack(sequences, held_back=int(isinstance(self.model.config, GptConfig)))
-        if pack.rows:
-            self.model.prefill(pack, self._buffers.work.first(pack.rows), self._buffers.cache)
-            self.counts["prompt_tokens"] += pack.rows
+        held_back = int(isinstance(self.model.config, GptConfig))
+        read = [one.tokens[: len(one.tokens) - held_back] for one in sequences]
+        if any(map(len, read)):
+            self._passes.prefill(self._upload(sequences, read))
+            self.counts["prompt_tokens"] += sum(map(len, read))
         self._write_records(sequences)
         self._active.extend(sequences)
         self._write_rows()
@@ -215,38 +225,37 @@ class Engine:
         self._retire(sequence, output)
         return True
 
-    def _pack(self, sequences: list[Sequence], held_back: int) -> Pack:
-        """What a pass over whole sequences reads: all tokens of each but the last `held_back`."""
-        lengths = [len(sequence.tokens) - held_back for sequence in sequences]
-        each = list(zip(sequences, lengths, strict=True))
-        return self._upload(
-            tokens=np.concatenate([sequence.tokens[:length] for sequence, length in each]),
-            positions=np.concatenate([sequence.positions[:length] for sequence, length in each]),
-            lanes=np.concatenate([np.full(length, (sequence.slots or [0])[0], np.int32) for sequence, length in each]),
-            steps=np.concatenate([np.arange(length, dtype=np.int32) for length in lengths]),
-            starts=np.cumsum([0, *lengths], dtype=np.int32),
-        )
-
-    def _upload(
-        self, tokens: np.ndarray, positions: np.ndarray, lanes: np.ndarray, steps: np.ndarray, starts: np.ndarray
-    ) -> Pack:
-        def put(room: Any, values: np.ndarray) -> Any:
-            self._ops.put(room[: len(values)], values)
-            return room[: len(values)]
-
-        room = self._buffers.prompt
-        return Pack(
-            put(room.tokens, tokens),
-            put(room.positions, positions),
-            put(room.lanes, lanes),
-            put(room.steps, steps),
-            put(room.starts, starts),
-        )
+    def _upload(self, sequences: list[Sequence], read: list[np.ndarray]) -> int:
+        """Brings the first tokens of sequences, `read`, to the device as a pack; returns the pack's rows."""
+        kept = [(one, tokens) for one, tokens in zip(sequences, read) if len(tokens)]
+        lengths = np.array([len(tokens) for _, tokens in kept])
+        starts = np.cumsum(lengths) - lengths
+        rows = int(lengths.sum())
+        size = self._passes.size(rows)
+        memory = np.zeros(Pack.elements(size), np.int32)
+        pack = Pack.of(memory, size)
+        pack.tokens[rows:], pack.lanes[rows:], pack.starts[:] = -1, self._nobody, rows
+        pack.tokens[:rows] = np.concatenate([tokens for _, tokens in kept])
+        pack.positions[:rows] = np.concatenate([one.positions[: len(tokens)] for one, tokens in kept])
+        pack.lanes[:rows] = np.repeat([one.slots[0] if one.slots else self._nobody for one, _ in kept], lengths)
+        pack.steps[:rows] = np.arange(rows) - np.repeat(starts, lengths)
+        pack.starts[: len(kept)] = starts
+        # A row is scored for the token after it; LightSeq looks up padding between tokens by its own id there.
+        following = pack.tokens[1:rows]
+        pack.targets[: rows - 1] = np.where(following < 0, self.model.config.padding_id, following)
+        pack.targets[starts + lengths - 1] = 0  # nothing follows
+        self._ops.put(self._buffers.prompt[: memory.size], memory)
+        return size
 
     def _write_records(self, sequences: list[Sequence]) -> None:
         """The first records of the sequences' slots, a transfer for every run of neighbouring slots."""
         slots = np.array([slot for sequence in sequences for slot in sequence.slots])
-        records = np.concatenate([self._first_records(sequence) for sequence in sequences])
+        records = np.zeros(len(slots), SLOT)  # concatenate takes long over fields
+        filled = 0
+        for sequence in sequences:
+            own = self._first_records(sequence)
+            records[filled : filled + len(own)] = own
+            filled += len(own)
         order = np.argsort(slots)
         slots, records = slots[order], records[order]
         starts = np.flatnonzero(np.diff(slots, prepend=-2) > 1).tolist()
@@ -283,20 +292,27 @@ class Engine:
         """Queues a burst of steps, then looks at how an earlier one ended while the device works on this one."""
         searching = any(one.request.options.searches for one in self._active)
         sampled = not all(one.request.options.searches for one in self._active)
-        for _ in range(self.config.burst):
-            self._steps.run(self._rows, searching, sampled)
-        self.counts["steps"] += self.config.burst
-        self._reports.append((list(self._active), self._ops.fetch(self._buffers.state.slots)))
-        if len(self._reports) >= self._ops.BURSTS_AHEAD:
+        # Nobody takes more steps than its limit: none is queued that no sequence can use.
+        steps = min(self.config.burst, max(one.limit - one.queued for one in self._active))
+        if steps > 0:
+            for _ in range(steps):
+                self._steps.run(self._rows, searching, sampled)
+            for one in self._active:
+                one.queued += steps
+            self.counts["steps"] += steps
+            self._reports.append((list(self._active), self._ops.fetch(self._buffers.state.slots)))
+        if steps <= 0 or len(self._reports) >= self._ops.BURSTS_AHEAD:
             self._settle(*self._reports.popleft())
 
     def _settle(self, ran: list[Sequence], report: Callable[[], np.ndarray]) -> None:
         """Retires what was done at the end of a burst. ran: the sequences it worked on; some may be gone since."""
         records = report()
-        done = [one for one in ran if one.slots and records["done"][one.slots[0]]]
+        ended = records["done"].tolist()
+        done = [one for one in ran if one.slots and ended[one.slots[0]]]
         if not done:
             return
-        self._active = [one for one in self._active if one not in done]
+        gone = set(map(id, done))
+        self._active = [one for one in self._active if id(one) not in gone]
         if not self._active:
             self._reports.clear()  # of bursts that had nothing left to do
         self._write_rows()
@@ -316,7 +332,9 @@ class Engine:
         """Perplexity of all sequences, in one pass."""
         if not sequences:
             return
-        log_probabilities = self._score_rows(sequences)
+        texts = [one.tokens for one in sequences]
+        self._passes.score(self._upload(sequences, texts))
+        log_probabilities = self._ops.fetch(self._buffers.scored[: sum(map(len, texts))])()
         start = 0
         for sequence in sequences:
             tokens = len(sequence.tokens)
@@ -324,31 +342,6 @@ class Engine:
             start += tokens
             self.counts["scored_tokens"] += scored.size
             self._retire(sequence, Output(loss=-float(np.mean(scored, dtype=np.float64)) if scored.size else 0.0))
-
-    def _score_rows(self, sequences: list[Sequence]) -> np.ndarray:
-        """float32 [rows]: the log-probability each row gives to the token after it, a tile of rows at a time.
-
-        A sequence's last row predicts nothing; its entry means nothing.
-        """
-        assert isinstance(self.model, Gpt)
-        ops, buffers, head = self._ops, self._buffers, self.model.head
-        pack = self._pack(sequences, held_back=0)
-        # LightSeq looks up padding between tokens by its own id when it is what comes next.
-        targets = np.concatenate([[*_after(one, self.model.config.padding_id), 0] for one in sequences]).astype(
-            np.int32
-        )
-        work = buffers.work.first(pack.rows)
-        ops.put(buffers.targets[: pack.rows], targets)
-        self.model.read(pack, work)
-        tile = len(buffers.state.logits)
-        for start in range(0, pack.rows, tile):
-            part = slice(start, min(start + tile, pack.rows))
-            logits = buffers.state.logits[: part.stop - start]
-            ops.vocabulary_logits(
-                work.x[part], head.norm, head.output, head.epsilon, head.scale, work.normed[part], logits
-            )
-            ops.target_log_probabilities(logits, buffers.targets[part], buffers.scored[part])
-        return np.asarray(ops.fetch(buffers.scored[: pack.rows])())
 
     def _retire(self, sequence: Sequence, result: Output | Exception) -> None:
         """Answers, exactly once: whoever is not in _admitted any more has had an answer.
@@ -373,9 +366,3 @@ class Engine:
         self._reports.clear()
         for sequence in list(self._admitted.values()):
             self._retire(sequence, error)
-
-
-def _after(sequence: Sequence, padding_id: int) -> np.ndarray:
-    """The tokens that each token of a text is followed by."""
-    following = sequence.tokens[1:]
-    return np.where(following < 0, padding_id, following)

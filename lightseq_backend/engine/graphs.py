@@ -1,17 +1,20 @@
-"""Decode steps, one captured for each number of rows and each mix of methods."""
+"""What is captured at load and only replayed while serving; whatever changes between replays lives in device memory."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 from typing import Any
 
+from lightseq_backend.config import GptConfig
 from lightseq_backend.engine.buffers import Buffers, buckets
+from lightseq_backend.models.pack import Pack
 
 
 class Steps:
-    """Captured at load; `run(rows, ...)` replays. Whatever changes between replays lives in device memory."""
+    """Decode steps, one for each number of rows and each mix of methods."""
 
     def __init__(self, model: Any, buffers: Buffers, slots: int, ops: ModuleType):
         self.buckets = buckets(slots)
@@ -30,24 +33,65 @@ class Steps:
         self._graphs[rows, searching, sampling]()
 
 
+class Passes:
+    """Passes over a pack in buffers.prompt, one for each number of rows it may be laid out for."""
+
+    def __init__(self, model: Any, buffers: Buffers, ops: ModuleType):
+        self._sizes = ops.pass_sizes(buffers.prompt_rows)
+        scores = isinstance(model.config, GptConfig)
+        self._prefills = {rows: ops.capture(partial(_prefill, model, buffers, rows)) for rows in self._sizes}
+        self._scores = {
+            rows: ops.capture(partial(_score, model, buffers, rows, ops)) for rows in (self._sizes if scores else ())
+        }
+
+    def size(self, rows: int) -> int:
+        """The smallest pack there is a pass for that has at least `rows`."""
+        return self._sizes[bisect_left(self._sizes, rows)]
+
+    def prefill(self, rows: int) -> None:
+        """Reads prompts or sources; their keys and values are kept. rows: a `size`."""
+        self._prefills[rows]()
+
+    def score(self, rows: int) -> None:
+        """buffers.scored[r] = the log-probability that row r gives to its target. rows: a `size`."""
+        self._scores[rows]()
+
+
+def _prefill(model: Any, buffers: Buffers, rows: int) -> None:
+    model.prefill(Pack.of(buffers.prompt, rows), buffers.work.first(rows), buffers.cache)
+
+
+def _score(model: Any, buffers: Buffers, rows: int, ops: ModuleType) -> None:
+    """The texts are read whole, the vocabulary is looked at for a tile of rows at a time."""
+    pack, work, head = Pack.of(buffers.prompt, rows), buffers.work.first(rows), model.head
+    model.read(pack, work)
+    tile = len(buffers.state.logits)
+    for start in range(0, rows, tile):
+        part = slice(start, min(start + tile, rows))
+        ops.vocabulary_scores(
+            work.x[part], head.norm, head.output, head.epsilon, head.scale, work.normed[part],
+            buffers.state.logits[: part.stop - start], pack.targets[part], buffers.scored[part],
+        )  # fmt: skip
+
+
 def _step(
     model: Any, buffers: Buffers, count: int, searching: bool, sampling: bool, ops: ModuleType
 ) -> Callable[[], None]:
     work, state, cache, head = buffers.work.first(count), buffers.state, buffers.cache, model.head
     rows, logits = state.rows[:count], state.logits[:count]
     ids, log_probabilities = state.ids[:count], state.log_probabilities[:count]
+    search = (rows, state.slots, cache.ancestors, state.history)
     vocabulary = (work.x, head.norm, head.output, head.epsilon, head.scale, work.normed, logits)
 
     def run() -> None:
         model.step(rows, state.slots, work, cache)
         if sampling:
             ops.vocabulary_logits(*vocabulary)
-            if searching:
-                ops.top(logits, head.banned, ids, log_probabilities)
-        else:
-            ops.vocabulary_top(*vocabulary, head.banned, ids, log_probabilities)
-        if searching:
-            ops.beam_step(rows, state.slots, cache.ancestors, state.history, ids, log_probabilities)
+        if searching and sampling:
+            ops.top(logits, head.banned, ids, log_probabilities)
+            ops.beam_step(*search, ids, log_probabilities)
+        elif searching:
+            ops.vocabulary_search(*vocabulary, head.banned, ids, log_probabilities, *search)
         if sampling:
             ops.sample_step(rows, state.slots, state.history, logits, head.banned)
 

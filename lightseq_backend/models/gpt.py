@@ -26,7 +26,9 @@ class Gpt:
         self.tokens, self.positions = read.table("tokens"), read.table("positions")
         names = [f"layer.{i}" for i in range(config.layers)]
         self.layers = [(read.attention(name, "attention"), read.feed_forward(name)) for name in names]
-        self.head = Head(read.norm("norm"), read.linear("output"), config.logit_scale, config.banned_id, epsilon)
+        self.head = Head(
+            read.norm("norm"), read.linear("output", "norm"), config.logit_scale, config.banned_id, epsilon
+        )
 
     def cache_plan(self, lanes: int) -> Plan:
         config, ops = self.config, self.arithmetic.ops
@@ -37,7 +39,8 @@ class Gpt:
         hidden, ops = self.config.hidden, self.arithmetic.ops
 
         def keep(layer: int, qkv: Array) -> None:
-            ops.store(qkv[:, hidden:], pack.lanes, pack.steps, cache.keys[layer], cache.values[layer])
+            own = slice(layer, layer + 1)
+            ops.store(qkv[:, hidden:], pack.lanes, pack.steps, cache.keys[own], cache.values[own])
 
         self._read(pack, work, keep)
 

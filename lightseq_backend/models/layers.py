@@ -6,14 +6,14 @@ LightSeq's post-norm form it is the normalised x (lightseq_format.md 3.3). That 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightseq_backend.errors import WeightError
+from lightseq_backend.models.checks import check_folded, check_weights, room_missed
 
 Array = Any  # of the ops module: numpy.ndarray or cupy.ndarray
 Weights = Mapping[str, Any]
@@ -41,26 +41,31 @@ class Reader:
     """Hands weights to a model by name, in the form its ops want."""
 
     def __init__(self, weights: Weights, ops: ModuleType, post_norm: bool = False):
-        """WeightError names every array that holds something else than numbers."""
+        """WeightError names every array the precision cannot hold; ConfigError says that memory is missing."""
         self._weights, self._ops, self._post_norm = weights, ops, post_norm
-        # A sum keeps every NaN and infinity there is, and costs one reading.
-        bad = [name for name, array in weights.items() if not np.isfinite(np.sum(array))]
-        if bad:
-            raise WeightError("\n".join(f"{name} holds NaN or infinity" for name in bad))
+        check_weights(weights, ops)
 
     def norm(self, name: str) -> Norm:
-        vector = self._ops.vector
-        return Norm(vector(self._weights[f"{name}.gain"]), vector(self._weights[f"{name}.bias"]))
+        gain, bias = (self._placed(self._ops.vector, self._weights[f"{name}.{part}"]) for part in ("gain", "bias"))
+        return Norm(gain, bias)
 
     def linear(self, name: str, norm: str | None = None) -> Linear:
         """norm: the LayerNorm always in front of it, whose result nothing else reads."""
-        bias = self._weights.get(f"{name}.bias")
+        weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
         before = Norm(self._weights[f"{norm}.gain"], self._weights[f"{norm}.bias"]) if norm else None
-        weight = self._ops.matrix(self._weights[f"{name}.weight"], before)
-        return Linear(weight, None if bias is None else self._ops.vector(bias))
+        if before is not None:
+            check_folded(f"{name}.weight", weight, f"{norm}.gain", before.gain, self._ops.FLOAT)
+        placed = self._placed(self._ops.matrix, weight, before)
+        return Linear(placed, None if bias is None else self._placed(self._ops.vector, bias))
+
+    def joined(self, names: Sequence[str]) -> Linear:
+        """Several linears that read the same, side by side: one product."""
+        weights, biases = ([self._weights[f"{name}.{part}"] for name in names] for part in ("weight", "bias"))
+        weight = self._placed(self._ops.matrix, np.concatenate(weights, axis=1))
+        return Linear(weight, self._placed(self._ops.vector, np.concatenate(biases)))
 
     def table(self, name: str) -> Array:
-        return self._ops.table(self._weights[name])
+        return self._placed(self._ops.table, self._weights[name])
 
     def sublayer(self, layer: str, norm: str, inner: str, output: str) -> Sublayer:
         norm, inner, output = (f"{layer}.{name}" for name in (norm, inner, output))
@@ -72,6 +77,12 @@ class Reader:
     def feed_forward(self, layer: str) -> Sublayer:
         return self.sublayer(layer, "ffn_norm", "ffn_inner", "ffn_output")
 
+    def _placed(self, place: Callable[..., Array], *arrays: Any) -> Array:
+        try:
+            return place(*arrays)
+        except MemoryError as error:
+            raise room_missed(self._weights, self._ops, error) from error
+
 
 @dataclass(frozen=True)
 class Work:
@@ -80,6 +91,7 @@ class Work:
     x, normed, context, query  [rows, hidden]
     qkv                        [rows, 3 * hidden]
     inner                      [rows, FFN size]
+    memory                     [rows, decoder layers * 2 * hidden]: keys and values of a source; no columns without one
     """
 
     x: Array
@@ -88,16 +100,12 @@ class Work:
     query: Array
     qkv: Array
     inner: Array
+    memory: Array
 
     @staticmethod
-    def widths(hidden: int, inner: int) -> dict[str, int]:
-        return {"x": hidden, "normed": hidden, "context": hidden, "query": hidden, "qkv": 3 * hidden, "inner": inner}
-
-    @property
-    def key_values(self) -> Array:
-        """[rows, 2 * hidden], contiguous, in the memory of qkv."""
-        rows, hidden = self.x.shape
-        return self.qkv.reshape(-1)[: rows * 2 * hidden].reshape(rows, 2 * hidden)
+    def widths(hidden: int, inner: int, memory_layers: int) -> dict[str, int]:
+        own = {"x": hidden, "normed": hidden, "context": hidden, "query": hidden, "qkv": 3 * hidden, "inner": inner}
+        return {**own, "memory": memory_layers * 2 * hidden}
 
     def first(self, rows: int) -> Work:
         """The same memory, for that many rows."""

@@ -35,10 +35,14 @@ class Transformer:
             )
             for name in decoder
         ]
-        self.memory = [read.linear(f"{name}.cross_kv") for name in decoder]
+        self.memory = read.joined([f"{name}.cross_kv" for name in decoder])
         self.encoder_norm = read.norm("encoder.norm")
         self.head = Head(
-            read.norm("decoder.norm"), read.linear("output"), config.logit_scale, config.banned_id, epsilon
+            read.norm("decoder.norm"),
+            read.linear("output", "decoder.norm"),
+            config.logit_scale,
+            config.banned_id,
+            epsilon,
         )
 
     def cache_plan(self, lanes: int) -> Plan:
@@ -55,10 +59,8 @@ class Transformer:
             arithmetic.attention(work, attention, attend)
             arithmetic.feed_forward(work, feed_forward)
         ops.layer_norm(work.x, self.encoder_norm, arithmetic.epsilon, work.normed)
-        key_values = work.key_values
-        for layer, memory in enumerate(self.memory):
-            ops.linear(work.normed, memory, key_values)
-            ops.store(key_values, pack.lanes, pack.steps, cache.memory_keys[layer], cache.memory_values[layer])
+        ops.linear(work.normed, self.memory, work.memory)
+        ops.store(work.memory, pack.lanes, pack.steps, cache.memory_keys, cache.memory_values)
 
     def step(self, rows: Array, slots: Array, work: Work, cache: Cache) -> None:
         """One decoder token a row, into work.x. rows: int32 [n], the slot of each; work has n rows."""

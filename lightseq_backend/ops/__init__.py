@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from lightseq_backend.errors import ConfigError
+from lightseq_backend.ops.device import import_obstacle, library_obstacle
 
 
 def load(device: str, device_id: int = 0, precision: str = "fp32") -> Any:
@@ -21,7 +23,14 @@ def load(device: str, device_id: int = 0, precision: str = "fp32") -> Any:
     if device == "cuda":
         try:
             from lightseq_backend.ops.cuda import Cuda
+        except Exception as error:  # CuPy raises more than ImportError where libraries do not fit together
+            if sys.modules.get("cupy"):  # CuPy is there: the fault is ours
+                raise
+            raise ConfigError(import_obstacle(error)) from error
+        try:
+            return Cuda(device_id, precision)
+        except MemoryError as error:
+            raise ConfigError(f"GPU {device_id} cannot be used: it has no memory left ({error})") from error
         except ImportError as error:
-            raise ConfigError(f"the GPU needs CuPy, the extra cuda12 or cuda13: {error}") from error
-        return Cuda(device_id, precision)
+            raise ConfigError(f"GPU {device_id} cannot be used: {library_obstacle(error)}") from error
     raise ConfigError(f"device is {device!r}; devices are cpu, cuda")

@@ -9,7 +9,7 @@ the record of a slot is ops/slots.py. `keys` and `values` are one layer's cache,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,6 +23,7 @@ Array = np.ndarray[Any, Any]
 NAME = "cpu"
 SCORED_ROWS = 32  # rows whose logits are held at the same time when texts are scored
 BURSTS_AHEAD = 1  # bursts queued before the end of the first is looked at: a GPU must not wait for the host
+LOGITS_ALIGNMENT = 1  # rows of logits begin at multiples of so many numbers
 FLOAT = np.dtype(np.float32)
 
 
@@ -61,6 +62,11 @@ def vector(array: Array) -> Array:
 def table(array: Array) -> Array:
     """An embedding table [ids, width] as the embed operations want it; a transposed view will do."""
     return np.asarray(array, FLOAT)
+
+
+def weight_bytes(shape: tuple[int, ...], is_matrix: bool) -> int:
+    """Memory that `matrix`, or else `vector` and `table`, take beside the array they are given: none here."""
+    return 0
 
 
 def available_memory() -> int:
@@ -109,6 +115,11 @@ def fetch(source: Array) -> Callable[[], Array]:
 def fault() -> str | None:
     """Why the device cannot go on after an error, or None where it can."""
     return None
+
+
+def pass_sizes(most: int) -> Sequence[int]:
+    """Numbers of rows, ascending up to `most`, that a pass over sequences is captured for; others are filled up."""
+    return range(1, most + 1)
 
 
 def capture(run: Callable[[], None]) -> Callable[[], None]:
@@ -206,10 +217,12 @@ def packed_attention(qkv: Array, starts: Array, heads: int, causal: bool, out: A
     """Self-attention inside each packed sequence: rows starts[b] to starts[b + 1].
 
     out[r] = concat over heads of softmax(q[r] . k[s] / sqrt(d)) . v[s], s over r's sequence (up to r when causal).
-    qkv: [rows, 3 * hidden] (q, k, v); starts: int32 [sequences + 1]; out: [rows, hidden]. A sequence may be empty.
+    qkv: [rows, 3 * hidden] (q, k, v); starts: int32 [sequences + 1]; out: [rows, hidden]. A sequence may be empty;
+    rows that belong to none are left as they are.
     """
     hidden = qkv.shape[1] // 3
-    for first, last in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+    for sequence in np.flatnonzero(np.diff(starts)):
+        first, last = starts[sequence : sequence + 2].tolist()
         q, k, v = (_by_head(qkv[first:last, i * hidden : (i + 1) * hidden], heads) for i in range(3))
         for block in range(0, last - first, _QUERIES):
             queries = q[:, block : block + _QUERIES]
@@ -265,10 +278,15 @@ def cross_attention(
 
 
 def store(key_values: Array, lanes: Array, steps: Array, keys: Array, values: Array) -> None:
-    """keys[lanes[r], steps[r]], values[...] = the halves of key_values[r]. key_values: [rows, 2 * hidden]."""
-    hidden = key_values.shape[1] // 2
-    keys[lanes, steps] = key_values[:, :hidden]
-    values[lanes, steps] = key_values[:, hidden:]
+    """keys[l, lanes[r], steps[r]], values[...] = the two halves of part l of key_values[r], for every layer l.
+
+    key_values: [rows, layers * 2 * hidden]; lanes, steps: int32 [rows]; keys, values: [layers, slots, steps, hidden].
+    """
+    layers, hidden = len(keys), keys.shape[-1]
+    for layer in range(layers):
+        first = layer * 2 * hidden
+        keys[layer, lanes, steps] = key_values[:, first : first + hidden]
+        values[layer, lanes, steps] = key_values[:, first + hidden : first + 2 * hidden]
 
 
 _QUERIES = 256  # queries whose scores are held at the same time
@@ -330,13 +348,29 @@ def top(logits: Array, banned: int, ids: Array, log_probabilities: Array) -> Non
     divide(share, len(logits), 1 if logits.size < _WORTH_THREADS else None)
 
 
-def vocabulary_top(
-    x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array,
-    logits: Array, banned: int, ids: Array, log_probabilities: Array,
+def vocabulary_search(
+    x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array, banned: int,
+    ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array,
 ) -> None:  # fmt: skip
-    """vocabulary_logits, then top. A device may leave `logits` unwritten: it is work space here."""
+    """One step of beam search from the last hidden states: vocabulary_logits, top, beam_step.
+
+    normed, logits, ids and log_probabilities are work space, which a device may leave unwritten.
+    """
     vocabulary_logits(x, norm, output, epsilon, scale, normed, logits)
     top(logits, banned, ids, log_probabilities)
+    beam_step(rows, slots, ancestors, history, ids, log_probabilities)
+
+
+def vocabulary_scores(
+    x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array, targets: Array,
+    out: Array,
+) -> None:  # fmt: skip
+    """out[r] = log softmax(logits[r])[targets[r]], logits as of vocabulary_logits: work space, like normed.
+
+    targets: int32 [rows]; out: [rows].
+    """
+    vocabulary_logits(x, norm, output, epsilon, scale, normed, logits)
+    target_log_probabilities(logits, targets, out)
 
 
 def target_log_probabilities(logits: Array, targets: Array, out: Array) -> None:

@@ -1,68 +1,167 @@
-"""cuBLAS for the large products, through ctypes on the library that CuPy has loaded.
+"""cuBLAS for the large products, through ctypes on the libraries that CuPy has loaded.
 
-CuPy's own wrapper refuses a capturing stream and cannot set a workspace; the library can do both.
+cuBLASLt is called, the part of cuBLAS that adds a bias, an activation and a residual in the same kernel, and that needs
+no handle bound to a stream. CuPy's own wrapper has no such epilogues and refuses a capturing stream.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightseq_backend.errors import ConfigError
 
-_OPERATION = {False: 0, True: 1}  # CUBLAS_OP_N, CUBLAS_OP_T
+WORKSPACE = 32 << 20  # bytes; what NVIDIA advises for Hopper
 _TYPE = {"float32": 0, "float16": 2}  # CUDA_R_32F, CUDA_R_16F
 _COMPUTE_32F, _COMPUTE_32F_FAST_TF32 = 68, 77
-_DEFAULT_ALGORITHM = -1
-WORKSPACE = 32 << 20  # bytes; what NVIDIA advises for Hopper
+_TRANSPOSE, _EPILOGUE, _BIAS_POINTER = 3, 7, 8  # cublasLtMatmulDescAttributes_t
+_PLAIN, _BIAS = 1, 4  # cublasLtEpilogue_t
+_ACTIVATIONS = {"none": 0, "relu": 2, "gelu": 32}  # its GELU is the tanh form
+_MOST_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)  # cublasLtMatmulPreferenceAttributes_t; of A, B, C, D
+_ALIGNED = 256  # bytes; no algorithm wants more
+
+
+class _Algorithm(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_uint64 * 8)]
+
+
+class _Found(ctypes.Structure):
+    """cublasLtMatmulHeuristicResult_t"""
+
+    _fields_ = [
+        ("algorithm", _Algorithm),
+        ("workspace", ctypes.c_size_t),
+        ("state", ctypes.c_int),
+        ("waves", ctypes.c_float),
+        ("reserved", ctypes.c_int * 4),
+    ]
+
+
+@dataclass(frozen=True)
+class _Product:
+    """What an algorithm is chosen by. Counted by columns as cuBLAS does: out^T [wide, rows] = W^T . x^T.
+
+    strides     numbers from one row to the next: of the weight, of x, of the residual, of out
+    alignments  bytes, of their addresses
+    """
+
+    rows: int
+    inner: int
+    wide: int
+    transposed: bool
+    types: tuple[str, str]
+    strides: tuple[int, int, int, int]
+    alignments: tuple[int, int, int, int]
+    epilogue: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    description: ctypes.c_void_p
+    layouts: tuple[ctypes.c_void_p, ...]  # of the weight, x, the residual, out
+    algorithm: _Algorithm
 
 
 class Cublas:
-    """A handle on one stream, with a workspace of its own, so that its calls can be captured in a graph."""
+    """Products on one stream, with a workspace of its own, so that its calls can be captured in a graph."""
 
     def __init__(self, stream: int, workspace: int, tf32: bool = False):
-        """stream: cudaStream_t; workspace: device address of WORKSPACE bytes."""
-        self._library = _library()
-        self._handle = ctypes.c_void_p()
-        self._compute = _COMPUTE_32F_FAST_TF32 if tf32 else _COMPUTE_32F
-        self._call("cublasCreate_v2", ctypes.byref(self._handle))
-        # Setting the stream takes the workspace away: the order matters.
-        self._call("cublasSetStream_v2", self._handle, ctypes.c_void_p(stream))
-        self._call("cublasSetWorkspace_v2", self._handle, ctypes.c_void_p(workspace), ctypes.c_size_t(WORKSPACE))
+        """stream: cudaStream_t; workspace: device address of WORKSPACE bytes, which concurrent products must not share.
 
-    def product(self, x: Any, weight: Any, transposed: bool, out: Any, add: bool = False) -> None:
-        """out = x . weight, or out += x . weight; float32 sums.
-
-        x: [rows, in]; weight: [in, out], or [out, in] if transposed; out: [rows, out]. The rows
-        of x and out may lie further apart than they are long.
+        tf32: let float32 products round their operands to TF32.
         """
-        rows, depth = x.shape
-        width = out.shape[1]
-        # cuBLAS counts by columns, so it is asked for out^T = weight^T . x^T.
+        self._library = _library()
+        self._stream, self._workspace = ctypes.c_void_p(stream), ctypes.c_void_p(workspace)
+        self._compute = _COMPUTE_32F_FAST_TF32 if tf32 else _COMPUTE_32F
+        self._handle = ctypes.c_void_p()
+        self._call("cublasLtCreate", ctypes.byref(self._handle))
+        self._plans: dict[_Product, _Plan | None] = {}
+
+    def product(
+        self, x: Any, weight: Any, transposed: bool, out: Any, *,
+        bias: Any = None, activation: str = "none", residual: Any = None, wide: int | None = None,
+    ) -> bool:  # fmt: skip
+        """out = [residual +] activation(x . weight + bias); float32 sums. False: bias and activation are still to do.
+
+        x: [rows, in]; weight: [in, wide], or [wide, in] if transposed; residual, which excludes an activation, and out:
+        [rows, wide]; bias: [wide], of out's type. Rows may lie further apart than they are long.
+        wide: columns to compute, where it is more than out is said to have (there must be room between its rows).
+        """
+        assert residual is None or activation == "none"
+        wide = wide or out.shape[1]
+        epilogue = _ACTIVATIONS[activation] | (0 if bias is None else _BIAS) or _PLAIN
+        operands = (weight, x, out if residual is None else residual, out)
+        plan = self._plan(x, operands, wide, transposed, epilogue)
+        if plan is None and epilogue != _PLAIN:
+            epilogue, plan = _PLAIN, self._plan(x, operands, wide, transposed, _PLAIN)
+        if plan is None:
+            raise RuntimeError(f"cuBLAS has no product of {x.shape} and {weight.shape} in {x.dtype.name}")
+        if epilogue & _BIAS:
+            self._describe(plan.description, _BIAS_POINTER, ctypes.c_void_p(bias.data.ptr))
+        addresses = [ctypes.c_void_p(operand.data.ptr) for operand in operands]
+        one, beta = ctypes.c_float(1.0), ctypes.c_float(0.0 if residual is None else 1.0)
+        of_weight, of_x, of_residual, of_out = plan.layouts
         self._call(
-            "cublasGemmEx",
-            self._handle,
-            _OPERATION[transposed],
-            _OPERATION[False],
-            width,
-            rows,
-            depth,
-            ctypes.byref(ctypes.c_float(1.0)),
-            ctypes.c_void_p(weight.data.ptr),
-            _TYPE[weight.dtype.name],
-            depth if transposed else width,
-            ctypes.c_void_p(x.data.ptr),
-            _TYPE[x.dtype.name],
-            x.strides[0] // x.itemsize,
-            ctypes.byref(ctypes.c_float(float(add))),
-            ctypes.c_void_p(out.data.ptr),
-            _TYPE[out.dtype.name],
-            out.strides[0] // out.itemsize,
-            self._compute,
-            _DEFAULT_ALGORITHM,
+            "cublasLtMatmul", self._handle, plan.description,
+            ctypes.byref(one), addresses[0], of_weight, addresses[1], of_x,
+            ctypes.byref(beta), addresses[2], of_residual, addresses[3], of_out,
+            ctypes.byref(plan.algorithm), self._workspace, ctypes.c_size_t(WORKSPACE), self._stream,
+        )  # fmt: skip
+        return epilogue != _PLAIN or (bias is None and activation == "none")
+
+    def _plan(self, x: Any, operands: tuple[Any, ...], wide: int, transposed: bool, epilogue: int) -> _Plan | None:
+        rows, inner = x.shape
+        strides = [operand.strides[0] // operand.itemsize for operand in operands]
+        alignments = [min(_ALIGNED, operand.data.ptr & -operand.data.ptr) for operand in operands]
+        key = _Product(
+            rows, inner, wide, transposed, (x.dtype.name, operands[3].dtype.name),
+            (strides[0], strides[1], strides[2], strides[3]),
+            (alignments[0], alignments[1], alignments[2], alignments[3]), epilogue,
+        )  # fmt: skip
+        if key not in self._plans:
+            self._plans[key] = self._make(key)
+        return self._plans[key]
+
+    def _make(self, product: _Product) -> _Plan | None:
+        """The first algorithm that cuBLAS proposes; None where it has none."""
+        description = ctypes.c_void_p()
+        self._call("cublasLtMatmulDescCreate", ctypes.byref(description), self._compute, _TYPE["float32"])
+        self._describe(description, _TRANSPOSE, ctypes.c_int32(product.transposed))
+        self._describe(description, _EPILOGUE, ctypes.c_uint32(product.epilogue))
+        rows, inner, wide = product.rows, product.inner, product.wide
+        shapes = ((inner, wide) if product.transposed else (wide, inner), (inner, rows), (wide, rows), (wide, rows))
+        of_inputs, of_results = product.types
+        types = (of_inputs, of_inputs, of_results, of_results)
+        layouts = tuple(map(self._layout, types, shapes, product.strides))
+        preference = ctypes.c_void_p()
+        self._call("cublasLtMatmulPreferenceCreate", ctypes.byref(preference))
+        self._prefer(preference, _MOST_WORKSPACE, ctypes.c_uint64(WORKSPACE))
+        for attribute, alignment in zip(_ALIGNMENTS, product.alignments):
+            self._prefer(preference, attribute, ctypes.c_uint32(alignment))
+        found, count = _Found(), ctypes.c_int()
+        status = self._library.cublasLtMatmulAlgoGetHeuristic(
+            self._handle, description, *layouts, preference, 1, ctypes.byref(found), ctypes.byref(count)
         )
+        return None if status or not count.value else _Plan(description, layouts, found.algorithm)
+
+    def _layout(self, kind: str, shape: tuple[int, int], stride: int) -> ctypes.c_void_p:
+        layout = ctypes.c_void_p()
+        rows, columns = (ctypes.c_uint64(size) for size in shape)
+        self._call(
+            "cublasLtMatrixLayoutCreate", ctypes.byref(layout), _TYPE[kind], rows, columns, ctypes.c_int64(stride)
+        )
+        return layout
+
+    def _describe(self, description: ctypes.c_void_p, attribute: int, value: Any) -> None:
+        size = ctypes.c_size_t(ctypes.sizeof(value))
+        self._call("cublasLtMatmulDescSetAttribute", description, attribute, ctypes.byref(value), size)
+
+    def _prefer(self, preference: ctypes.c_void_p, attribute: int, value: Any) -> None:
+        size = ctypes.c_size_t(ctypes.sizeof(value))
+        self._call("cublasLtMatmulPreferenceSetAttribute", preference, attribute, ctypes.byref(value), size)
 
     def _call(self, name: str, *arguments: Any) -> None:
         status = getattr(self._library, name)(*arguments)
@@ -76,7 +175,7 @@ def _library() -> ctypes.CDLL:
     handle = loaded.create()  # some versions of CuPy load it at the first call only
     loaded.destroy(handle)
     for line in Path("/proc/self/maps").read_text().splitlines():
-        match = re.search(r"(/\S*libcublas\.so\S*)$", line)
+        match = re.search(r"(/\S*libcublasLt\.so\S*)$", line)
         if match:
             return ctypes.CDLL(match.group(1))
-    raise ConfigError("CuPy has loaded no libcublas: install the extra cuda12 or cuda13")
+    raise ConfigError("CuPy has loaded no libcublasLt: install the extra cuda12 or cuda13")

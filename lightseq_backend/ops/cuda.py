@@ -8,24 +8,27 @@ device, one storage precision (sums are float32 in either), one non-blocking str
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import cupy
-import cupyx
 import numpy as np
 
 from lightseq_backend.errors import ConfigError
-from lightseq_backend.ops import linear_launch, vocabulary_launch
+from lightseq_backend.ops import device, linear_launch, vocabulary_launch
 from lightseq_backend.ops.cublas import WORKSPACE, Cublas
 from lightseq_backend.ops.launch import Kernel
 from lightseq_backend.ops.slots import SLOT
+from lightseq_backend.ops.transfer import Transfers
 
 Array = Any
-PRECISIONS = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
-STREAMED_ROWS = 64  # up to so many rows a product reads its weights by our own kernel, above by cuBLAS
+PRECISIONS: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+SEARCHED_ROWS = 64  # up to so many rows the vocabulary goes through our own kernel, above through cuBLAS
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
+_ALIGNED_COLUMNS = 8
+_RESERVE = 128 << 20  # bytes; graphs, the kernels' code and work space are made after all else
 _QUERIES = 64  # queries that one block of packed_attention takes
 _REACH = 32  # steps that a warp of decode_attention looks at together
 _ATTENDING_WARPS = 8  # of a multiprocessor: half its registers, the rest is for the kernel that comes next
@@ -35,7 +38,8 @@ _ATTENDING_WARPS = 8  # of a multiprocessor: half its registers, the rest is for
 class Matrix:
     """A weight [inner, wide], twice: `plain` for cuBLAS ([wide, inner] if transposed), `packed` for our own kernels.
 
-    columns: None, or what `packed` needs besides where a LayerNorm is folded into it (linear_launch.fold).
+    plain    has columns of zeros up to a multiple of _ALIGNED_COLUMNS: cuBLAS is six times slower with odd ones
+    columns  None, or what `packed` needs besides where a LayerNorm is folded into it (linear_launch.fold)
     """
 
     plain: Array
@@ -45,6 +49,10 @@ class Matrix:
     inner: int
     wide: int
 
+    @property
+    def aligned_width(self) -> int:
+        return int(self.plain.shape[0 if self.transposed else 1])
+
 
 class Cuda:
     """Raises ConfigError when the device, its driver or CuPy cannot be used."""
@@ -52,6 +60,7 @@ class Cuda:
     NAME = "cuda"
     BURSTS_AHEAD = 2
     SCORED_ROWS = 512
+    LOGITS_ALIGNMENT = _ALIGNED_COLUMNS
 
     def __init__(self, device_id: int = 0, precision: str = "fp16", early: bool = True):
         if precision not in PRECISIONS:
@@ -59,19 +68,19 @@ class Cuda:
         self.FLOAT = PRECISIONS[precision]
         self.device_id = device_id
         self._half = precision == "fp16"
-        try:
-            self._device = cupy.cuda.Device(device_id)
-            self._device.use()
-            attributes = self._device.attributes
-        except Exception as error:  # CuPy raises of its own what the driver says, and not always the same
-            raise ConfigError(f"GPU {device_id} cannot be used: {error}") from error
+        device.check(cupy.cuda, device_id)
+        self._device = cupy.cuda.Device(device_id)
+        self._device.use()
+        attributes = self._device.attributes
         capability = int(self._device.compute_capability)
         self._limits = linear_launch.Device(
             capability, attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"]
         )
         self._early = early and capability >= 90
         self._stream = cupy.cuda.Stream(non_blocking=True)
-        self._copies = cupy.cuda.Stream(non_blocking=True)  # for reading what nothing queued writes any more
+        self._transfers = Transfers(self._stream)
+        # For reading what nothing queued writes any more.
+        self._late_transfers = Transfers(cupy.cuda.Stream(non_blocking=True))
         self._workspace = cupy.cuda.alloc(WORKSPACE)
         self._cublas = Cublas(self._stream.ptr, self._workspace.ptr)
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
@@ -87,20 +96,18 @@ class Cuda:
     def matrix(self, array: np.ndarray, norm: Any = None) -> Matrix:
         inner, wide = array.shape
         transposed = array.T.flags.c_contiguous and not array.flags.c_contiguous
-        plain = source = self._upload(array.T if transposed else array)
         columns = None
-        if norm is not None and self._half:
-            with self._stream:
+        with self._stream:
+            source = self._upload(array.T if transposed else array)
+            plain = _with_aligned_columns(source, 0 if transposed else 1)
+            if norm is not None:
                 whole, gain, bias = (cupy.asarray(part, np.float32) for part in (array, norm.gain, norm.bias))
                 source, columns = linear_launch.fold(whole, gain, bias, self.FLOAT)
                 source = cupy.ascontiguousarray(source.T if transposed else source)
-        packed = cupy.empty(linear_launch.packed_elements(inner, wide, self._half), self.FLOAT)
-        strides = (1, inner) if transposed else (wide, 1)
-        pieces = packed.nbytes // 16
-        self._launch(
-            "linear", "pack_weight", (-(-pieces // 256),), 256,
-            (source, *strides, packed, inner, wide),
-        )  # fmt: skip
+            packed = cupy.empty(linear_launch.packed_elements(inner, wide, self._half), self.FLOAT)
+            strides = (1, inner) if transposed else (wide, 1)
+            arguments = (source, *strides, packed, inner, wide)
+            self._launch("linear", "pack_weight", (-(-packed.nbytes // 16 // 256),), 256, arguments)
         return Matrix(plain, transposed, packed, columns, inner, wide)
 
     def vector(self, array: np.ndarray) -> Array:
@@ -113,8 +120,16 @@ class Cuda:
         with self._stream:
             return cupy.asarray(np.ascontiguousarray(array, np.float32)).astype(self.FLOAT, copy=False)
 
+    def weight_bytes(self, shape: tuple[int, ...], is_matrix: bool) -> int:
+        if not is_matrix:
+            return math.prod(shape) * self.FLOAT.itemsize
+        inner, wide = shape
+        plain, packed = inner * _aligned(wide), linear_launch.packed_elements(inner, wide, self._half)
+        return (plain + packed) * self.FLOAT.itemsize
+
     def available_memory(self) -> int:
-        return int(cupy.cuda.runtime.memGetInfo()[0])
+        cupy.get_default_memory_pool().free_all_blocks()  # what converting the weights has left behind
+        return max(0, int(cupy.cuda.runtime.memGetInfo()[0]) - _RESERVE)
 
     def allocate(self, size: int) -> Any:
         block = cupy.cuda.alloc(size)
@@ -131,26 +146,14 @@ class Cuda:
         if source.dtype == SLOT:
             source = np.ascontiguousarray(source).view(np.uint8).reshape(destination.shape)
         if destination.size:
-            destination.set(np.ascontiguousarray(source, destination.dtype), stream=self._stream)
+            self._transfers.to_device(destination, np.ascontiguousarray(source, destination.dtype))
 
     def get(self, source: Array) -> np.ndarray:
-        copy = source.get(stream=self._copies)
-        self._copies.synchronize()
-        return _records(copy)
+        return _records(self._late_transfers.to_host(source)())
 
     def fetch(self, source: Array) -> Callable[[], np.ndarray]:
-        room = cupyx.empty_pinned(source.shape, source.dtype)
-        cupy.cuda.runtime.memcpyAsync(
-            room.ctypes.data, source.data.ptr, source.nbytes, cupy.cuda.runtime.memcpyDeviceToHost, self._stream.ptr
-        )
-        arrived = cupy.cuda.Event(disable_timing=True)
-        arrived.record(self._stream)
-
-        def wait() -> np.ndarray:
-            arrived.synchronize()
-            return _records(np.array(room))
-
-        return wait
+        wait = self._transfers.to_host(source)
+        return lambda: _records(wait())
 
     def fault(self) -> str | None:
         """An error of the device stays: everything that is asked of it afterwards fails with it."""
@@ -159,6 +162,12 @@ class Cuda:
         except Exception as error:  # what CuPy raises differs by its version
             return f"GPU {self.device_id} has failed: {error}"
         return None
+
+    @staticmethod
+    def pass_sizes(most: int) -> list[int]:
+        """In steps of a third to a half."""
+        sizes = [size for power in range(4, most.bit_length()) for size in (1 << power, 3 << power - 1)]
+        return [*(size for size in sizes if size < most), most]
 
     def capture(self, run: Callable[[], None]) -> Callable[[], None]:
         """Runs once, which compiles what is new; then records one graph."""
@@ -189,45 +198,32 @@ class Cuda:
         self._launch("norm", "layer_norm", (len(x),), 128, arguments)
 
     def linear(self, x: Array, linear: Any, out: Array) -> None:
-        weight: Matrix = linear.weight
-        if self._streams(len(x), weight):
+        if self._streams(len(x), linear.weight):
             self._product(x, linear, out)
-            return
-        self._cublas.product(x, weight.plain, weight.transposed, out)
-        self._finish(out, linear.bias, "none")
+        else:
+            self._large_product(x, linear, out)
 
     def norm_linear(
         self, x: Array, norm: Any, linear: Any, epsilon: float, activation: str, normed: Array, out: Array
     ) -> None:
-        weight: Matrix = linear.weight
-        streams = self._streams(len(x), weight)
-        if streams and weight.columns is not None:
+        streams = self._streams(len(x), linear.weight)
+        if streams and linear.weight.columns is not None:
             self._product(x, linear, out, activation=activation, epsilon=epsilon)
             return
         self.layer_norm(x, norm, epsilon, normed)
-        if streams:
-            self._product(normed, linear, out, activation=activation)
-            return
-        self._cublas.product(normed, weight.plain, weight.transposed, out)
-        self._finish(out, linear.bias, activation)
+        product = self._product if streams else self._large_product
+        product(normed, linear, out, activation=activation)
 
     def linear_residual(self, x: Array, linear: Any, residual: Array, out: Array) -> None:
-        weight: Matrix = linear.weight
-        if self._streams(len(x), weight):
-            self._product(x, linear, out, residual)
-            return
-        if residual.data.ptr != out.data.ptr:
-            kind = cupy.cuda.runtime.memcpyDeviceToDevice
-            cupy.cuda.runtime.memcpyAsync(out.data.ptr, residual.data.ptr, out.nbytes, kind, self._stream.ptr)
-        self._cublas.product(x, weight.plain, weight.transposed, out, add=True)
-        self._finish(out, linear.bias, "none")
+        product = self._product if self._streams(len(x), linear.weight) else self._large_product
+        product(x, linear, out, residual)
 
     def packed_attention(self, qkv: Array, starts: Array, heads: int, causal: bool, out: Array) -> None:
         size, sequences = out.shape[1] // heads, len(starts) - 1
         tensor = self._half and self._limits.capability >= 75 and size % 8 == 0
         self._launch(
             "attention", "packed_attention_tensor" if tensor else "packed_attention",
-            (len(qkv) // _QUERIES + sequences, heads), 128 if tensor else 256,
+            (len(qkv) // _QUERIES + min(sequences, _QUERIES), heads), 128 if tensor else 256,
             (qkv, starts, out, sequences, heads, int(causal)), HEAD_SIZE=size,
         )  # fmt: skip
 
@@ -258,71 +254,62 @@ class Cuda:
         )  # fmt: skip
 
     def store(self, key_values: Array, lanes: Array, steps: Array, keys: Array, values: Array) -> None:
-        hidden = key_values.shape[1] // 2
+        layers, lane_count, most_steps, hidden = keys.shape
         self._launch(
-            "attention", "store", (len(lanes),), 256,
-            (key_values, _stride(key_values), lanes, steps, keys, values, hidden, keys.shape[1]), HEAD_SIZE=8,
+            "attention", "store", (len(lanes), layers), 256,
+            (key_values, _stride(key_values), lanes, steps, keys, values, hidden, most_steps, lane_count), HEAD_SIZE=8,
         )  # fmt: skip
 
     def vocabulary_logits(
         self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, normed: Array, logits: Array
     ) -> None:
-        if len(x) <= STREAMED_ROWS:
-            self._vocabulary(x, norm, output, epsilon, scale, logits=logits)
+        if self._searches(len(x), output.weight):
+            self._vocabulary(x, output, epsilon, scale, logits=logits)
             return
-        weight: Matrix = output.weight
-        self.layer_norm(x, norm, epsilon, normed)
-        self._cublas.product(normed, weight.plain, weight.transposed, logits)
+        self._vocabulary_products(x, norm, output, epsilon, normed, logits)
         rows, vocabulary = logits.shape
-        self._launch(
-            "sampling", "finish_logits", (-(-vocabulary // 1024), rows), 256,
-            (logits, output.bias, rows, vocabulary, scale),
-        )  # fmt: skip
+        if scale != 1 or output.bias is not None:
+            self._launch(
+                "sampling", "finish_logits", (-(-vocabulary // 1024), min(rows, 65535)), 256,
+                (logits, _stride(logits), output.bias, rows, vocabulary, scale),
+            )  # fmt: skip
 
     def top(self, logits: Array, banned: int, ids: Array, log_probabilities: Array) -> None:
-        arguments = (logits, ids, log_probabilities, logits.shape[1], ids.shape[1], banned)
-        self._launch("sampling", "top", (len(logits),), 1024, arguments)
+        self._top(logits, None, banned, ids, log_probabilities, 1.0)
 
-    def vocabulary_top(
-        self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, normed: Array,
-        logits: Array, banned: int, ids: Array, log_probabilities: Array,
+    def vocabulary_search(
+        self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, normed: Array, logits: Array,
+        banned: int, ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array,
     ) -> None:  # fmt: skip
-        rows, best = ids.shape
-        statistics, choices = self.tile_results(rows, output.weight.wide, best)
-        if rows <= STREAMED_ROWS or output.weight.wide % 8:  # cuBLAS is slow where rows of logits are not aligned
-            self._vocabulary(
-                x, norm, output, epsilon, scale, statistics=statistics, choices=choices, best=best, banned=banned
-            )
-        else:
-            weight: Matrix = output.weight
-            self.layer_norm(x, norm, epsilon, normed)
-            self._cublas.product(normed, weight.plain, weight.transposed, logits)
-            plan = vocabulary_launch.plan(self._limits, STREAMED_ROWS, weight.inner, weight.wide, self._half)
-            arguments = (
-                logits, output.bias, None, None, statistics, choices, rows, weight.wide, best, banned, scale,
-            )  # fmt: skip
-            blocks = -(-statistics.shape[1] // vocabulary_launch.SUMMARISING)
-            self._launch(
-                "vocabulary", "vocabulary_tiles", (blocks, rows), 8 * vocabulary_launch.SUMMARISING, arguments,
-                **dict(plan.definitions),
-            )  # fmt: skip
-        self.merge_best(statistics, choices, ids, log_probabilities)
+        if not self._searches(len(x), output.weight):
+            self._vocabulary_products(x, norm, output, epsilon, normed, logits)
+            self._top(logits, output.bias, banned, ids, log_probabilities, scale)
+            self.beam_step(rows, slots, ancestors, history, ids, log_probabilities)
+            return
+        count, best = ids.shape
+        tiles = vocabulary_launch.tiles(output.weight.wide)
+        statistics = self._room("statistics", (count, tiles, 2), np.float32)
+        choices = self._room("choices", (count, tiles, best), np.uint64)
+        self._vocabulary(
+            x, output, epsilon, scale, rows=rows, slots=slots, statistics=statistics, choices=choices,
+            best=best, banned=banned,
+        )  # fmt: skip
+        arguments = (rows, slots, ancestors, history, statistics, choices, tiles, best, history.shape[1])
+        self._launch("search", "vocabulary_beam_step", (count,), 1024, arguments)
 
-    def tile_results(self, rows: int, vocabulary: int, best: int) -> tuple[Array, Array]:
-        """What the parts of vocabulary_top hand over: statistics [rows, tiles, 2] and choices [rows, tiles, best]."""
-        tiles = vocabulary_launch.tiles(vocabulary)
-        statistics = self._room("statistics", (rows, tiles, 2), np.float32)
-        return statistics, self._room("choices", (rows, tiles, best), np.uint64)
-
-    def merge_best(self, statistics: Array, choices: Array, ids: Array, log_probabilities: Array) -> None:
-        """The second part of vocabulary_top."""
-        rows, tiles, best = choices.shape
-        arguments = (statistics, choices, ids, log_probabilities, tiles, best)
-        self._launch("search", "vocabulary_best", (rows,), vocabulary_launch.best_threads(tiles), arguments)
+    def vocabulary_scores(
+        self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, normed: Array, logits: Array,
+        targets: Array, out: Array,
+    ) -> None:  # fmt: skip
+        if self._searches(len(x), output.weight):
+            self._vocabulary(x, output, epsilon, scale, logits=logits)
+            self.target_log_probabilities(logits, targets, out)
+            return
+        self._vocabulary_products(x, norm, output, epsilon, normed, logits)
+        self._target_log_probabilities(logits, output.bias, targets, out, scale)
 
     def target_log_probabilities(self, logits: Array, targets: Array, out: Array) -> None:
-        arguments = (logits, targets, out, logits.shape[1])
-        self._launch("sampling", "target_log_probabilities", (len(logits),), 1024, arguments)
+        self._target_log_probabilities(logits, None, targets, out, 1.0)
 
     def beam_step(
         self, rows: Array, slots: Array, ancestors: Array, history: Array, ids: Array, log_probabilities: Array
@@ -332,13 +319,17 @@ class Cuda:
 
     def sample_step(self, rows: Array, slots: Array, history: Array, logits: Array, banned: int) -> None:
         arrivals = self._room("arrivals", (len(rows),), np.int32)
-        arguments = (rows, slots, history, logits, arrivals, logits.shape[1], banned, history.shape[1])
+        stride, vocabulary = _stride(logits), logits.shape[1]
+        arguments = (rows, slots, history, logits, stride, arrivals, vocabulary, banned, history.shape[1])
         self._launch("sampling", "sample_step", (len(rows),), 1024, arguments)
 
     # How they are launched --------------------------------------------------------------------------------------------
 
     def _streams(self, rows: int, weight: Matrix) -> bool:
         return linear_launch.pays(self._limits, rows, weight.inner, weight.wide, self._half)
+
+    def _searches(self, rows: int, weight: Matrix) -> bool:
+        return rows <= SEARCHED_ROWS and self._streams(1, weight)
 
     def _product(
         self, x: Array, linear: Any, out: Array, residual: Array | None = None, activation: str = "none",
@@ -356,24 +347,65 @@ class Cuda:
             out, _stride(out), len(x), weight.wide, _ACTIVATIONS[activation], 1.0,
         )  # fmt: skip
         self._launch(
-            "linear", "linear", plan.grid, linear_launch.THREADS, arguments,
+            "linear", "linear", plan.grid, plan.threads, arguments,
             shared=plan.shared, cluster=plan.cluster[0], **dict(plan.definitions),
         )  # fmt: skip
 
+    def _large_product(
+        self, x: Array, linear: Any, out: Array, residual: Array | None = None, activation: str = "none"
+    ) -> None:
+        """out = residual + activation(x . W + b), by cuBLAS."""
+        weight: Matrix = linear.weight
+        complete = self._cublas.product(
+            x, weight.plain, weight.transposed, out, bias=linear.bias, activation=activation, residual=residual
+        )
+        if not complete:
+            rows, wide = out.shape
+            width = 256 * (8 if self._half else 4)
+            self._launch(
+                "linear", "bias_activation", (-(-wide // width), min(rows, 65535)), 256,
+                (out, linear.bias, rows, wide, _ACTIVATIONS[activation], 1.0),
+            )  # fmt: skip
+
     def _vocabulary(
-        self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, *, logits: Array | None = None,
-        statistics: Array | None = None, choices: Array | None = None, best: int = 1, banned: int = -1,
+        self, x: Array, output: Any, epsilon: float, scale: float, *, rows: Array | None = None,
+        slots: Array | None = None, logits: Array | None = None, statistics: Array | None = None,
+        choices: Array | None = None, best: int = 1, banned: int = -1,
     ) -> None:  # fmt: skip
         weight: Matrix = output.weight
+        assert weight.columns is not None
         plan = vocabulary_launch.plan(self._limits, len(x), weight.inner, weight.wide, self._half)
         arguments = (
-            x, norm.gain, norm.bias, weight.packed, output.bias, None, None, logits, statistics, choices,
+            x, weight.packed, weight.columns, output.bias, rows, slots,
+            logits, 0 if logits is None else _stride(logits), statistics, choices,
             len(x), weight.wide, best, banned, epsilon, scale,
         )  # fmt: skip
         self._launch(
-            "vocabulary", "vocabulary", plan.grid, vocabulary_launch.threads(plan), arguments,
+            "vocabulary", "vocabulary", plan.grid, plan.threads, arguments,
             shared=plan.shared, **dict(plan.definitions),
         )  # fmt: skip
+
+    def _vocabulary_products(
+        self, x: Array, norm: Any, output: Any, epsilon: float, normed: Array, logits: Array
+    ) -> None:
+        """logits = layer_norm(x) . W by cuBLAS, without scale and bias; it may write between the rows, too."""
+        weight: Matrix = output.weight
+        self.layer_norm(x, norm, epsilon, normed)
+        wide = weight.aligned_width if _stride(logits) >= weight.aligned_width else None
+        self._cublas.product(normed, weight.plain, weight.transposed, logits, wide=wide)
+
+    def _top(
+        self, logits: Array, bias: Array | None, banned: int, ids: Array, log_probabilities: Array, scale: float
+    ) -> None:
+        vocabulary, count = logits.shape[1], ids.shape[1]
+        arguments = (logits, _stride(logits), bias, ids, log_probabilities, vocabulary, count, banned, scale)
+        self._launch("sampling", "top", (len(logits),), 1024, arguments)
+
+    def _target_log_probabilities(
+        self, logits: Array, bias: Array | None, targets: Array, out: Array, scale: float
+    ) -> None:
+        arguments = (logits, _stride(logits), bias, targets, out, logits.shape[1], scale)
+        self._launch("sampling", "target_log_probabilities", (len(logits),), 1024, arguments)
 
     def _warps(self, blocks: int, steps: int, most: int) -> int:
         """Warps of a block that attends to up to so many steps; results do not depend on it.
@@ -383,16 +415,6 @@ class Cuda:
         together = _ATTENDING_WARPS * self._limits.multiprocessors // max(1, blocks)
         warps = max(1, min(most, -(-steps // _REACH), together))
         return 1 << warps.bit_length() - 1
-
-    def _finish(self, x: Array, bias: Array | None, activation: str) -> None:
-        if bias is None and activation == "none":
-            return
-        rows, wide = x.shape
-        width = 256 * (8 if self._half else 4)
-        self._launch(
-            "linear", "bias_activation", (-(-wide // width), min(rows, 65535)), 256,
-            (x, bias, rows, wide, _ACTIVATIONS[activation], 1.0),
-        )  # fmt: skip
 
     def _launch(
         self, family: str, name: str, grid: tuple[int, ...], block: int, arguments: tuple[Any, ...],
@@ -414,6 +436,17 @@ class Cuda:
             with self._stream:
                 self._rooms[name] = cupy.zeros(size, dtype)
         return self._rooms[name][:size].reshape(shape)
+
+
+def _aligned(wide: int) -> int:
+    return -(-wide // _ALIGNED_COLUMNS) * _ALIGNED_COLUMNS
+
+
+def _with_aligned_columns(array: Array, axis: int) -> Array:
+    missing = _aligned(array.shape[axis]) - array.shape[axis]
+    if not missing:
+        return array
+    return cupy.pad(array, [(0, missing) if i == axis else (0, 0) for i in range(2)])
 
 
 def _stride(array: Array) -> int:

@@ -89,7 +89,8 @@ class Kernel:
         config.shared, config.stream, config.attribute_count = shared, stream, count
         status = _driver().cuLaunchKernelEx(self._address, self._handle, self._pointers, None)
         if status:
-            raise RuntimeError(f"launching {self.name} failed with CUDA error {status}; grid {grid}, shared {shared}")
+            launch = f"grid {tuple(grid)}, block {block}, shared {shared}"
+            raise RuntimeError(f"{self.name} was not launched: {_explained(status)}; {launch}")
 
     @functools.cached_property
     def _handle(self) -> ctypes.c_void_p:
@@ -111,6 +112,15 @@ def _bits(value: Any) -> int:
 @functools.cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
+
+
+def _explained(status: int) -> str:
+    """A CUresult as the driver names and explains it."""
+    name, text = ctypes.c_char_p(), ctypes.c_char_p()
+    _driver().cuGetErrorName(status, ctypes.byref(name))
+    _driver().cuGetErrorString(status, ctypes.byref(text))
+    known = f"{name.value.decode()}: {text.value.decode()}" if name.value and text.value else "no such error is known"
+    return f"CUDA error {status} ({known})"
 
 
 @functools.cache

@@ -7,20 +7,20 @@ from typing import Any
 
 import numpy as np
 
-THREADS = 256
 _WARPS = 8
 _PORTABLE_CLUSTER = 8
-_FLOAT_OUTPUTS = 64
+_SMALL = 1 << 20  # elements of a weight that is too little for cuBLAS at up to 128 rows
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to launch `linear`; the block is THREADS threads, `shared` is bytes."""
+    """One way to launch a kernel. shared: bytes of dynamic shared memory."""
 
     definitions: tuple[tuple[str, int], ...]
     grid: tuple[int, int, int]
     cluster: tuple[int, int, int]
     shared: int
+    threads: int = 32 * _WARPS
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,8 @@ class Device:
 
 def packed_elements(inner: int, wide: int, half: bool) -> int:
     """Elements that pack_weight writes; its grid is this / (8 if half else 4) / 256, rounded up."""
-    if half:
-        return _up(wide, 16) * 16 * _up(inner, 32) * 32
-    return _up(wide, 64) * 64 * _up(inner, 64) * 64
+    chunk = _chunk(half)
+    return _up(wide, 16) * 16 * _up(inner, chunk) * chunk
 
 
 def fold(weight: Any, gain: Any, bias: Any, dtype: Any) -> tuple[Any, Any]:
@@ -51,31 +50,24 @@ def fold(weight: Any, gain: Any, bias: Any, dtype: Any) -> tuple[Any, Any]:
 
 
 def pays(device: Device, rows: int, inner: int, wide: int, half: bool) -> bool:
-    """Whether `linear` is faster than cuBLAS and a kernel for what goes with it."""
-    if rows <= 64:
-        return True
-    outputs, split, _ = _half_shape(device, rows, inner, wide)
-    # Two groups of rows: while all blocks run at once, the second reads the weights from L2. A long sum is cuBLAS's.
-    return half and rows <= 128 and split <= 2 and 2 * split * _up(wide, outputs) <= device.multiprocessors
+    """Whether `linear` is faster than cuBLAS and a kernel for the LayerNorm in front; by measurement on an H200."""
+    if device.capability < (75 if half else 80):  # the tensor cores' instructions
+        return False
+    if half:
+        return rows <= (128 if inner * wide <= _SMALL else 32)
+    return rows <= 64
 
 
 def plan(device: Device, rows: int, inner: int, wide: int, half: bool, norm: bool, aligned: bool) -> Plan:
-    """The launch for x [rows, inner] . W [inner, wide]. Any number of rows; it pays up to 64.
+    """The launch for x [rows, inner] . W [inner, wide]. Any number of rows; it pays where `pays` says so.
 
-    half: fp16 storage, else float. norm: x goes through the LayerNorm that W was packed with (half only). aligned: rows
-    of x begin at, and consist of, pieces of sixteen bytes. The order of a sum over `inner` depends on the weight and
-    the device, not on `rows`.
+    half: fp16 storage, else float. norm: x goes through the LayerNorm that W was packed with. aligned: rows of x begin
+    at, and consist of, pieces of sixteen bytes. The order of a sum over `inner` depends on the weight and the device,
+    not on `rows`.
     """
-    assert half or not norm
-    outputs, split, late = _half_shape(device, rows, inner, wide) if half else _float_shape(device, inner, wide)
-    most = 64 if half else 32 if split <= 2 else 16
-    for count in (count for count in (64, 32, 16, 8) if count <= most and (count == 8 or count < 2 * rows)):
-        steps = _steps(inner, split)
-        while True:
-            shared = _shared(count, outputs, split, norm, 0 if half else steps)
-            if shared <= device.shared or half or steps == 1:
-                break
-            steps -= 1
+    outputs, split, late = _shape(device, rows, _up(inner, _chunk(half)), wide)
+    for count in (count for count in (32, 16, 8) if count == 8 or count < 2 * rows):
+        shared = _shared(count, outputs, split, norm)
         if shared <= device.shared:
             break
     definitions = {
@@ -87,13 +79,12 @@ def plan(device: Device, rows: int, inner: int, wide: int, half: bool, norm: boo
         "SPLIT": split,
         "LATE": late,
         "ALIGNED": int(aligned),
-        **({} if half else {"TILE_STEPS": steps}),
     }
     grid = (split * _up(wide, outputs), _up(rows, count), 1)
     return Plan(tuple(definitions.items()), grid, (split, 1, 1), shared)
 
 
-def _half_shape(device: Device, rows: int, inner: int, wide: int) -> tuple[int, int, int]:
+def _shape(device: Device, rows: int, chunks: int, wide: int) -> tuple[int, int, int]:
     """OUTPUTS, SPLIT and whether to launch the next kernel late; all by measurement on an H200.
 
     A sum is split where few blocks would have long ones. Every multiprocessor gets one block at most: a second
@@ -102,31 +93,24 @@ def _half_shape(device: Device, rows: int, inner: int, wide: int) -> tuple[int, 
     """
     split = 1
     if device.capability >= 90:
-        split = 4 if inner > 2048 else 2 if 2 * _up(wide, 64) <= device.multiprocessors else 1
+        split = 8 if chunks > 128 else 4 if chunks > 64 else 2
+        while split > 1 and split * _up(wide, 64) > device.multiprocessors:
+            split //= 2
     many = rows > 16
     wider = split * _up(wide, 32) > device.multiprocessors or (many and split * _up(wide, 64) >= 64)
     return 64 if wider else 32, split, int(many)
 
 
-def _float_shape(device: Device, inner: int, wide: int) -> tuple[int, int, int]:
-    """As _half_shape: as many blocks share a sum as there are multiprocessors for."""
-    split = 1
-    if device.capability >= 90:
-        blocks = device.multiprocessors // _up(wide, _FLOAT_OUTPUTS)
-        split = max(1, min(_PORTABLE_CLUSTER, _up(inner, 64), blocks))
-    return _FLOAT_OUTPUTS, split, 0
+def _chunk(half: bool) -> int:
+    """Columns of x that a chunk has: 64 bytes."""
+    return 32 if half else 16
 
 
-def _steps(inner: int, split: int) -> int:
-    return _up(_up(inner, 64), split)
-
-
-def _shared(rows: int, outputs: int, split: int, norm: bool, steps: int) -> int:
-    """Bytes, region by region as the kernels lay them out."""
+def _shared(rows: int, outputs: int, split: int, norm: bool) -> int:
+    """Bytes, region by region as the kernel lays them out."""
     partial = _WARPS * rows * (outputs + 4) * 4
-    held = rows * (64 * steps + 4) * 4 if steps else 0
     inbox = split * _up(rows, split) * (outputs // 4 + norm) * 16 if split > 1 else 0
-    return max(held, partial) + inbox
+    return partial + inbox
 
 
 def _up(x: int, y: int) -> int:

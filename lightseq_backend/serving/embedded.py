@@ -28,6 +28,7 @@ from lightseq_backend.errors import ConfigError
 from lightseq_backend.serving.device import DEVICES, choose_device
 
 LOOPBACK = "127.0.0.1"
+TRITON_VARIABLE = "LIGHTSEQ_TRITON"  # names the directory of the Triton to use
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 RESTRICTED_APIS = "model-repository,shared-memory,trace,logging"  # what changes the server, for those with the key
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -54,34 +55,51 @@ class Triton:
     libpythons: tuple[str, ...] = ()
 
 
-def find_triton() -> Triton:
-    """The server inside the nvidia-pytriton wheel, else the one on PATH (Triton's container).
+def find_triton(directory: str | os.PathLike[str] | None = None) -> Triton:
+    """The server in `directory` or, where that is None, in $LIGHTSEQ_TRITON; else the one inside the nvidia-pytriton
+    wheel, else the one on PATH (Triton's container).
 
     The wheel's own Python package is never imported: it wants numpy<2, which the server does not.
     """
+    directory = directory or os.environ.get(TRITON_VARIABLE)
+    if directory:
+        return _installed(Path(directory).resolve())
     package = find_spec("pytriton")
     if package is not None and package.submodule_search_locations:
         root = Path(package.submodule_search_locations[0])
         triton = root / "tritonserver"
-        backend = triton / "backends" / "python"
-        stub = triton / "python_backend_stubs" / _python_version() / "triton_python_backend_stub"
-        server = triton / "bin" / "tritonserver"
-        libraries = (root.parent / "nvidia_pytriton.libs",)
-    else:
-        on_path = shutil.which("tritonserver")
-        if on_path is None:
-            raise ConfigError("no tritonserver: install the extra `server`, or run inside Triton's container")
-        server = Path(on_path).resolve()
-        backend = server.parents[1] / "backends" / "python"
-        stub = backend / "triton_python_backend_stub"
-        libraries = (server.parents[1] / "lib",)
+        stubs = triton / "python_backend_stubs" / _python_version()
+        return _checked(triton, stubs, root.parent / "nvidia_pytriton.libs")
+    on_path = shutil.which("tritonserver")
+    if on_path is None:
+        raise ConfigError(
+            "no tritonserver: install the extra `server`, name the directory of one with --triton or "
+            f"{TRITON_VARIABLE}, or run inside Triton's container"
+        )
+    return _installed(Path(on_path).resolve().parents[1])
+
+
+def _installed(root: Path) -> Triton:
+    """A Triton that lies as NVIDIA's /opt/tritonserver does: bin, backends, and its libraries in lib or libs."""
+    if not (root / "bin" / "tritonserver").exists():
+        raise ConfigError(f"{root} holds no Triton: bin/tritonserver is missing")
+    libraries = root / "libs" if (root / "libs").is_dir() else root / "lib"
+    return _checked(root, root / "backends" / "python", libraries)
+
+
+def _checked(root: Path, stubs: Path, libraries: Path) -> Triton:
+    server, backend = root / "bin" / "tritonserver", root / "backends" / "python"
+    stub = stubs / "triton_python_backend_stub"
     files = (backend / "libtriton_python.so", backend / "triton_python_backend_utils.py", stub)
     missing = [str(path) for path in (server, *files) if not path.exists()]
     if missing:
         raise ConfigError(f"this Triton does not serve Python {_python_version()}; missing: {', '.join(missing)}")
+    built_for = re.search(rb"libpython3(?:-\w+)?\.(\d+)\.so", stub.read_bytes())
+    if built_for and int(built_for[1]) != sys.version_info.minor:
+        raise ConfigError(f"{stub} is for Python 3.{int(built_for[1])}; this is Python {_python_version()}")
     # For Python 3.13 the wheel brings a libpython of its own, which lacks what Debian's has built in (math, ...).
     own = f"libpython3-*.{sys.version_info.minor}.so.*"
-    return Triton(server, files, libraries, tuple(path.name for path in libraries[0].glob(own)))
+    return Triton(server, files, (libraries,), tuple(path.name for path in libraries.glob(own)))
 
 
 class EmbeddedServer:
@@ -93,6 +111,7 @@ class EmbeddedServer:
     admin_key    opens the model-repository, shared-memory, trace and logging APIs (HTTP header `admin-key`,
                  gRPC metadata `triton-grpc-protocol-admin-key`); None locks them
     models       load only these, explicitly; None loads the whole repository
+    triton       directory of the Triton to use, see find_triton
     shm_bytes    shared memory a model instance starts with
     log_to_terminal  pass Triton's log on instead of keeping it for `log`
     stop_timeout  seconds until a server that does not end is killed; Triton uses them up while a client keeps an
@@ -112,6 +131,7 @@ class EmbeddedServer:
         metrics_port: int = 0,
         admin_key: str | None = None,
         models: Sequence[str] | None = None,
+        triton: str | os.PathLike[str] | None = None,
         shm_bytes: int = 1 << 20,
         log_level: str = "info",
         log_to_terminal: bool = False,
@@ -130,6 +150,7 @@ class EmbeddedServer:
         self._ports = self._wanted_ports
         self._admin_key = admin_key or secrets.token_hex(16)
         self._models = None if models is None else list(models)
+        self._triton = triton
         self._shm_bytes = shm_bytes
         self._log_level = log_level
         self._log_to_terminal = log_to_terminal
@@ -180,7 +201,7 @@ class EmbeddedServer:
         """Return when every model is ready. ServerFailed, with the log's end, when Triton gives up or time is up."""
         if self._process is not None:
             raise RuntimeError("this server is already running")
-        triton = find_triton()
+        triton = find_triton(self._triton)
         for attempt in range(3):
             self._ports = _choose_ports(self._wanted_ports)
             self._launch(triton)
@@ -323,6 +344,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grpc-port", type=int, default=8001, help="0 picks a free one (default: %(default)s)")
     parser.add_argument("--metrics-port", type=int, default=8002, help="0 picks a free one (default: %(default)s)")
     parser.add_argument("--model", action="append", dest="models", help="load only this model (may be repeated)")
+    parser.add_argument(
+        "--triton",
+        metavar="DIR",
+        help=f"the Triton to use, as /opt/tritonserver lies (default: {TRITON_VARIABLE}, else found)",
+    )
     parser.add_argument("--admin-key", help="opens the administration APIs to requests with this key")
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning")
     parser.add_argument("--start-timeout", type=float, default=300.0, help="seconds until ready (default: %(default)g)")
@@ -347,6 +373,7 @@ def serve(arguments: argparse.Namespace) -> int:
             metrics_port=arguments.metrics_port,
             admin_key=arguments.admin_key,
             models=arguments.models,
+            triton=arguments.triton,
             log_level=arguments.log_level,
             log_to_terminal=not arguments.run,
             start_timeout=arguments.start_timeout,

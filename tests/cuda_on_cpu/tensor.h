@@ -8,6 +8,29 @@ struct Mma {
     float* d;
     const unsigned *a, *b;
 };
+inline void add_product(Fiber** lanes, const float (&a)[16][16], const float (&b)[16][8], int depth) {
+    for (int lane = 0; lane < 32; lane++) {
+        float* d = ((Mma*)lanes[lane]->data)->d;
+        for (int i = 0; i < 4; i++) {
+            int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
+            float sum = 0;
+            for (int k = 0; k < depth; k++) sum += a[row][k] * b[k][column];
+            d[i] += sum;
+        }
+    }
+}
+// What the tensor cores read of a float.
+inline float tf32(unsigned x) { return bits<float>(x & 0xffffe000u); }
+inline void finish_mma_tf32(Fiber** lanes, unsigned) {
+    float a[16][16] = {}, b[16][8] = {};
+    for (int lane = 0; lane < 32; lane++) {
+        const Mma& own = *(Mma*)lanes[lane]->data;
+        int g = lane / 4, t = lane % 4;
+        for (int i = 0; i < 4; i++) a[g + 8 * (i % 2)][t + 4 * (i / 2)] = tf32(own.a[i]);
+        for (int i = 0; i < 2; i++) b[t + 4 * i][g] = tf32(own.b[i]);
+    }
+    add_product(lanes, a, b, 8);
+}
 inline void finish_mma(Fiber** lanes, unsigned) {
     float a[16][16], b[16][8];
     for (int lane = 0; lane < 32; lane++) {
@@ -22,15 +45,7 @@ inline void finish_mma(Fiber** lanes, unsigned) {
             b[2 * t + i % 2 + 8 * (i / 2)][g] = __half2float(i % 2 ? pair.y : pair.x);
         }
     }
-    for (int lane = 0; lane < 32; lane++) {
-        float* d = ((Mma*)lanes[lane]->data)->d;
-        for (int i = 0; i < 4; i++) {
-            int row = lane / 4 + 8 * (i / 2), column = 2 * (lane % 4) + i % 2;
-            float sum = 0;
-            for (int k = 0; k < 16; k++) sum += a[row][k] * b[k][column];
-            d[i] += sum;
-        }
-    }
+    add_product(lanes, a, b, 16);
 }
 
 struct LoadMatrix {
@@ -65,6 +80,15 @@ inline void mma16816(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[
     cuda_on_cpu::Mma data{d, a, b};
     cuda_on_cpu::wait_warp("mma16816", {file, line}, ~0u, &data, cuda_on_cpu::finish_mma);
 }
+
+// The same for m16n8k8 in TF32.
+inline void mma1688(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2], CUDA_ON_CPU_HERE) {
+    cuda_on_cpu::Mma data{d, a, b};
+    cuda_on_cpu::wait_warp("mma1688", {file, line}, ~0u, &data, cuda_on_cpu::finish_mma_tf32);
+}
+
+inline uint4 load_weight(const uint4* source) { return *source; }
+inline uint4 load_now(const void* source) { return *(const uint4*)source; }
 
 inline void ldmatrix_x4(unsigned (&to)[4], const void* row, CUDA_ON_CPU_HERE) {
     cuda_on_cpu::load_matrix(to, row, 4, false, file, line);

@@ -1,13 +1,18 @@
-"""The engine on the GPU: LightSeq's golden cases, and what the engine on the CPU gives."""
+"""The engine on the GPU: LightSeq's golden cases, what the engine on the CPU gives, and several engines at once."""
 
 from __future__ import annotations
 
+import functools
 import json
+import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+import reference
 import small_models
+from test_trained_models import COUNTER, END, REPOSITORY, START, TRANSLATOR, Words, pairs
 from weight_files import golden
 
 from lightseq_backend import ops, weights
@@ -15,12 +20,16 @@ from lightseq_backend.config import EngineConfig, GptConfig
 from lightseq_backend.engine import Engine
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
-from lightseq_backend.request import SCORE, Output
+from lightseq_backend.request import GENERATE, SCORE, Output
 
 TRANSLATION = (
     *("t01_base", "t03_beam2_pad1", "t05_postln_bart", "t07_diverse", "t09_topk_greedy", "t11_enc3_dec1"),
     *("t12_enc1_dec3", "t14_postln_relu", "t18_short_cap", "t20_beam16"),
 )
+BEAMS = {"sampling_method": "beam_search", "beam_size": 4}
+GREEDY = {"sampling_method": "greedy"}
+SAMPLES = {"sampling_method": "topp", "top_p": 0.9, "temperature": 1.3, "seed": 11, "num_hypotheses": 3}
+NEAR = 0.02  # scores so close that half precision, which is off by up to 0.013 here, may order them otherwise
 
 
 def engine(config: Any, arrays: dict[str, np.ndarray], device: str, precision: str = "fp32", **room: int) -> Engine:
@@ -31,6 +40,13 @@ def engine(config: Any, arrays: dict[str, np.ndarray], device: str, precision: s
 
 def texts(outputs: list[Output]) -> list[list[list[int]]]:
     return [[hypothesis.tokens.tolist() for hypothesis in output.hypotheses] for output in outputs]
+
+
+def best(outputs: list[Output]) -> list[list[int]]:
+    return [output.hypotheses[0].tokens.tolist() for output in outputs]
+
+
+# LightSeq's golden cases ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", TRANSLATION)
@@ -70,21 +86,47 @@ def test_golden_texts(name: str) -> None:
         assert [(ids + [config.end_id] * width)[:width] for ids in found] == case["ids"]
 
 
+# The engine on the CPU -----------------------------------------------------------------------------------------------
+
+
+def random_rows(config: Any, count: int, seed: int = 7) -> list[np.ndarray]:
+    random = np.random.default_rng(seed)
+    most = config.max_positions // 2
+    return [random.integers(3, config.input_vocabulary, random.integers(1, most)) for _ in range(count)]
+
+
+def is_near_tie(cpu: Engine, arrays: Any, row: np.ndarray, output: Output, changes: dict[str, Any]) -> bool:
+    """Whether what is best of all was nearly not: by the scores of the best two, or of a greedy step's best two."""
+    if len(output.hypotheses) > 1:
+        return output.hypotheses[0].score - output.hypotheses[1].score < NEAR
+    config, options = cpu.model.config, cpu.options(changes)
+    if isinstance(config, GptConfig):
+        model, limit = reference.GptReference(config, arrays, row.tolist()), config.new_tokens(len(row), options)
+    else:
+        model = reference.TransformerReference(config, arrays, row.tolist())
+        limit = config.new_tokens(len(row), options)
+    return reference.beam_search(model.next, 1, limit, config.end_id, options.length_penalty).gap < NEAR
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("kind", ["transformer", "gpt"])
 def test_random_requests_equal_the_cpu(kind: str, precision: str) -> None:
-    """Texts of the first hypothesis; half precision may decide near ties otherwise, in one of a hundred."""
-    random = np.random.default_rng(7)
+    """Best texts of 1,000 requests for both kinds together. Where the CPU's scores show no near tie, 99 % and more are
+    equal in half precision; in full precision all are."""
     config, arrays = getattr(small_models, kind)()
     gpu, cpu = engine(config, arrays, "cuda", precision), engine(config, arrays, "cpu")
-    rows = [
-        random.integers(3, config.input_vocabulary, random.integers(1, config.max_positions // 2)) for _ in range(250)
-    ]
-    differing = 0
-    for changes in ({"sampling_method": "beam_search", "beam_size": 4}, {"sampling_method": "greedy"}):
-        expected, found = texts(cpu.answer(rows, changes=changes)), texts(gpu.answer(rows, changes=changes))
-        differing += sum(one[0] != other[0] for one, other in zip(expected, found, strict=True))
-    print(f"{kind} {precision}: {differing} of {2 * len(rows)} differ")
+    rows = random_rows(config, 250)
+    near = differing = far_and_differing = 0
+    for changes in (BEAMS, GREEDY):
+        expected, found = cpu.answer(rows, changes=changes), gpu.answer(rows, changes=changes)
+        for row, output, one, other in zip(rows, expected, best(expected), best(found), strict=True):
+            is_near = is_near_tie(cpu, arrays, row, output, changes)
+            near += is_near
+            differing += one != other
+            far_and_differing += one != other and not is_near
+    print(f"{kind} {precision}: {differing} of {2 * len(rows)} differ; {near} near ties, {far_and_differing} elsewhere")
+    assert near < 0.1 * 2 * len(rows)  # the test would say little
+    assert far_and_differing <= (0 if precision == "fp32" else 0.01 * (2 * len(rows) - near))
     assert differing <= (0 if precision == "fp32" else 0.03 * 2 * len(rows))
 
 
@@ -95,3 +137,119 @@ def test_samples_do_not_depend_on_the_batch() -> None:
     rows = [[5, 6, 7], [8], [9, 10]]
     together = texts(gpu.answer([rows[0], *[[3 + i % 6] for i in range(20)]], changes=changes))[0]
     assert texts(gpu.answer([rows[0]], changes=changes))[0] == together
+
+
+# The shipped models --------------------------------------------------------------------------------------------------
+
+WIDE = {"slots": 128, "queue": 600, "max_beam_size": 4}
+
+
+def translations() -> list[list[int]]:
+    words = Words(REPOSITORY / "transformer" / "source.vocab.txt")
+    return [words.ids(f"{text} {END}") for text, _ in pairs("held_out.tsv")[::4]]
+
+
+def counts(complete: bool = False) -> list[list[int]]:
+    words = Words(REPOSITORY / "gpt" / "vocab.txt")
+    return [
+        words.ids(f"{START} {prompt} {rest} {END}" if complete else f"{START} {prompt}")
+        for prompt, rest in pairs("counting.tsv")[:500]
+    ]
+
+
+@functools.cache
+def on_the_cpu(path: Any, rows: Any) -> list[Output]:
+    return engine(*weights.load(path), "cpu", **WIDE).answer(rows())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("path", "rows"), [(TRANSLATOR, translations), (COUNTER, counts)], ids=["transformer", "gpt"])
+def test_shipped_model_answers_as_on_the_cpu(path: Any, rows: Any, precision: str) -> None:
+    asked, expected = rows(), on_the_cpu(path, rows)
+    assert len(asked) == 500
+    found = engine(*weights.load(path), "cuda", precision, **WIDE).answer(asked)
+    assert best(found) == best(expected)
+    off = max(
+        abs(one.hypotheses[0].score - other.hypotheses[0].score) for one, other in zip(found, expected, strict=True)
+    )
+    assert off <= {"fp32": 1e-4, "fp16": 2e-2}[precision]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_shipped_model_scores_as_on_the_cpu(precision: str) -> None:
+    asked = counts(complete=True)[:200]
+    expected = [output.loss for output in engine(*weights.load(COUNTER), "cpu").answer(asked, SCORE)]
+    found = [output.loss for output in engine(*weights.load(COUNTER), "cuda", precision).answer(asked, SCORE)]
+    np.testing.assert_allclose(found, expected, atol={"fp32": 1e-4, "fp16": 2e-2}[precision])
+
+
+# Many models on one GPU ----------------------------------------------------------------------------------------------
+
+Asked = tuple[list[Any], str, dict[str, Any] | None]
+
+
+def several() -> list[tuple[str, list[Asked]]]:
+    """Two instances of one Transformer, two of one GPT, and what each is asked, alone or beside the others."""
+    translating: list[Asked] = [
+        (random_rows(small_models.transformer(5)[0], 60, seed), GENERATE, changes)
+        for seed, changes in enumerate((BEAMS, SAMPLES, GREEDY))
+    ]
+    writing: list[Asked] = [
+        (random_rows(small_models.gpt(5)[0], 60, seed), GENERATE, changes)
+        for seed, changes in enumerate((SAMPLES, BEAMS))
+    ]
+    writing.append((random_rows(small_models.gpt(5)[0], 60, 9), SCORE, None))
+    return [("transformer", translating), ("gpt", writing), ("transformer", translating[::-1]), ("gpt", writing[::-1])]
+
+
+def results(engine: Engine, asked: Sequence[Asked]) -> list[Any]:
+    """Texts and losses, to the last bit."""
+    outputs = [output for rows, kind, changes in asked for output in engine.answer(rows, kind, changes)]
+    return [(texts([output]), [one.score for one in output.hypotheses], output.loss) for output in outputs]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_engines_side_by_side_give_what_each_gives_alone(precision: str) -> None:
+    models = [(getattr(small_models, kind)(5), asked) for kind, asked in several()]
+    engines = [engine(*model, "cuda", precision) for model, _ in models]
+    alone: list[list[Any]] = []
+    for one, (_, asked) in zip(engines, models, strict=True):
+        one.start()
+        alone.append(results(one, asked))
+    together: dict[int, list[list[Any]]] = {number: [] for number in range(len(engines))}
+
+    def ask(number: int) -> None:
+        for _ in range(5):
+            together[number].append(results(engines[number], models[number][1]))
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(engines))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    for one in engines:
+        one.stop()
+    for number, wanted in enumerate(alone):
+        assert [found == wanted for found in together[number]] == [True] * 5
+
+
+def test_shipped_models_side_by_side_give_what_each_gives_alone() -> None:
+    """A translator and two instances of a text model, each under its own load."""
+    asked = [(TRANSLATOR, translations()[:128]), (COUNTER, counts()[:64]), (COUNTER, counts()[64:128])]
+    engines = [engine(*weights.load(path), "cuda", "fp16", **WIDE) for path, _ in asked]
+    alone = [best(one.answer(rows)) for one, (_, rows) in zip(engines, asked, strict=True)]
+    found: dict[int, list[list[int]]] = {}
+
+    def ask(number: int) -> None:
+        found[number] = best(engines[number].answer(asked[number][1]))
+
+    for one in engines:
+        one.start()
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(engines))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    for one in engines:
+        one.stop()
+    assert [found[number] for number in range(len(engines))] == alone

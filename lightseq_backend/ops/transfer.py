@@ -1,0 +1,72 @@
+"""Copies between the host and a GPU that neither wait nor allocate: page-locked memory, used in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import cupy
+import cupyx
+import numpy as np
+
+Array = Any
+_PLACES = 8
+_LEAST = 1 << 18  # bytes of a place
+
+
+class Transfers:
+    """Queues copies on one stream, for one thread. A copy waits only where every place is still under way."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+        self._outgoing = _Ring()
+        self._incoming = _Ring()
+
+    def to_device(self, destination: Array, source: np.ndarray) -> None:
+        """Both contiguous, of the same type and size; source may change as soon as this returns."""
+        source = source.reshape(-1).view(np.uint8)
+        address = destination.data.ptr
+        for start in range(0, source.size, self._outgoing.size):
+            part = source[start : start + self._outgoing.size]
+            room, arrived = self._outgoing.take()
+            room[: part.size] = part
+            cupy.cuda.runtime.memcpyAsync(
+                address + start, room.ctypes.data, part.size, cupy.cuda.runtime.memcpyHostToDevice, self._stream.ptr
+            )
+            arrived.record(self._stream)
+
+    def to_host(self, source: Array) -> Callable[[], np.ndarray]:
+        """Calling the result waits for the copy and returns it. It must be called before _PLACES more are asked for."""
+        self._incoming.grow(source.nbytes)
+        room, arrived = self._incoming.take()
+        cupy.cuda.runtime.memcpyAsync(
+            room.ctypes.data, source.data.ptr, source.nbytes, cupy.cuda.runtime.memcpyDeviceToHost, self._stream.ptr
+        )
+        arrived.record(self._stream)
+
+        def wait() -> np.ndarray:
+            arrived.synchronize()
+            return np.array(room[: source.nbytes]).view(source.dtype).reshape(source.shape)
+
+        return wait
+
+
+class _Ring:
+    """Places of page-locked memory, each with the event that says when its last copy was done."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.grow(_LEAST)
+
+    def grow(self, size: int) -> None:
+        if size > self.size:
+            self.size = size
+            self._rooms = [cupyx.empty_pinned(size, np.uint8) for _ in range(_PLACES)]
+            self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(_PLACES)]
+            self._next = 0
+
+    def take(self) -> tuple[np.ndarray, Any]:
+        """The place that was taken longest ago, once it is free."""
+        place, self._next = self._next, (self._next + 1) % _PLACES
+        self._events[place].synchronize()  # at once where nothing was recorded
+        return self._rooms[place], self._events[place]

@@ -1,0 +1,230 @@
+"""The shipped model repository behind a real Triton on a GPU: it answers as the engine on the CPU does.
+
+Triton is found as `lightseq serve` finds it: an unpacked one is named by LIGHTSEQ_TRITON.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from repositories import TRANSFORMER, ask, ask_later, grpc, http, write_model
+from test_trained_models import COUNTER, REPOSITORY, TRANSLATOR, count_on, engine_of, pairs
+from test_trained_models import Words as Vocabulary
+from tritonclient.utils import InferenceServerException
+
+from lightseq_backend.errors import ConfigError
+from lightseq_backend.request import SCORE, Output
+from lightseq_backend.serving.embedded import TRITON_VARIABLE, EmbeddedServer, find_triton
+from lightseq_client import Client, Words
+
+DEVICE, KIND = "gpu", "KIND_GPU"
+SHIPPED = ("transformer", "transformer_generate", "gpt", "gptlm")
+ADMIN = {"admin-key": "test"}
+SENTENCES = [sentence for sentence, _ in pairs("held_out.tsv")[::31]]
+PROMPTS = [prompt for prompt, _ in pairs("counting.tsv")[::10]]
+TEXTS = [f"{prompt} {rest}" for prompt, rest in pairs("counting.tsv")[::20]]
+CONCURRENCIES = (1, 4, 16, 64)
+WRECKED = 29  # a source with this id wrecks the device, in the model of that name alone
+WRECKING_MODEL = f"""
+import cupy
+import numpy as np
+import triton_python_backend_utils as pb_utils
+from lightseq_backend.serving.model import TritonPythonModel as Served
+from lightseq_backend.serving.tensors import to_numpy
+
+wreck = cupy.RawKernel('extern "C" __global__ void wreck(int* nowhere) {{ *nowhere = 1; }}', "wreck")
+
+class TritonPythonModel(Served):
+    def execute(self, requests):
+        ids = [to_numpy(pb_utils.get_input_tensor_by_name(request, "source_ids")) for request in requests]
+        if any({WRECKED} in each for each in ids):
+            with self._engine._ops._stream:
+                wreck((1,), (1,), (np.uint64(16),))
+        super().execute(requests)
+"""
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    try:
+        find_triton()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    root = tmp_path_factory.mktemp("served") / "models"
+    shutil.copytree(REPOSITORY, root)
+    write_model(root, "wrecked", TRANSLATOR, TRANSFORMER, kind=KIND)
+    write_model(root, "huge", TRANSLATOR, TRANSFORMER, kind=KIND, parameters={"slots": 20_000_000})
+    (root / "wrecked" / "1" / "model.py").write_text(WRECKING_MODEL)
+    settings: dict[str, Any] = {"admin_key": ADMIN["admin-key"], "start_timeout": 300, "shm_bytes": 16 << 20}
+    with EmbeddedServer(root, device=DEVICE, models=SHIPPED, **settings) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def translated() -> list[Output]:
+    """What the engine on the CPU makes of SENTENCES."""
+    codec = Words.for_translation(REPOSITORY / "transformer")
+    return engine_of(TRANSLATOR).answer([codec.encode(sentence) for sentence in SENTENCES])
+
+
+def ids(output: Output) -> tuple[int, ...]:
+    return tuple(output.hypotheses[0].tokens.tolist())
+
+
+pytestmark = pytest.mark.timeout(400)  # the first test waits for the server; its models compile what is new
+
+
+def test_shipped_models_run_on_the_gpu_in_half_precision(server: EmbeddedServer) -> None:
+    loads = [line for line in server.log.splitlines() if " on cuda, fp16, " in line]
+    print(*loads, sep="\n")
+    assert len(loads) == len(SHIPPED)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+@pytest.mark.parametrize("model", ["transformer", "transformer_generate"])
+def test_translations_are_those_of_the_cpu(
+    server: EmbeddedServer, translated: list[Output], protocol: str, model: str
+) -> None:
+    codec = Words.for_translation(REPOSITORY / "transformer")
+    with Client(getattr(server, protocol), protocol) as client:
+        answers = client.translate(SENTENCES, model=model, codec=codec)
+    assert [answer.hypotheses[0].ids for answer in answers] == [ids(output) for output in translated]
+    scores = [answer.hypotheses[0].score for answer in answers]
+    np.testing.assert_allclose(scores, [output.hypotheses[0].score for output in translated], atol=0.02)
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_texts_are_those_of_the_cpu(server: EmbeddedServer, protocol: str) -> None:
+    codec = Words.for_generation(REPOSITORY / "gpt")
+    with Client(getattr(server, protocol), protocol) as client:
+        answers = client.generate(PROMPTS, codec=codec)
+    counted = Vocabulary(REPOSITORY / "gpt" / "vocab.txt")
+    expected = count_on(engine_of(COUNTER), counted, PROMPTS)
+    found = [counted.text(list(answer.hypotheses[0].ids[answer.prompt_length :])) for answer in answers]
+    assert found == expected
+
+
+def test_losses_are_those_of_the_cpu(server: EmbeddedServer) -> None:
+    codec = Words.for_generation(REPOSITORY / "gpt")
+    with Client(server.grpc) as client:
+        found = client.score(TEXTS, codec=codec)
+    expected = [output.loss for output in engine_of(COUNTER).answer([codec.encode(text) for text in TEXTS], SCORE)]
+    np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_many_at_once_get_what_each_gets_alone(server: EmbeddedServer, translated: list[Output]) -> None:
+    codec = Words.for_translation(REPOSITORY / "transformer")
+    rows = [[list(codec.encode(sentence))] for sentence in SENTENCES]
+    with grpc(server.grpc) as client:
+        answers = [ask_later(client, "transformer", "source_ids", row) for row in rows]
+        together = [answer()["target_ids"][0, 0].tolist() for answer in answers]
+    with http(server.http) as client:
+        alone = [ask(client, "transformer", "source_ids", row)["target_ids"][0, 0].tolist() for row in rows]
+    assert together == alone
+    assert [tuple(row[: len(ids(output))]) for row, output in zip(alone, translated)] == [*map(ids, translated)]
+
+
+def test_model_that_does_not_fit_does_not_load_and_says_what_would(server: EmbeddedServer) -> None:
+    with http(server.http) as admin, pytest.raises(InferenceServerException) as refused:
+        admin.load_model("huge", headers=ADMIN)
+    message = str(refused.value)
+    print(message)
+    assert "huge: the engine needs " in message
+    assert " MiB for 20000000 slots and 1024 prompt tokens; " in message
+    assert " slots would fit" in message
+
+
+def test_wrecked_model_fails_alone_and_works_again_once_it_is_loaded_anew(
+    server: EmbeddedServer, translated: list[Output]
+) -> None:
+    good = [list(Words.for_translation(REPOSITORY / "transformer").encode(SENTENCES[0]))]
+    assert WRECKED not in good[0]
+    internal, illegal = "StatusCode.INTERNAL", "illegal memory access"
+
+    def translate(client: Any, model: str) -> tuple[int, ...]:
+        row = ask(client, model, "source_ids", good)["target_ids"][0, 0].tolist()
+        return tuple(row[: len(ids(translated[0]))])
+
+    with grpc(server.grpc) as client, http(server.http) as admin:
+        for _ in range(2):
+            admin.load_model("wrecked", headers=ADMIN)
+            assert translate(client, "wrecked") == ids(translated[0])
+            answers = [ask_later(client, "wrecked", "source_ids", good) for _ in range(8)]
+            answers.append(ask_later(client, "wrecked", "source_ids", [[WRECKED]]))
+            answers += [ask_later(client, "wrecked", "source_ids", good) for _ in range(8)]
+            errors = []
+            for answer in answers:  # none of them hangs
+                try:
+                    answer()
+                except InferenceServerException as error:
+                    errors.append((error.status(), illegal in error.message()))
+            assert set(errors) == {(internal, True)}
+            with pytest.raises(InferenceServerException, match=r"GPU 0 has failed: .*illegal memory access"):
+                ask(client, "wrecked", "source_ids", good)
+            assert translate(client, "transformer") == ids(translated[0])
+            admin.unload_model("wrecked", headers=ADMIN)
+
+
+def test_unloaded_model_is_gone_and_comes_back(server: EmbeddedServer) -> None:
+    with http(server.http) as admin, grpc(server.grpc) as client:
+        admin.unload_model("transformer_generate", headers=ADMIN)
+        assert not admin.is_model_ready("transformer_generate")
+        assert ask(client, "transformer", "source_ids", [[5, 6, 7]])["target_ids"].shape[:2] == (1, 4)
+        admin.load_model("transformer_generate", headers=ADMIN)
+        assert ask(client, "transformer_generate", "src_ids:0", [[5, 6, 7]])["trg_ids:0"].shape[:2] == (1, 4)
+
+
+# perf_analyzer -------------------------------------------------------------------------------------------------------
+
+
+def analyzer() -> tuple[Path, list[Path]]:
+    """perf_analyzer and where its libraries are: the one in an unpacked Triton, else the one that `make perf` uses."""
+    unpacked = Path(os.environ.get(TRITON_VARIABLE, "")) / "bin" / "perf_analyzer"
+    libraries = list(find_triton().libraries)
+    if unpacked.is_absolute() and unpacked.exists():
+        return unpacked, libraries
+    from benchmarks import perf
+
+    return perf.install(), [perf.CACHE, *libraries]
+
+
+def measure(address: str, rows: Path, concurrency: int, report: Path) -> dict[str, str]:
+    """One row of perf_analyzer's report, column name -> value; a few seconds of load."""
+    program, libraries = analyzer()
+    command = [
+        *(str(program), "-m", "transformer", "-u", address, "-i", "grpc", "--async", "-b", "1"),
+        *("--input-data", str(rows), "--concurrency-range", str(concurrency)),
+        *("--measurement-interval", "1000", "--stability-percentage", "50", "--max-trials", "4", "-f", str(report)),
+    ]
+    environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(map(str, libraries))}
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=90)
+    assert done.returncode == 0, done.stdout.decode(errors="replace")[-3000:]
+    with report.open(newline="") as lines:
+        return next(csv.DictReader(lines))
+
+
+def test_perf_analyzer_measures_it(server: EmbeddedServer, tmp_path: Path) -> None:
+    codec = Words.for_translation(REPOSITORY / "transformer")
+    encoded = [list(codec.encode(sentence)) for sentence in SENTENCES]
+    rows = tmp_path / "rows.json"
+    rows.write_text(json.dumps({"data": [{"source_ids": {"content": row, "shape": [len(row)]}} for row in encoded]}))
+    print("\ntransformer, beam 4, over gRPC\nconcurrency   requests/s       p50 us       p99 us")
+    rates = []
+    for concurrency in CONCURRENCIES:
+        row = measure(server.grpc, rows, concurrency, tmp_path / f"{concurrency}.csv")
+        print(
+            f"{concurrency:>11}"
+            + "".join(f"{row[key]:>13}" for key in ("Inferences/Second", "p50 latency", "p99 latency"))
+        )
+        rates.append(float(row["Inferences/Second"]))
+    assert min(rates) > 0
+    assert max(rates[1:]) > rates[0]  # several share a step

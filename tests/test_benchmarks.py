@@ -1,0 +1,131 @@
+"""The GPU benchmarks as far as they go without one: tiny models on the CPU, records, the report."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import nvrtc
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import gpu, gpu_engine, gpu_load, gpu_models, gpu_ops, gpu_report  # noqa: E402
+from benchmarks.gpu_models import MODELS, TINY  # noqa: E402
+from benchmarks.gpu_records import Record, Recorder, read  # noqa: E402
+
+
+def run(program: object, monkeypatch: pytest.MonkeyPatch, records: Path, *options: str) -> list[Record]:
+    """What a program measures on the CPU."""
+    monkeypatch.setattr(sys, "argv", ["", "--device", "cpu", "--records", str(records), *options])
+    program.main()
+    return read([records])[1]
+
+
+def test_models_and_operations_are_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = run(gpu, monkeypatch, tmp_path / "models", "--quick")
+    operations = run(gpu_ops, monkeypatch, tmp_path / "operations", "--rows", "4")
+    assert {one.what for one in models} == {
+        *("decode step", "encoder", "prompts", "whole requests", "perplexity"),
+        *("load: weights in memory to the device", "load: engine and its graphs"),
+    }
+    assert len({one.what for one in operations}) == 12
+    assert all(one.value > 0 for one in [*models, *operations])
+    written = gpu_report.write(tmp_path, *read([tmp_path / "models", tmp_path / "operations"]))
+    assert [path.suffix for path in written] == [".json", ".md"]
+    assert len(json.loads(written[0].read_text())["records"]) == len(models) + len(operations)
+    text = written[1].read_text()
+    for heading in ("A decode step", "Encoder, prompts", "Perplexity", "Whole requests", "Loading", "Operations"):
+        assert f"\n## {heading}" in text
+
+
+def test_a_burst_in_the_loop_takes_its_steps() -> None:
+    engine = tiny_engine()
+    rows = gpu_models.rows(TINY["tiny"], 2, 6)
+    taken = gpu_engine.bursts(engine, rows, {}, tokens=20)
+    assert engine.idle
+    assert min(taken) > 0
+
+
+def test_a_rewound_step_is_a_real_one() -> None:
+    engine = tiny_engine()
+    decoding = gpu_engine.Decoding(engine, gpu_models.rows(TINY["tiny"], 2, 6), {"max_new_tokens": 6})
+    decoding.rewind(5)
+    decoding.step()
+    records = engine._buffers.state.slots[: decoding.rows]
+    assert (decoding.generated, decoding.rows) == (6, 8)
+    assert (records["generated"] == 6).all()
+    assert (records["length"] == 6).all()
+    assert not records["done"].any()
+
+
+def test_shared_history_counts_once() -> None:
+    decoding = gpu_engine.Decoding(tiny_engine(), gpu_models.rows(TINY["tiny"], 2, 6), {"max_new_tokens": 6})
+    ancestors = decoding.engine._buffers.cache.ancestors
+    ancestors[:8, :3] = np.array([[0, 0, 0]] * 4 + [[4, 4, 5]] * 3 + [[4, 4, 7]])
+    assert decoding.history_entries(3) == 2 + 2 + 3
+    # Two layers, keys and values of 32 floats; sources of six tokens.
+    assert decoding.cache_bytes(3) == 2 * 2 * 32 * 4 * (7 + 2 * 6)
+
+
+def tiny_engine() -> gpu_engine.Engine:
+    model = TINY["tiny"]
+    return gpu_engine.load(*gpu_models.build(model), "cpu", "fp32", slots=8, max_beam_size=4).engine
+
+
+def test_loading_is_taken_apart(tmp_path: Path) -> None:
+    gpu_load.weights.save(tmp_path / "transformer.pb", *gpu_models.build(TINY["tiny"]))
+    seconds = gpu_load.in_process(tmp_path, "cpu", "fp32")
+    assert list(seconds) == [*gpu_load.PARTS, "device"]
+    assert min(seconds.values()) > 0
+
+
+def test_bytes_of_a_step_are_those_of_its_matrices() -> None:
+    assert gpu_models.decoder_bytes(MODELS["big"], "fp16") == 237_633_536
+    assert gpu_models.decoder_bytes(MODELS["gpt2"], "fp32") == 2 * 247_064_064
+    for model in TINY.values():
+        _, arrays = gpu_models.build(model)
+        decoder = [
+            name for name in arrays if name.startswith(("decoder", "layer", "output")) and "cross_kv" not in name
+        ]
+        matrices = [arrays[name].nbytes for name in decoder if name.endswith(".weight")]
+        assert gpu_models.decoder_bytes(model, "fp32") == sum(matrices)
+
+
+def test_records_outlive_a_broken_run(tmp_path: Path) -> None:
+    path = tmp_path / "records"
+    for value in (2.0, 3.0):  # a second run goes on in the same file
+        with Recorder("models", path, {"gpu": "A"}) as recorder:
+            recorder.add(Record("this engine", "big", "fp16", 8, 24, "decode step", value, "us", bytes=10, floor=1.5))
+    with path.open("a") as file:
+        file.write('{"record": {"engine": "this eng')
+    conditions, records = read([path])
+    assert [one["gpu"] for one in conditions] == ["A", "A"]
+    assert records == [Record("this engine", "big", "fp16", 8, 24, "decode step", 3.0, "us", bytes=10, floor=1.5)]
+
+
+def test_a_report_is_of_one_gpu(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="these files are of A, B"):
+        gpu_report.write(tmp_path, [{"gpu": "A"}, {"gpu": "B"}], [])
+
+
+def test_quoted_peers_stand_beside_what_is_measured() -> None:
+    quoted = gpu_report.Quoted()
+    assert "not in the run" in quoted.provenance
+    for one in quoted.records:
+        assert one.model in MODELS
+        assert one.unit == ("us" if one.what == "decode step" else "ms")
+        assert one.length in (*MODELS[one.model].lengths, gpu.TEXT_LENGTH)
+
+
+@pytest.mark.skipif(nvrtc.find() is None, reason="NVRTC is not installed")
+@pytest.mark.parametrize("architecture", [75, 90])
+def test_stream_kernel_keeps_its_loads_in_registers(architecture: int) -> None:
+    toolkit = nvrtc.find()
+    assert toolkit is not None
+    taken = toolkit.compile(gpu_engine._STREAM, architecture, {})["stream"]
+    assert taken.spilled == 0
+    assert taken.registers >= 32  # eight loads of sixteen bytes under way

@@ -129,8 +129,8 @@ target_log_probabilities(const float* logits, int stride, const T* bias, const i
 // equals, and their log-probabilities; the banned id (or -1) counts in the normalisation.
 //   logits float [rows, vocabulary]   bias T [vocabulary] or null
 //   ids int32, log_probabilities float [rows, count], count <= 32
-//   grid rows; block 1024; static shared memory 9 KiB; moves logits once (again, from L2, for a thread that has more than
-//   two of the best)
+//   grid rows; block 1024; static shared memory 9 KiB; moves logits once; again, from L2, where one thread's ids may be
+//   three or more of the best, of which it keeps two
 struct Two {
     Choice first = 0, second = 0;  // best of a thread's ids that are below a bound
     __device__ __forceinline__ void add(const float (&z)[4], int id, int vocabulary, int banned, Choice below) {
@@ -144,45 +144,63 @@ struct Two {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS)
+// The best `count` of what the threads of a block hold out; taken(choice) is called by each thread whose was taken, and
+// says what it holds out next. First each warp sorts its own, then the first warp, a lane a list, what they hold out.
+template <typename Taken>
+__device__ __forceinline__ void best_of_block(Choice mine, int count, Choice (&lists)[WARPS][MOST_BEST],
+                                              Choice* found, Taken taken) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    for (int rank = 0; rank < count; rank++) {
+        Choice best = warp_best(mine);
+        if (lane == 0) lists[warp][rank] = best;
+        if (mine == best && best) mine = taken(best);
+    }
+    __syncthreads();
+    if (warp == 0) {
+        int next = 0;
+        for (int rank = 0; rank < count; rank++) {
+            Choice held_out = next < count ? lists[lane][next] : 0, best = warp_best(held_out);
+            if (held_out == best) next++;
+            if (lane == 0) found[rank] = best;
+        }
+    }
+    __syncthreads();
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
 top(const float* logits, int stride, const T* bias, int* ids, float* log_probabilities, int vocabulary, int count,
     int banned, float scale) {
     __shared__ float scratch[32];
-    __shared__ Choice lists[WARPS][MOST_BEST];
+    __shared__ Choice lists[WARPS][MOST_BEST], found[MOST_BEST];
     launch_next();
     wait_for_previous();
     const float* own = logits + (long long)blockIdx.x * stride;
     const Finish finish = {bias, scale};
     Running running;
-    Two mine;
+    Two two;
     for_row(own, vocabulary, finish, [&](const float (&z)[4], int id) {
         running.add(z);
-        mine.add(z, id, vocabulary, banned, ~0ull);
+        two.add(z, id, vocabulary, banned, ~0ull);
     });
     float normalisation = running.total(scratch);
-    // Each warp sorts its own best; then the first warp, a lane a list, takes the best of what they hold out.
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    for (int rank = 0; rank < count; rank++) {
-        Choice taken = warp_best(mine.first);
-        if (lane == 0) lists[warp][rank] = taken;
-        if (mine.first == taken && taken) {
-            mine.first = mine.second;
-            mine.second = 0;
-            if (!mine.first)
-                for_row(own, vocabulary, finish,
-                        [&](const float (&z)[4], int id) { mine.add(z, id, vocabulary, banned, taken); });
-        }
-    }
-    __syncthreads();
-    if (warp) return;
-    int next = 0;
-    for (int rank = 0; rank < count; rank++) {
-        Choice held_out = next < count ? lists[lane][next] : 0, taken = warp_best(held_out);
-        if (held_out == taken) next++;
-        if (lane == 0) {
-            ids[(long long)blockIdx.x * count + rank] = choice_id(taken);
-            log_probabilities[(long long)blockIdx.x * count + rank] = choice_score(taken) - normalisation;
-        }
+    Choice second = two.second;
+    best_of_block(two.first, count, lists, found, [&](Choice best) { return best == second ? 0 : second; });
+    // A thread whose second is among them may have a third.
+    if (__syncthreads_or(second && second >= found[count - 1]))
+        best_of_block(two.first, count, lists, found, [&](Choice best) {
+            Choice next = two.second;
+            two.second = 0;
+            if (next) return next;
+            two = Two();
+            for_row(own, vocabulary, finish,
+                    [&](const float (&z)[4], int id) { two.add(z, id, vocabulary, banned, best); });
+            next = two.first;
+            return next;
+        });
+    if (threadIdx.x < count) {
+        long long place = (long long)blockIdx.x * count + threadIdx.x;
+        ids[place] = choice_id(found[threadIdx.x]);
+        log_probabilities[place] = choice_score(found[threadIdx.x]) - normalisation;
     }
 }
 

@@ -9,6 +9,7 @@ import cuda_on_cpu
 import nvrtc
 import pytest
 
+from lightseq_backend.ops import vocabulary_launch
 from lightseq_backend.ops.linear_launch import Device, plan
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
@@ -45,7 +46,10 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
         "norm.cu": precisions,
         "sampling.cu": [{"HALF": 1}],
         "search.cu": [{"HALF": 1}],
-        "vocabulary.cu": [{**precision, "INNER": 1024, "ROWS": 32} for precision in precisions],
+        "vocabulary.cu": [
+            dict(vocabulary_launch.plan(device, 32, 1024, 30016, bool(precision["HALF"])).definitions)
+            for precision in precisions
+        ],
     }
 
 

@@ -313,9 +313,10 @@ class Engine:
             return
         gone = set(map(id, done))
         self._active = [one for one in self._active if id(one) not in gone]
-        if not self._active:
+        if self._active:
+            self._write_rows()
+        else:
             self._reports.clear()  # of bursts that had nothing left to do
-        self._write_rows()
         slots = [slot for sequence in done for slot in sequence.slots]
         first = min(slots)
         history = self._ops.get(self._buffers.state.history[first : max(slots) + 1])

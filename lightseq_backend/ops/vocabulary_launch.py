@@ -7,7 +7,7 @@ from lightseq_backend.ops.linear_launch import Device, Plan
 TILE = 128
 _ROWS = 64  # of a block, at most
 _RESIDENT = 16  # warps of one multiprocessor
-_DEPTH = 4
+_DEPTHS = {True: 4, False: 3}  # chunks of weights under way, by half; what registers there are
 
 
 def tiles(vocabulary: int) -> int:
@@ -27,7 +27,7 @@ def plan(device: Device, rows: int, inner: int, vocabulary: int, half: bool) -> 
     span = warps // 8
     groups = -(-rows // group)
     blocks = min(-(-tiles(vocabulary) // span), max(1, _RESIDENT // warps * device.multiprocessors // groups))
-    definitions = {"HALF": int(half), "INNER": inner, "ROWS": group, "WARPS": warps, "MOST_DEPTH": _DEPTH}
+    definitions = {"HALF": int(half), "INNER": inner, "ROWS": group, "WARPS": warps, "MOST_DEPTH": _DEPTHS[half]}
     return Plan(tuple(definitions.items()), (groups, blocks, 1), (1, 1, 1), shared, 32 * warps)
 
 

@@ -85,7 +85,7 @@ def test_refused_launch_is_explained_and_harms_nothing() -> None:
         kernel((1,), 4096, (None, None, None, None, None, 8), stream=gpu._stream.ptr)
     assert gpu.fault() is None
     config, arrays = small_models.gpt()
-    assert Engine(model(config, arrays, gpu), EngineConfig(slots=8), gpu).answer([[3]])
+    assert Engine(model(config, arrays, gpu), EngineConfig(slots=8, max_beam_size=4), gpu).answer([[3]])
 
 
 # Memory --------------------------------------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def test_weights_beyond_half_precision_are_named_and_taken_in_full_precision() -
     ):
         model(config, arrays, ops.load("cuda", 0, "fp16"))
     gpu = ops.load("cuda", 0, "fp32")
-    assert Engine(model(config, arrays, gpu), EngineConfig(slots=8), gpu).answer([[3]])
+    assert Engine(model(config, arrays, gpu), EngineConfig(slots=8, max_beam_size=4), gpu).answer([[3]])
 
 
 def test_product_with_the_gain_beyond_half_precision_is_named() -> None:

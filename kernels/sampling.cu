@@ -62,6 +62,8 @@ finish_logits(float* logits, int stride, const T* bias, int rows, int vocabulary
         }
 }
 
+struct __align__(4 * (int)sizeof(T)) Bias4 { T value[4]; };
+
 // What is made of a product: scale * logit + bias. bias: T [vocabulary] or null.
 struct Finish {
     const T* bias;
@@ -71,23 +73,36 @@ struct Finish {
     }
 };
 
-// Calls take(z, id) for this thread's share of a row; four at a time where the row begins at a multiple of 16 bytes.
+// Calls take(z, id) for this thread's share of a row, four ids at a time. Where the row begins at a multiple of 16 bytes
+// several fours are requested before the first is used.
 template <typename Take>
 __device__ __forceinline__ void for_row(const float* row, int vocabulary, Finish finish, Take take) {
+    constexpr int REQUESTED = 4, STRIDE = 4 * THREADS;
     const bool whole = reinterpret_cast<size_t>(row) % 16 == 0;
-#pragma unroll 4
-    for (int id = threadIdx.x * 4; id < vocabulary; id += THREADS * 4) {
-        float four[4];
-        if (whole && id + 4 <= vocabulary) {
-            const float4 loaded = *reinterpret_cast<const float4*>(row + id);
-            four[0] = loaded.x, four[1] = loaded.y, four[2] = loaded.z, four[3] = loaded.w;
-        } else {
+    for (int first = threadIdx.x * 4; first < vocabulary; first += REQUESTED * STRIDE) {
+        float4 logits[REQUESTED];
+        Bias4 biases[REQUESTED];
 #pragma unroll
-            for (int i = 0; i < 4; i++) four[i] = id + i < vocabulary ? row[id + i] : 0.f;
+        for (int n = 0; n < REQUESTED; n++) {
+            const int id = first + n * STRIDE;
+            const bool inside = whole && id + 4 <= vocabulary;
+            logits[n] = inside ? *reinterpret_cast<const float4*>(row + id) : make_float4(0.f, 0.f, 0.f, 0.f);
+            biases[n] = inside && finish.bias ? *reinterpret_cast<const Bias4*>(finish.bias + id) : Bias4{};
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) four[i] = id + i < vocabulary ? finish(four[i], id + i) : -INFINITE;
-        take(four, id);
+        for (int n = 0; n < REQUESTED; n++) {
+            const int id = first + n * STRIDE;
+            if (id >= vocabulary) break;
+            float z[4] = {logits[n].x, logits[n].y, logits[n].z, logits[n].w};
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if (whole && id + 4 <= vocabulary)
+                    z[i] = finish.scale * z[i] + (finish.bias ? to_float(biases[n].value[i]) : 0.f);
+                else
+                    z[i] = id + i < vocabulary ? finish(row[id + i], id + i) : -INFINITE;
+            }
+            take(z, id);
+        }
     }
 }
 
@@ -129,31 +144,19 @@ target_log_probabilities(const float* logits, int stride, const T* bias, const i
 // equals, and their log-probabilities; the banned id (or -1) counts in the normalisation.
 //   logits float [rows, vocabulary]   bias T [vocabulary] or null
 //   ids int32, log_probabilities float [rows, count], count <= 32
-//   grid rows; block 1024; static shared memory 9 KiB; moves logits once; again, from L2, where one thread's ids may be
-//   three or more of the best, of which it keeps two
-struct Two {
-    Choice first = 0, second = 0;  // best of a thread's ids that are below a bound
-    __device__ __forceinline__ void add(const float (&z)[4], int id, int vocabulary, int banned, Choice below) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            Choice candidate = choice(z[i], id + i);
-            if (id + i >= vocabulary || id + i == banned || candidate >= below) continue;
-            second = better(second, candidate < first ? candidate : first);
-            first = better(first, candidate);
-        }
-    }
-};
+//   grid rows; block 1024; static shared memory 12 KiB; moves logits once, then reads them again from L2
+//   Each thread finds its largest; the count-th of these bounds what can be among the best. What reaches it is few, unless
+//   there are many equals: then the best are looked for one by one.
+constexpr int MOST_PROMISING = 512;
 
-// The best `count` of what the threads of a block hold out; taken(choice) is called by each thread whose was taken, and
-// says what it holds out next. First each warp sorts its own, then the first warp, a lane a list, what they hold out.
-template <typename Taken>
-__device__ __forceinline__ void best_of_block(Choice mine, int count, Choice (&lists)[WARPS][MOST_BEST],
-                                              Choice* found, Taken taken) {
+// The best `count` of each warp's threads, then of these lists: by the first warp, a lane a list.
+__device__ __forceinline__ void best_of_threads(Choice mine, int count, Choice (&lists)[WARPS][MOST_BEST],
+                                                Choice* found) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     for (int rank = 0; rank < count; rank++) {
         Choice best = warp_best(mine);
         if (lane == 0) lists[warp][rank] = best;
-        if (mine == best && best) mine = taken(best);
+        if (mine == best) mine = 0;
     }
     __syncthreads();
     if (warp == 0) {
@@ -171,36 +174,63 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 top(const float* logits, int stride, const T* bias, int* ids, float* log_probabilities, int vocabulary, int count,
     int banned, float scale) {
     __shared__ float scratch[32];
-    __shared__ Choice lists[WARPS][MOST_BEST], found[MOST_BEST];
+    __shared__ Choice lists[WARPS][MOST_BEST], found[MOST_BEST], promising[MOST_PROMISING], choices[32];
+    __shared__ int promising_count;
     launch_next();
     wait_for_previous();
     const float* own = logits + (long long)blockIdx.x * stride;
     const Finish finish = {bias, scale};
     Running running;
-    Two two;
+    float most = -INFINITE;
     for_row(own, vocabulary, finish, [&](const float (&z)[4], int id) {
         running.add(z);
-        two.add(z, id, vocabulary, banned, ~0ull);
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (id + i != banned) most = fmaxf(most, z[i]);
     });
+    if (threadIdx.x == 0) promising_count = 0;
     float normalisation = running.total(scratch);
-    Choice second = two.second;
-    best_of_block(two.first, count, lists, found, [&](Choice best) { return best == second ? 0 : second; });
-    // A thread whose second is among them may have a third.
-    if (__syncthreads_or(second && second >= found[count - 1]))
-        best_of_block(two.first, count, lists, found, [&](Choice best) {
-            Choice next = two.second;
-            two.second = 0;
-            if (next) return next;
-            two = Two();
-            for_row(own, vocabulary, finish,
-                    [&](const float (&z)[4], int id) { two.add(z, id, vocabulary, banned, best); });
-            next = two.first;
-            return next;
-        });
+    best_of_threads(choice(most, threadIdx.x), count, lists, found);
+    const float bound = choice_score(found[count - 1]);
+    for_row(own, vocabulary, finish, [&](const float (&z)[4], int id) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (!(z[i] >= bound) || id + i >= vocabulary || id + i == banned) continue;
+            int place = atomicAdd(&promising_count, 1);
+            if (place < MOST_PROMISING) promising[place] = choice(z[i], id + i);
+        }
+    });
+    __syncthreads();
+    Choice last = ~0ull;
+    if (promising_count <= MOST_PROMISING) {
+        if (threadIdx.x < 32)
+            for (int rank = 0; rank < count; rank++) {
+                Choice mine = 0;
+                for (int i = threadIdx.x; i < promising_count; i += 32)
+                    if (promising[i] < last) mine = better(mine, promising[i]);
+                last = warp_best(mine);
+                if (threadIdx.x == 0) found[rank] = last;
+            }
+    } else {
+        for (int rank = 0; rank < count; rank++) {
+            Choice mine = 0;
+            for_row(own, vocabulary, finish, [&](const float (&z)[4], int id) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    Choice candidate = choice(z[i], id + i);
+                    if (candidate < last && id + i < vocabulary && id + i != banned) mine = better(mine, candidate);
+                }
+            });
+            last = block_best(mine, choices);
+            if (threadIdx.x == 0) found[rank] = last;
+        }
+    }
+    __syncthreads();
     if (threadIdx.x < count) {
         long long place = (long long)blockIdx.x * count + threadIdx.x;
-        ids[place] = choice_id(found[threadIdx.x]);
-        log_probabilities[place] = choice_score(found[threadIdx.x]) - normalisation;
+        Choice own_choice = found[threadIdx.x];
+        ids[place] = own_choice ? choice_id(own_choice) : 0;  // no numbers, no choice
+        log_probabilities[place] = choice_score(own_choice) - normalisation;
     }
 }
 

@@ -85,7 +85,8 @@ __device__ __forceinline__ void inherit(const Sequence& sequence, const int* par
     }
 }
 
-// Whether this block has a sequence to advance; then its record and beams are in shared memory after a barrier.
+// Whether this block has a sequence to advance; then its record and beams are in shared memory after a barrier. What it
+// reads no kernel of this step writes: it may be read before the kernel in front has ended.
 __device__ __forceinline__ bool begin(const int* rows, const Slot* slots, Sequence& sequence) {
     const int* group = rows + blockIdx.x;
     const Slot* lead = slots + group[0];
@@ -154,8 +155,9 @@ beam_step(const int* rows, Slot* slots, int* ancestors, int* history, const int*
     __shared__ Best best;
     __shared__ int parents[MAX_WIDTH], ranks[MAX_WIDTH];
     launch_next();
+    const bool searches = begin(rows, slots, sequence);
     wait_for_previous();
-    if (!begin(rows, slots, sequence)) return;
+    if (!searches) return;
     __syncthreads();
     int width = sequence.record.width;
     for (int i = threadIdx.x; i < width * width; i += blockDim.x) {
@@ -223,8 +225,9 @@ vocabulary_beam_step(const int* rows, Slot* slots, int* ancestors, int* history,
     __shared__ float2 totals[MERGING_WARPS];
     __shared__ int parents[MAX_WIDTH], ranks[MAX_WIDTH];
     launch_next();
+    const bool searches = begin(rows, slots, sequence);
     wait_for_previous();
-    if (!begin(rows, slots, sequence)) return;
+    if (!searches) return;
     __syncthreads();
     int width = sequence.record.width, share = MERGING_WARPS / width;  // warps of a row
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, beam = warp / share;

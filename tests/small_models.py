@@ -6,6 +6,7 @@ table is [hidden, vocabulary]. Sizes are chosen so that scores spread as those o
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -94,10 +95,16 @@ def gpt(seed: int = 0, **settings: Any) -> tuple[GptConfig, Arrays]:
     return config, arrays
 
 
-def engine(config: Config, arrays: Arrays, **settings: Any) -> Engine:
+def engine(config: Config, arrays: Arrays, backend: Any = cpu, **settings: Any) -> Engine:
     """An engine for a model on the CPU; `settings` are fields of EngineConfig."""
-    model = Gpt(config, arrays, cpu) if isinstance(config, GptConfig) else Transformer(config, arrays, cpu)
-    return Engine(model, EngineConfig(**settings), cpu)
+    model = Gpt(config, arrays, backend) if isinstance(config, GptConfig) else Transformer(config, arrays, backend)
+    return Engine(model, EngineConfig(**settings), backend)
+
+
+def cpu_but(**changes: Any) -> Any:
+    """The CPU's operations with some members changed."""
+    members = {name: getattr(cpu, name) for name in dir(cpu) if not name.startswith("__")}
+    return SimpleNamespace(**(members | changes))
 
 
 def _normal(random: np.random.Generator, size: float, *shape: int) -> np.ndarray:

@@ -6,7 +6,6 @@ import random
 import threading
 from collections.abc import Callable
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -168,6 +167,106 @@ def test_result_is_the_same_however_far_the_host_looks_behind(
     assert results[0] == results[1]
 
 
+def filled_up(model: str, sizes: tuple[int, ...], **settings: Any) -> tuple[Engine, list[tuple[int, int]]]:
+    """An engine whose device has passes for these numbers of rows and the most there may be; and, as they come, the
+    rows of each pass and those it was filled up to. What it finds in its work space are no numbers."""
+    backend = small_models.cpu_but(pass_sizes=lambda most: [*(size for size in sizes if size < most), most])
+    engine = MODELS[model](backend=backend, **settings)
+    for array in vars(engine._buffers.work).values():
+        array[...] = np.nan
+    passes: list[tuple[int, int]] = []
+    size = engine._passes.size
+
+    def seen(rows: int) -> int:
+        passes.append((rows, size(rows)))
+        return passes[-1][1]
+
+    engine._passes.size = seen  # type: ignore[method-assign]
+    return engine, passes
+
+
+@pytest.mark.parametrize("sizes", [(), (4, 8, 16, 32), (1, 7, 33)], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_result_is_the_same_in_passes_that_are_filled_up(model: str, sizes: tuple[int, ...]) -> None:
+    """Translations, prompts and scores, several in one pass; a device has passes for a few numbers of rows alone."""
+    alone = MODELS[model](slots=4, max_beam_size=4)
+    together, passes = filled_up(model, sizes, slots=16, max_beam_size=4, prompt_tokens=50, burst=2)
+    requests = mixed_requests(alone, 40, seed=len(sizes))
+    wanted, replies = Replies(), Replies()
+    for number, (row, changes, kind, stream) in enumerate(requests):
+        alone.submit([request(alone, row, wanted.to(number), changes, kind, stream)])
+        run(alone)
+        together.submit([request(together, row, replies.to(number), changes, kind, stream)])
+        if number % 4 == 3:
+            together.step()
+    run(together)
+    for number, asked in enumerate(requests):
+        assert exactly(replies.results[number]) == exactly(wanted.results[number]), asked
+    assert {size for _, size in passes} <= {*sizes, 50}
+    assert sum(rows < size for rows, size in passes) > len(passes) // 2
+    for read in ("prompt_tokens", "scored_tokens"):
+        assert together.counts[read] == alone.counts[read]
+
+
+@pytest.mark.parametrize("sizes", [(), (2, 4, 8)], ids=str)
+@pytest.mark.parametrize(
+    "prompts",
+    [[[5]], [[5], [6], [7]], [[5], [6, 7, 8], [9], [10, 11]], [[5, 6, 7, 8, 9], [10]], [[10], [5, 6, 7, 8, 9]]],
+    ids=str,
+)
+def test_prompts_of_one_token_are_read_with_longer_ones(prompts: Rows, sizes: tuple[int, ...]) -> None:
+    """Of a prompt of one token a pass reads nothing: its only token is the first step's."""
+    engine, passes = filled_up("gpt", sizes, slots=16, max_beam_size=4, prompt_tokens=24)
+    for changes in (CHANGES[0], CHANGES[7]):
+        alone = [exactly(gpt().answer([prompt], changes=changes)[0]) for prompt in prompts]
+        replies, passes[:] = Replies(), []
+        engine.submit([request(engine, prompt, replies.to(i), changes) for i, prompt in enumerate(prompts)])
+        run(engine)
+        assert [exactly(replies.results[i]) for i in range(len(prompts))] == alone
+        read = sum(len(prompt) - 1 for prompt in prompts)
+        assert [rows for rows, _ in passes] == ([read] if read else [])
+
+
+# Steps ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+@pytest.mark.parametrize("burst", [1, 3, 4, 8])
+@pytest.mark.parametrize(
+    ("limits", "staggered"),
+    [([1], False), ([4], False), ([13], False), ([2, 9, 9], False), ([9, 2, 5, 12], True), ([3, 1, 4, 1, 5], True)],
+)
+def test_no_step_is_queued_that_no_sequence_can_use(
+    limits: list[int], staggered: bool, burst: int, ahead: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end id never comes, so a sequence takes as many steps as it may, and bursts are no shorter than they need be.
+    staggered: bursts are under way when the next is admitted."""
+    monkeypatch.setattr(cpu, "BURSTS_AHEAD", ahead)
+    never_ends = small_models.transformer(21, **{**TRANSFORMER, "end_bias": -1e4})
+    engine, replies = small_models.engine(*never_ends, slots=8, max_beam_size=4, burst=burst), Replies()
+    run_step, useful = engine._steps.run, []
+
+    def seen(rows: int, searching: bool, sampling: bool) -> None:
+        generated = engine._buffers.state.slots["generated"]
+        useful.append(any(generated[one.slots[0]] < one.limit for one in engine._active))
+        run_step(rows, searching, sampling)
+
+    engine._steps.run = seen  # type: ignore[method-assign]
+    bursts, fetch = [], cpu.fetch
+    monkeypatch.setattr(cpu, "fetch", lambda source: bursts.append(len(useful)) or fetch(source))
+    for number, limit in enumerate(limits):
+        changes = {"beam_size": 2, "max_new_tokens": limit} if number % 2 else {**CHANGES[6], "max_new_tokens": limit}
+        engine.submit([request(engine, [3 + number] * 12, replies.to(number), changes)])
+        if staggered:
+            engine.step()
+    run(engine)
+    outputs = [replies.results[number] for number in range(len(limits))]
+    assert [(output.steps, output.cut) for output in outputs] == [(limit, True) for limit in limits]  # type: ignore[union-attr]
+    assert useful == [True] * engine.counts["steps"]
+    if not staggered:
+        assert bursts == [*range(burst, max(limits), burst), max(limits)]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_result_does_not_depend_on_what_ran_before(model: str) -> None:
     engine = MODELS[model](slots=8, max_beam_size=4)
@@ -257,9 +356,28 @@ def test_transformer_refuses_to_score() -> None:
         transformer().answer([[3]], kind=SCORE)
 
 
-def test_padding_outside_the_vocabulary_cannot_stand_between_scored_tokens() -> None:
-    with pytest.raises(RequestError, match=r"padding \(id 67\) stands between tokens"):
-        gpt().answer([[3, 67, 4]], kind=SCORE)
+@pytest.mark.parametrize("padding_id", [67, -1])
+def test_padding_outside_the_vocabulary_cannot_stand_between_scored_tokens(padding_id: int) -> None:
+    engine = small_models.engine(*small_models.gpt(22, **{**GPT, "padding_id": padding_id}))
+    with pytest.raises(RequestError, match=rf"padding \(id {padding_id}\) stands between tokens"):
+        engine.answer([[3, padding_id, 4]], kind=SCORE)
+
+
+@pytest.mark.parametrize("kind", [GENERATE, SCORE])
+@pytest.mark.parametrize("integer", [np.int8, np.uint8, np.uint16, np.uint32, np.uint64])
+def test_ids_may_be_integers_of_any_type(integer: Any, kind: str) -> None:
+    engine, replies = small_models.engine(*small_models.gpt(22, **{**GPT, "padding_id": 0})), Replies()
+    rows = [np.array([3, 0, 5, 0, 0, 60], kind_of_row) for kind_of_row in (np.int64, integer)]
+    options = engine.options({"sampling_method": "greedy"})
+    engine.submit([Request(row, options, replies.to(number), kind) for number, row in enumerate(rows)])
+    run(engine)
+    assert exactly(replies.results[1]) == exactly(replies.results[0])
+
+
+def test_text_that_begins_with_padding_harms_no_other() -> None:
+    texts = [[3, 4], [67, 5], [6, 7]]  # padding, outside the vocabulary, is what comes after the first
+    alone = [gpt().answer([text], kind=SCORE)[0].loss for text in texts]
+    assert [output.loss for output in gpt().answer(texts, kind=SCORE)] == alone
 
 
 # The queue -----------------------------------------------------------------------------------------------------------
@@ -386,8 +504,7 @@ def test_reply_may_submit_the_next_request() -> None:
 
 def with_memory(size: int) -> Any:
     """The CPU's operations on a machine with so many bytes left."""
-    members = {name: getattr(cpu, name) for name in dir(cpu) if not name.startswith("__")}
-    return SimpleNamespace(**{**members, "available_memory": lambda: size})
+    return small_models.cpu_but(available_memory=lambda: size)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -476,15 +593,38 @@ def test_stop_finishes_what_runs_and_waits() -> None:
 
 
 def test_stop_without_patience_answers_everything_once() -> None:
+    """What had its answer before patience ran out keeps it, the rest get an error. The engine is held in a step until
+    `stop` has lost patience, and let go then."""
     engine, replies = transformer(slots=4, max_beam_size=4), Replies()
+    answered, lost, step = threading.Event(), threading.Event(), engine.step
+
+    def held() -> None:
+        step()
+        if replies.results:
+            answered.set()
+            assert lost.wait(30)
+
+    engine.step = held  # type: ignore[method-assign]
     engine.submit([request(engine, [3 + number % 40], replies.to(number)) for number in range(200)])
     engine.start()
+    assert answered.wait(30)
+    assert engine._thread is not None
+    join = engine._thread.join
+
+    def joined(timeout: float) -> None:
+        if engine._abandoned:
+            lost.set()
+            join(30)
+        else:
+            join(timeout)
+
+    engine._thread.join = joined  # type: ignore[method-assign, assignment]
     engine.stop(patience=0.02)
     assert sorted(replies.results) == list(range(200))
     assert replies.twice == []
     kinds = {type(result) for result in replies.results.values()}
     assert kinds == {Output, Overloaded}
-    assert engine.slots_in_use == 0
+    assert (engine.alive, engine.slots_in_use) == (False, 0)
 
 
 def test_stop_of_an_engine_that_never_started_answers_what_waits() -> None:

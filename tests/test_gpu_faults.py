@@ -308,14 +308,13 @@ def small(model: str) -> Any:
 
 def gpu(free: int = 1 << 40, dtype: Any = np.float16, **changes: Any) -> Any:
     """The CPU's operations as those of a GPU that has so many bytes left and keeps each matrix twice."""
-    members = {name: getattr(cpu, name) for name in dir(cpu) if not name.startswith("__")}
     size = np.dtype(dtype).itemsize
-    members |= {
+    members = {
         "FLOAT": np.dtype(dtype),
         "available_memory": lambda: free,
         "weight_bytes": lambda shape, is_matrix: (2 if is_matrix else 1) * int(np.prod(shape)) * size,
     }
-    return SimpleNamespace(**(members | changes))
+    return small_models.cpu_but(**(members | changes))
 
 
 @pytest.mark.parametrize("model", MODELS)

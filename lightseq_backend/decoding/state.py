@@ -19,7 +19,7 @@ class DecodingState:
     """slots              SLOT [lanes]: one record a cache lane, the last for padding rows
     history            int32 [lanes, steps]: generated tokens
     rows               int32 [rows]: the slots that the next step works on
-    logits             float [rows or more, vocabulary]: work space
+    logits             float [rows or more, vocabulary]: work space; rows begin at multiples of ops.LOGITS_ALIGNMENT
     ids, log_probabilities  [rows, beams]: each row's best next tokens
     """
 

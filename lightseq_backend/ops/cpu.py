@@ -48,8 +48,8 @@ def start() -> None:
 def matrix(array: Array, norm: Norm | None = None) -> Array:
     """A weight [in, out] as `linear` operations want it.
 
-    norm: a promise (gain and bias on the host) that norm_linear alone will use it, with that LayerNorm, and that
-    nothing reads `normed` afterwards: a device may fold the gain into the weight.
+    norm: a promise (gain and bias on the host) that only operations with that LayerNorm in front (norm_linear, those of
+    the vocabulary) will use it, and that nothing reads `normed` afterwards: a device may fold the gain into the weight.
     """
     return np.asarray(array, FLOAT)
 

@@ -111,7 +111,9 @@ def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptCon
     Padding between tokens is fed as LightSeq feeds it, as a token without embedding (id -1 here). A text of n tokens
     is scored over its first n columns (lightseq_format.md 3.8); a prompt is what lies between its first and last token.
     """
-    tokens = np.where(row == config.padding_id, -1, row.astype(np.int64))  # among uint8, -1 is 255 to NumPy 2
+    tokens = row
+    if columns.size < row.size:
+        tokens = np.where(row == config.padding_id, -1, row.astype(np.int64))  # among uint8, -1 is 255 to NumPy 2
     if request.kind == SCORE:
         scored = tokens[: columns.size]
         if not 0 <= config.padding_id < config.vocabulary and (scored[1:] < 0).any():

@@ -227,6 +227,23 @@ def test_prompts_of_one_token_are_read_with_longer_ones(prompts: Rows, sizes: tu
         assert [rows for rows, _ in passes] == ([read] if read else [])
 
 
+@pytest.mark.parametrize("model", MODELS)
+def test_admitting_takes_few_copies(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is queued behind the burst under way, and a device takes but some of them before the host must wait."""
+    engine, replies, put, copies = MODELS[model](slots=32, max_beam_size=4), Replies(), cpu.put, 0
+
+    def counted(destination: Any, source: Any) -> None:
+        nonlocal copies
+        copies += 1
+        put(destination, source)
+
+    engine.submit([request(engine, [3 + i, 4], replies.to(i), CHANGES[0]) for i in range(8)])
+    monkeypatch.setattr(cpu, "put", counted)
+    engine._begin(engine._scheduler.admit())
+    assert engine._rows == 32
+    assert copies <= 4  # the pack, records, pasts, rows
+
+
 # Steps ---------------------------------------------------------------------------------------------------------------
 
 

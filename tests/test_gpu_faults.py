@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -31,7 +32,7 @@ from lightseq_backend.errors import ConfigError, WeightError
 from lightseq_backend.models.checks import bytes_needed
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
-from lightseq_backend.ops import cpu, device, launch
+from lightseq_backend.ops import cpu, cublas, device, launch
 from lightseq_backend.request import Output, Request
 from lightseq_backend.serving import device as serving_device
 from lightseq_backend.serving.embedded import EmbeddedServer
@@ -297,6 +298,36 @@ def test_refused_launch_is_explained_by_the_driver(monkeypatch: pytest.MonkeyPat
     wanted = r"embed_rows was not launched: CUDA error 700 \(CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access"
     with pytest.raises(RuntimeError, match=wanted):
         kernel((1, 2), 32, (None, 3, 1.5), stream=0)
+
+
+class Lt:
+    """cuBLASLt as far as choosing an algorithm goes: it proposes one, which is of use or is not."""
+
+    def __init__(self, state: int):
+        self._state = state
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: 0
+
+    def cublasLtMatmulAlgoGetHeuristic(self, *arguments: Any) -> int:
+        *_, found, count = arguments
+        found._obj.state, count._obj.value = self._state, 1
+        return 0
+
+
+@pytest.mark.parametrize(("state", "words"), [(0, None), (15, r"cuBLAS has no product of \(3, 8\) and \(8, 16\)")])
+def test_product_that_cublas_does_not_have_is_named(
+    state: int, words: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def array(*shape: int) -> Any:
+        whole = np.zeros(shape, np.float32)
+        data = SimpleNamespace(ptr=whole.ctypes.data)
+        return SimpleNamespace(shape=shape, strides=whole.strides, itemsize=4, dtype=whole.dtype, data=data)
+
+    monkeypatch.setattr(cublas, "_library", lambda: Lt(state))
+    products = cublas.Cublas(stream=0, workspace=0)
+    with pytest.raises(RuntimeError, match=words) if words else nullcontext():
+        assert products.product(array(3, 8), array(8, 16), False, array(3, 16))
 
 
 # Weights that do not fit ---------------------------------------------------------------------------------------------

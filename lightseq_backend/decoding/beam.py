@@ -36,8 +36,8 @@ def finish(sequence: Sequence, records: np.ndarray, history: np.ndarray) -> Outp
 
 
 def made_of(records: np.ndarray, tokens: np.ndarray, scores: list[float]) -> list[Hypothesis]:
-    """One hypothesis a record. tokens: int32 [records, steps], filled up with the end id behind the end."""
-    ends = (tokens == records["end_id"][:, None]).argmax(axis=1) + 1 if tokens.size else records["end_id"]
+    """One hypothesis a record. tokens: int32 [records, 1 step or more], filled up with the end id behind the end."""
+    ends = (tokens == records["end_id"][:, None]).argmax(axis=1) + 1
     finished = records["finished"].tolist()
     return [
         Hypothesis(row[:end] if ended else row, score, bool(ended))

@@ -248,8 +248,10 @@ class Engine:
         return size
 
     def _write_records(self, sequences: list[Sequence]) -> None:
-        """The first records of the sequences' slots, a transfer for every run of neighbouring slots."""
+        """The first records of the sequences' slots and, of prompts, in whose lane their past is; a transfer of each
+        for every run of neighbouring slots."""
         slots = np.array([slot for sequence in sequences for slot in sequence.slots])
+        leads = np.repeat([one.slots[0] for one in sequences], [len(one.slots) for one in sequences])
         records = np.zeros(len(slots), SLOT)  # concatenate takes long over fields
         filled = 0
         for sequence in sequences:
@@ -257,27 +259,27 @@ class Engine:
             records[filled : filled + len(own)] = own
             filled += len(own)
         order = np.argsort(slots)
-        slots, records = slots[order], records[order]
+        slots, leads, records = slots[order], leads[order], records[order]
+        state, ancestors = self._buffers.state, self._buffers.cache.ancestors
         starts = np.flatnonzero(np.diff(slots, prepend=-2) > 1).tolist()
         for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
-            self._ops.put(self._buffers.state.slots[slots[start] : slots[end - 1] + 1], records[start:end])
+            run = slice(slots[start], slots[end - 1] + 1)
+            self._ops.put(state.slots[run], records[start:end])
+            if isinstance(self.model.config, GptConfig):  # all columns: steps write theirs before it is read
+                past = np.repeat(leads[start:end, None], ancestors.shape[1], axis=1)
+                self._ops.put(ancestors[run], past.astype(np.int32))
 
     def _first_records(self, sequence: Sequence) -> np.ndarray:
-        config, options, slots = self.model.config, sequence.request.options, sequence.slots
+        config, options = self.model.config, sequence.request.options
         if options.searches:
             records = beam.begin(sequence, config.end_id, config.dialect)
         else:
             records = sampling.begin(sequence, config.end_id)
-        cache, put = self._buffers.cache, self._ops.put
         if isinstance(config, GptConfig):
-            past = len(sequence.tokens) - 1
-            records["token"] = sequence.tokens[-1]
-            records["length"] = past
-            for slot in slots:
-                put(cache.ancestors[slot, :past], np.full(past, slots[0], np.int32))
+            records["token"], records["length"] = sequence.tokens[-1], len(sequence.tokens) - 1
         else:
             records["token"] = config.start_id
-            records["memory"], records["memory_length"] = slots[0], len(sequence.tokens)
+            records["memory"], records["memory_length"] = sequence.slots[0], len(sequence.tokens)
         return records
 
     def _write_rows(self) -> None:
@@ -334,15 +336,15 @@ class Engine:
         if not sequences:
             return
         texts = [one.tokens for one in sequences]
+        lengths = np.array([len(text) for text in texts])
+        ends = np.cumsum(lengths)
         self._passes.score(self._upload(sequences, texts))
-        log_probabilities = self._ops.fetch(self._buffers.scored[: sum(map(len, texts))])()
-        start = 0
-        for sequence in sequences:
-            tokens = len(sequence.tokens)
-            scored = log_probabilities[start : start + tokens - 1]
-            start += tokens
-            self.counts["scored_tokens"] += scored.size
-            self._retire(sequence, Output(loss=-float(np.mean(scored, dtype=np.float64)) if scored.size else 0.0))
+        scored = self._ops.fetch(self._buffers.scored[: ends[-1]])().astype(np.float64)
+        scored[ends - 1] = 0  # nothing follows a text's last token
+        losses = -np.add.reduceat(scored, ends - lengths) / np.maximum(1, lengths - 1)
+        self.counts["scored_tokens"] += int((lengths - 1).sum())
+        for sequence, loss in zip(sequences, losses.tolist(), strict=True):
+            self._retire(sequence, Output(loss=loss))
 
     def _retire(self, sequence: Sequence, result: Output | Exception) -> None:
         """Answers, exactly once: whoever is not in _admitted any more has had an answer.

@@ -145,7 +145,8 @@ class Cublas:
         status = self._library.cublasLtMatmulAlgoGetHeuristic(
             self._handle, description, *layouts, preference, 1, ctypes.byref(found), ctypes.byref(count)
         )
-        return None if status or not count.value else _Plan(description, layouts, found.algorithm)
+        usable = not status and count.value and not found.state
+        return _Plan(description, layouts, found.algorithm) if usable else None
 
     def _layout(self, kind: str, shape: tuple[int, int], stride: int) -> ctypes.c_void_p:
         layout = ctypes.c_void_p()

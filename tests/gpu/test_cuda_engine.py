@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -208,6 +208,17 @@ def results(engine: Engine, asked: Sequence[Asked]) -> list[Any]:
     return [(texts([output]), [one.score for one in output.hypotheses], output.loss) for output in outputs]
 
 
+def ask_all(engines: list[Engine], ask: Callable[[int], None]) -> None:
+    """ask(number) of every engine at the same time; then they are stopped."""
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(engines))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(100)
+    for one in engines:
+        one.stop()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_engines_side_by_side_give_what_each_gives_alone(precision: str) -> None:
     models = [(getattr(small_models, kind)(5), asked) for kind, asked in several()]
@@ -222,13 +233,7 @@ def test_engines_side_by_side_give_what_each_gives_alone(precision: str) -> None
         for _ in range(5):
             together[number].append(results(engines[number], models[number][1]))
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(engines))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(100)
-    for one in engines:
-        one.stop()
+    ask_all(engines, ask)
     for number, wanted in enumerate(alone):
         assert [found == wanted for found in together[number]] == [True] * 5
 
@@ -245,11 +250,5 @@ def test_shipped_models_side_by_side_give_what_each_gives_alone() -> None:
 
     for one in engines:
         one.start()
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(engines))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(100)
-    for one in engines:
-        one.stop()
+    ask_all(engines, ask)
     assert [found[number] for number in range(len(engines))] == alone

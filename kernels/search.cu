@@ -187,27 +187,18 @@ __device__ __forceinline__ float2 total(const float2* statistics, int first, int
 template <typename Take>
 __device__ __forceinline__ void merge(const Choice* choices, int first, int stride, int tiles, int count, int wanted,
                                       Take take) {
-    constexpr int AHEAD = 4;  // of a lane's only tile, requested together
     first += threadIdx.x % 32;
     const Choice* own = choices + (long long)first * count;
-    Choice mine = 0, ahead[AHEAD];
+    Choice mine = 0;
     int next = 0;  // of a lane's only tile
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) ahead[i] = first < tiles && tiles <= stride && i < wanted ? own[i] : 0;
-    mine = ahead[0];
 #pragma unroll 4
-    for (int tile = first; tile < tiles && tiles > stride; tile += stride)
-        mine = better(mine, choices[(long long)tile * count]);
+    for (int tile = first; tile < tiles; tile += stride) mine = better(mine, choices[(long long)tile * count]);
     for (int rank = 0; rank < wanted; rank++) {
         Choice taken = warp_best(mine);
         take(rank, taken);
         if (mine != taken || !taken || rank + 1 == wanted) continue;
         if (tiles <= stride) {
-            next++;
-            if (next >= AHEAD) mine = own[next];
-#pragma unroll
-            for (int i = 1; i < AHEAD; i++)
-                if (i == next) mine = ahead[i];
+            mine = own[++next];
             continue;
         }
         mine = 0;

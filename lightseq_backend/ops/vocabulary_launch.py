@@ -18,8 +18,7 @@ def tiles(vocabulary: int) -> int:
 def plan(device: Device, rows: int, inner: int, vocabulary: int, half: bool) -> Plan:
     """The launch for x [rows, inner], which no result depends on. Any number of rows; it pays up to 64."""
     for group in range(min(_ROWS, -(-rows // 8) * 8), 0, -8):
-        # One tile a block where two blocks fit on a multiprocessor, else two tiles.
-        warps = 8 if group <= 16 or 2 * _shared(group, inner, half, 8) <= device.shared else 16
+        warps = 8 if group <= 16 else 16
         shared = _shared(group, inner, half, warps)
         if shared <= device.shared:
             break

@@ -274,7 +274,7 @@ __device__ __forceinline__ void launch_next() {
 
 #endif  // CUDA_ON_CPU
 
-// Products on the tensor cores, of T with sums in float. Weights are the 16-row operand and rows of x the eight columns.
+// Products on the tensor cores, of T, sums in float. Weights are the 16-row operand and rows of x the eight columns.
 // A chunk is 64 bytes of each row of x (CHUNK numbers), two steps, permuted such that lane (g, t) needs of row g the
 // sixteen bytes at 16 t: the first half of them at step 0, the second at step 1. kernels/linear.cu pack_weight puts
 // weights into the same order, sixteen bytes a lane and step.

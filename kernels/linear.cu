@@ -7,8 +7,8 @@
 //   NORM     1 where x goes through a LayerNorm that is folded into W, else 0
 //   ALIGNED  1 where rows of x begin at multiples of 16 bytes and INNER is made of such pieces
 //   LATE     1 where the next kernel may begin once x is on its way, 0 where it may begin at once
-// The order of a sum depends on INNER and SPLIT alone, never on the rows: a row's result is the same whatever other rows
-// come with it.
+// The order of a sum depends on INNER and SPLIT alone, never on the rows: a row's result is the same whatever other
+// rows come with it.
 
 #define WARPS 8
 #define THREADS (32 * WARPS)
@@ -156,7 +156,7 @@ __device__ __forceinline__ void finish(const float* partial, float4* inbox, cons
     }
 }
 
-// The product -----------------------------------------------------------------------------------------------------------
+// The product ---------------------------------------------------------------------------------------------------------
 // A block is alone with its latencies: what is computed between wait_for_previous and the loads of x delays every
 // kernel behind, so all addresses are made before (`settle`).
 
@@ -228,7 +228,7 @@ __device__ __forceinline__ void hand_over(float* own, const Sums& sums) {
 //   x T [rows, INNER], rows x_stride apart; W packed by pack_weight; bias T [wide] or null; residual T [rows, wide] or
 //   null, may be out; out T [rows, wide]; rows residual_stride and out_stride apart
 //   NORM: W has each row times its gain, columns float [2][wide] the sums of W's columns and (bias of the norm) . W:
-//   layer_norm(x) . W = (x . W - mean * columns[0]) / deviation + columns[1], and the moments of x come with the product
+//   layer_norm(x) . W = (x . W - mean * columns[0]) / deviation + columns[1]; the moments of x come with the product
 //   grid (SPLIT * ceil(wide / OUTPUTS), ceil(rows / ROWS)), cluster (SPLIT), block 256, shared memory as
 //   linear_launch.py says; moves the weights once, x wide / OUTPUTS times (from L2); needs sm_75 where HALF, else sm_80
 // Chunks of x under way, in registers.
@@ -319,9 +319,9 @@ linear(const T* x, int x_stride, const T* weight, const float* columns, float ep
 
 // packed = W in the order linear reads it; zeros beyond W
 //   source T: W[k, n] at k * row_stride + n * column_stride, [inner, wide]
-//   packed T [ceil(wide / 16)][ceil(inner / CHUNK)][2 steps][32 lanes][16 bytes]: lane (g, t) of step s has outputs g and
-//            g + 8 of the k whose x are in half s of its piece of sixteen bytes: where HALF 8 t + 4 s to 8 t + 4 s + 3, a
-//            fragment of mma.m16n8k16; else 4 t + 2 s and the next, of mma.m16n8k8
+//   packed T [ceil(wide / 16)][ceil(inner / CHUNK)][2 steps][32 lanes][16 bytes]: lane (g, t) of step s has outputs g
+//            and g + 8 of the k whose x are in half s of its piece of sixteen bytes: where HALF 8 t + 4 s to
+//            8 t + 4 s + 3, a fragment of mma.m16n8k16; else 4 t + 2 s and the next, of mma.m16n8k8
 //   one thread for sixteen bytes of packed; grid ceil(pieces / 256), block 256
 extern "C" __global__ void pack_weight(const T* source, long long row_stride, long long column_stride, T* packed,
                                        int inner, int wide) {

@@ -1,6 +1,6 @@
 // sampling: what is done with whole rows of logits: the next token drawn, the best ids, what a target's id is worth.
-// One block a row; logits are float [rows, vocabulary], rows `stride` apart, at most 2^18 ids. Nothing depends on the order in which threads
-// come: float sums are taken in a fixed order, counts and shares of probability are integers.
+// One block a row; logits are float [rows, vocabulary], rows `stride` apart, at most 2^18 ids. Nothing depends on the
+// order in which threads come: float sums are taken in a fixed order, counts and shares of probability are integers.
 
 constexpr int THREADS = 1024;
 constexpr int WARPS = THREADS / 32;
@@ -73,8 +73,8 @@ struct Finish {
     }
 };
 
-// Calls take(z, id) for this thread's share of a row, four ids at a time. Where the row begins at a multiple of 16 bytes
-// several fours are requested before the first is used.
+// Calls take(z, id) for this thread's share of a row, four ids at a time. Where the row begins at a multiple of 16
+// bytes, several fours are requested before the first is used.
 template <typename Take>
 __device__ __forceinline__ void for_row(const float* row, int vocabulary, Finish finish, Take take) {
     constexpr int REQUESTED = 4, STRIDE = 4 * THREADS;
@@ -145,8 +145,8 @@ target_log_probabilities(const float* logits, int stride, const T* bias, const i
 //   logits float [rows, vocabulary]   bias T [vocabulary] or null
 //   ids int32, log_probabilities float [rows, count], count <= 32
 //   grid rows; block 1024; static shared memory 12 KiB; moves logits once, then reads them again from L2
-//   Each thread finds its largest; the count-th of these bounds what can be among the best. What reaches it is few, unless
-//   there are many equals: then the best are looked for one by one.
+//   Each thread finds its largest; the count-th of these bounds what can be among the best. What reaches it is few,
+//   unless there are many equals: then the best are looked for one by one.
 constexpr int MOST_PROMISING = 512;
 
 // The best `count` of each warp's threads, then of these lists: by the first warp, a lane a list.

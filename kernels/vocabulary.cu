@@ -287,8 +287,8 @@ __device__ __forceinline__ void run(const Task& task, float epsilon) {
 // vocabulary: logits = scale * (layer_norm(x) . W) + b, and of each tile of TILE ids for each row
 //   statistics[r, tile] = (largest, sum of exp(logit - largest)), the banned id included
 //   choices[r, tile] = its `best` best logits but the banned id, best first (common.cuh Choice; 0 where it has no more)
-//   x T [count, INNER]   weight T packed by kernels/linear.cu pack_weight, columns float [2][vocabulary]: the LayerNorm is
-//   folded into them as for kernels/linear.cu linear   bias T [vocabulary] or null
+//   x T [count, INNER]   weight T packed by kernels/linear.cu pack_weight, columns float [2][vocabulary]: the LayerNorm
+//   is folded into them as for kernels/linear.cu linear   bias T [vocabulary] or null
 //   rows int32 [count], slots Slot [lanes], or both null: then a row wants no more choices than its sequence has beams
 //   logits float [count, vocabulary], rows `stride` apart, or null
 //   statistics float2 [count, tiles] or null: then choices neither

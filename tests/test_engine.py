@@ -391,6 +391,10 @@ def test_ids_may_be_integers_of_any_type(integer: Any, kind: str) -> None:
     assert exactly(replies.results[1]) == exactly(replies.results[0])
 
 
+def test_text_of_one_token_costs_nothing() -> None:
+    assert [str(output.loss) for output in gpt().answer([[4], [67, 5]], kind=SCORE)] == ["0.0", "0.0"]
+
+
 def test_text_that_begins_with_padding_harms_no_other() -> None:
     texts = [[3, 4], [67, 5], [6, 7]]  # padding, outside the vocabulary, is what comes after the first
     alone = [gpt().answer([text], kind=SCORE)[0].loss for text in texts]

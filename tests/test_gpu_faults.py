@@ -8,6 +8,7 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -397,6 +398,14 @@ def test_engine_whose_memory_is_gone_when_it_is_taken_says_what_fits() -> None:
     full.assert_called_once_with(size)
 
 
+def test_engine_with_more_beams_than_the_kernels_have_room_for_is_refused() -> None:
+    config, arrays = small_models.gpt(3, vocabulary=99, padding_id=99)
+    backend = small_models.cpu_but(MOST_BEAMS=32)
+    with pytest.raises(ConfigError, match=r"^max_beam_size is 33; a GPU searches with 32 at most$"):
+        small_models.engine(config, arrays, backend, slots=64, max_beam_size=33)
+    small_models.engine(config, arrays, backend, slots=64, max_beam_size=32)
+
+
 # Weights that half precision cannot hold -----------------------------------------------------------------------------
 
 
@@ -506,9 +515,19 @@ class Failing:
 class Answers:
     def __init__(self) -> None:
         self.results: dict[int, list[Output | Exception]] = {}
+        self._changed = threading.Condition()
 
     def to(self, number: int) -> Any:
-        return lambda result: self.results.setdefault(number, []).append(result)
+        def reply(result: Output | Exception) -> None:
+            with self._changed:
+                self.results.setdefault(number, []).append(result)
+                self._changed.notify()
+
+        return reply
+
+    def wait_for(self, count: int) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: len(self.results) >= count, 30)
 
 
 def requests(engine: Engine, answers: Answers, numbers: range) -> list[Request]:
@@ -527,9 +546,7 @@ def test_failed_device_ends_everything_with_its_error(model: str, recovers: bool
     engine.submit(requests(engine, answers, range(20)))
     backend.fail()
     engine.start()
-    deadline = time.monotonic() + 30
-    while len(answers.results) < 20 and time.monotonic() < deadline:
-        time.sleep(0.001)
+    assert answers.wait_for(20)
     assert engine.alive
     assert not engine.ready
     assert engine.fault == f"GPU 0 has failed: {ILLEGAL}"

@@ -172,6 +172,12 @@ def test_vocabulary_of_many_rows_takes_two_tiles_at_a_time() -> None:
             assert np.array_equal(one, other)
 
 
+def test_vocabulary_is_left_to_cublas_where_a_block_has_no_room() -> None:
+    turing = Device(75, 40, 64 * 1024)
+    assert all(vocabulary_launch.fits(turing, inner, True) for inner in (1024, 3776))
+    assert not any(vocabulary_launch.fits(turing, inner, True) for inner in (3840, 4096))
+
+
 def test_vocabulary_in_less_shared_memory_computes_the_same() -> None:
     head = a_head(9)
     small = vocabulary("float32", **head, best=2, group=16, device=Device(75, 40, 47 * 1024))

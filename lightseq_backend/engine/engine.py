@@ -18,7 +18,7 @@ from lightseq_backend.decoding import beam, sampling
 from lightseq_backend.engine.buffers import allocate
 from lightseq_backend.engine.graphs import Passes, Steps
 from lightseq_backend.engine.scheduler import Scheduler
-from lightseq_backend.errors import Overloaded, RequestError
+from lightseq_backend.errors import ConfigError, Overloaded, RequestError
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.pack import Pack
 from lightseq_backend.models.transformer import Transformer
@@ -38,6 +38,8 @@ class Engine:
     def __init__(self, model: Transformer | Gpt, config: EngineConfig, ops: ModuleType):
         self.model, self.config, self._ops = model, config, ops
         beams = min(config.max_beam_size, model.config.vocabulary - (model.config.banned_id >= 0))
+        if beams > ops.MOST_BEAMS:
+            raise ConfigError(f"max_beam_size is {config.max_beam_size}; a GPU searches with {ops.MOST_BEAMS} at most")
         self.limits = DecodingLimits(beams, model.config.vocabulary)
         ops.start()
         self._buffers = allocate(model, config, beams, ops)
@@ -341,7 +343,7 @@ class Engine:
         self._passes.score(self._upload(sequences, texts))
         scored = self._ops.fetch(self._buffers.scored[: ends[-1]])().astype(np.float64)
         scored[ends - 1] = 0  # nothing follows a text's last token
-        losses = -np.add.reduceat(scored, ends - lengths) / np.maximum(1, lengths - 1)
+        losses = (0 - np.add.reduceat(scored, ends - lengths)) / np.maximum(1, lengths - 1)  # 0 - 0 is not -0
         self.counts["scored_tokens"] += int((lengths - 1).sum())
         for sequence, loss in zip(sequences, losses.tolist(), strict=True):
             self._retire(sequence, Output(loss=loss))

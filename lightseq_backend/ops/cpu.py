@@ -23,6 +23,7 @@ Array = np.ndarray[Any, Any]
 NAME = "cpu"
 SCORED_ROWS = 32  # rows whose logits are held at the same time when texts are scored
 BURSTS_AHEAD = 1  # bursts queued before the end of the first is looked at: a GPU must not wait for the host
+MOST_BEAMS = 1 << 30  # of one search: no limit
 LOGITS_ALIGNMENT = 1  # rows of logits begin at multiples of so many numbers
 FLOAT = np.dtype(np.float32)
 

@@ -1,12 +1,13 @@
 """The operations on an NVIDIA GPU: the launch arithmetic of kernels/, and cuBLAS where rows are many.
 
 `Cuda` has the functions of ops/cpu.py, which says what each computes. One object belongs to one model instance: one
-device, one storage precision (sums are float32 in either), one non-blocking stream. Everything is queued there;
-`fetch` and `get` are the only ones that wait.
+device, one storage precision (sums are float32 in either), one non-blocking stream. Everything is queued there; while
+serving, only `get` and what `fetch` returns wait for the device (and transfer.py, where too many copies are under way).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable
@@ -60,6 +61,7 @@ class Cuda:
     NAME = "cuda"
     BURSTS_AHEAD = 2
     SCORED_ROWS = 512
+    MOST_BEAMS = 32  # kernels/search.cu MAX_WIDTH, kernels/sampling.cu MOST_BEST
     LOGITS_ALIGNMENT = _ALIGNED_COLUMNS
 
     def __init__(self, device_id: int = 0, precision: str = "fp16", early: bool = True):
@@ -176,8 +178,11 @@ class Cuda:
         self._stream.begin_capture()
         try:
             run()
-        finally:
-            graph = self._stream.end_capture()
+        except BaseException:
+            with contextlib.suppress(Exception):  # that the capture is void is not what went wrong
+                self._stream.end_capture()
+            raise
+        graph = self._stream.end_capture()
         graph.upload(self._stream)
         return functools.partial(graph.launch, self._stream)
 
@@ -329,7 +334,8 @@ class Cuda:
         return linear_launch.pays(self._limits, rows, weight.inner, weight.wide, self._half)
 
     def _searches(self, rows: int, weight: Matrix) -> bool:
-        return rows <= SEARCHED_ROWS and self._streams(1, weight)
+        fits = vocabulary_launch.fits(self._limits, weight.inner, self._half)
+        return rows <= SEARCHED_ROWS and fits and self._streams(1, weight)
 
     def _product(
         self, x: Array, linear: Any, out: Array, residual: Array | None = None, activation: str = "none",

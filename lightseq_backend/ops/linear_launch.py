@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 _WARPS = 8
-_PORTABLE_CLUSTER = 8
 _SMALL = 1 << 20  # elements of a weight that is too little for cuBLAS at up to 128 rows
 
 

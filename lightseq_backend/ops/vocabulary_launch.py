@@ -15,15 +15,19 @@ def tiles(vocabulary: int) -> int:
     return -(-vocabulary // TILE)
 
 
+def fits(device: Device, inner: int, half: bool) -> bool:
+    """Whether a block has room for eight rows; where it has not, the vocabulary is cuBLAS's."""
+    return _shared(8, inner, half, 8) <= device.shared
+
+
 def plan(device: Device, rows: int, inner: int, vocabulary: int, half: bool) -> Plan:
-    """The launch for x [rows, inner], which no result depends on. Any number of rows; it pays up to 64."""
+    """The launch for x [rows, inner], which no result depends on. Any number of rows; it pays up to 64. It must fit."""
+    assert fits(device, inner, half)
     for group in range(min(_ROWS, -(-rows // 8) * 8), 0, -8):
         warps = 8 if group <= 16 else 16
         shared = _shared(group, inner, half, warps)
         if shared <= device.shared:
             break
-    else:
-        raise ValueError(f"eight rows of {inner} need {shared} bytes of shared memory; a block has {device.shared}")
     span = warps // 8
     groups = -(-rows // group)
     blocks = min(-(-tiles(vocabulary) // span), max(1, _RESIDENT // warps * device.multiprocessors // groups))

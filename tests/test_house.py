@@ -26,12 +26,14 @@ LAYERS = [
     {"lightseq_backend.__main__"},
 ]
 # Beside them: they know the ground layer, and serving and the command line know them.
-BESIDE = {"lightseq_backend.weights", "lightseq_backend.export"}
+BESIDE = {"lightseq_backend.weights", "lightseq_backend.export", "lightseq_backend.text"}
 # Who may import what comes from outside, by the first word of its name.
 ONLY_IN = {
     "cupy": ("lightseq_backend.ops.cuda", "lightseq_backend.ops.launch", "lightseq_backend.ops.transfer"),
     "torch": ("lightseq_backend.export",),
     "triton_python_backend_utils": ("lightseq_backend.serving",),
+    "sentencepiece": ("lightseq_backend.text",),
+    "tokenizers": ("lightseq_backend.text",),
     "tritonclient": ("lightseq_client",),
 }
 

@@ -1,0 +1,61 @@
+"""Text to ids and back: one file a kind of tokenizer, chosen by the files that a directory holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from lightseq_backend.config import Config, TransformerConfig
+from lightseq_backend.errors import ConfigError
+from lightseq_backend.text.huggingface import load_file, load_gpt2
+from lightseq_backend.text.marian import FILES, load_marian
+from lightseq_backend.text.multilingual import MODEL, load_multilingual
+from lightseq_backend.text.tokenizer import Tokenizer as Tokenizer
+from lightseq_backend.text.words import load_fairseq, load_words
+
+ROUNDING = 128  # a table of weights may have up to so many rows more than there are tokens, less one
+
+# The first of which a directory holds every file makes its tokenizer.
+KINDS: dict[tuple[str, ...], Callable[[Path, Config, str | None], Tokenizer]] = {
+    FILES: load_marian,
+    (MODEL,): load_multilingual,
+    ("tokenizer.json",): load_file,
+    ("vocab.json", "merges.txt"): load_gpt2,
+    ("source.vocab.txt", "target.vocab.txt"): load_words,
+    ("vocab.txt",): load_words,
+    ("dict.*txt",): load_fairseq,
+}
+FILE_SETS = "; ".join(" + ".join(files) for files in KINDS)
+
+
+def load(directories: Iterable[Path], config: Config, language: str | None = None) -> Tokenizer | None:
+    """The tokenizer in the first directory that holds one, or None. language: the source's, for models of many.
+
+    ConfigError when its files cannot be used, a package is missing, or the model's vocabulary is another one.
+    """
+    for directory in directories:
+        for files, make in KINDS.items():
+            if all(any(directory.glob(file)) for file in files):
+                tokenizer = make(directory, config, language)
+                _check_fits(tokenizer, config, f"{directory}: the tokenizer of {' + '.join(files)}")
+                return tokenizer
+    return None
+
+
+def _check_fits(tokenizer: Tokenizer, config: Config, what: str) -> None:
+    faults = []
+    sides = [("", tokenizer.target_size, config.vocabulary)]
+    if isinstance(config, TransformerConfig):
+        source = ("source ", tokenizer.source_size, config.input_vocabulary)
+        sides = [source, ("target ", tokenizer.target_size, config.vocabulary)]
+    for side, tokens, rows in sides:
+        if not tokens <= rows < tokens + ROUNDING:
+            faults.append(f"{what} has {tokens} {side}tokens; the model's {side}vocabulary has {rows}")
+    specials = [("end", tokenizer.end_id, config.end_id)]
+    if isinstance(config, TransformerConfig):  # a GPT's text is never filled up; its files name any token for that
+        specials.append(("padding", tokenizer.padding_id, config.padding_id))
+    for name, ours, models in specials:
+        if ours is not None and ours != models:
+            faults.append(f"{what} has {name} id {ours}; the model's is {models}")
+    if faults:
+        raise ConfigError("\n".join(faults))

@@ -1,0 +1,130 @@
+"""Translators of many languages whose source begins or ends with its language: NLLB, mBART, mBART-50, M2M100."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightseq_backend.config import Config
+from lightseq_backend.errors import ConfigError
+from lightseq_backend.text.tokenizer import BLANK, NO_TOKEN, Tokenizer, check_known, load_pieces, read_ids, read_json
+
+MODEL = "sentencepiece.bpe.model"
+CONFIG, SPECIALS = "tokenizer_config.json", "special_tokens_map.json"
+START, PADDING, END, UNKNOWN, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
+FAIRSEQ_IDS = {START: 0, PADDING: 1, END: 2, UNKNOWN: 3}
+FAIRSEQ_OFFSET = 1  # SentencePiece begins with <unk>, <s>, </s>; fairseq puts one more in front of the first real piece
+# Of mbart-large-cc25, whose files do not list them.
+MBART_LANGUAGES = (
+    *("ar_AR", "cs_CZ", "de_DE", "en_XX", "es_XX", "et_EE", "fi_FI", "fr_XX", "gu_IN", "hi_IN", "it_IT", "ja_XX"),
+    *("kk_KZ", "ko_KR", "lt_LT", "lv_LV", "my_MM", "ne_NP", "nl_XX", "ro_RO", "ru_RU", "si_LK", "tr_TR", "vi_VN"),
+    "zh_CN",
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """language_first: a source is its language, its pieces and </s>; otherwise its pieces, </s> and its language."""
+
+    language_first: bool
+    languages: tuple[str, ...] = ()
+    mark: str = "{}"  # how the vocabulary writes a language's name
+
+    def placed(self, ids: list[int], language: int, end: int) -> list[int]:
+        return [language, *ids, end] if self.language_first else [*ids, end, language]
+
+
+# By Hugging Face's name of the tokenizer's class.
+FAMILIES = {
+    "NllbTokenizer": Family(True),
+    "MBartTokenizer": Family(False, MBART_LANGUAGES),
+    "MBart50Tokenizer": Family(True),
+    "M2M100Tokenizer": Family(True, mark="__{}__"),
+}
+
+
+def family_of(directory: Path) -> Family | None:
+    """What tokenizer_config.json says the tokenizer is, if it is one of a multilingual translator."""
+    config = read_json(directory / CONFIG)
+    name = str(config.get("tokenizer_class", "")).removesuffix("Fast")
+    if name == "NllbTokenizer" and config.get("legacy_behaviour"):
+        return Family(False)
+    return FAMILIES.get(name)
+
+
+class Multilingual:
+    """SentencePiece's pieces with fairseq's ids, or vocab.json's where there is one, and the languages behind them."""
+
+    def __init__(self, directory: Path, language: str | None) -> None:
+        path, config = directory / MODEL, read_json(directory / CONFIG)
+        family = family_of(directory)
+        if family is None:
+            raise ConfigError(
+                f"{directory / CONFIG} has tokenizer_class {config.get('tokenizer_class')!r}; {MODEL} is known of "
+                f"{', '.join(FAMILIES)}"
+            )
+        self._family = family
+        self._pieces = load_pieces(path)
+        given = directory / "vocab.json"
+        self._ids = read_ids(given) if given.is_file() else _fairseq_ids(self._pieces)
+        missing = [token for token in FAIRSEQ_IDS if token not in self._ids]
+        if missing:
+            raise ConfigError(f"{given} has no {', '.join(missing)}")
+        self._languages = _languages(directory, config, family, max(self._ids.values()) + 1)
+        self._tokens = {id_: token for token, id_ in self._ids.items()}
+        self._hidden = {*(self._ids[token] for token in (START, PADDING, END)), *self._languages.values()}
+        self.source_size = self.target_size = max(*self._ids.values(), *self._languages.values()) + 1
+        self.end_id: int | None = self._ids[END]
+        self.padding_id: int | None = self._ids[PADDING]
+        self._language = _language(language or config.get("src_lang"), family, self._languages, path)
+
+    def encode(self, text: str) -> list[int]:
+        unknown = self._ids[UNKNOWN]
+        ids = [self._ids.get(piece, unknown) for piece in self._pieces.encode(text, out_type=str)]
+        check_known(ids, (unknown, self._ids.get(BLANK)), self.source_size)
+        return self._family.placed(ids, self._language, self._ids[END])
+
+    def decode(self, ids: Iterable[int]) -> str:
+        text: str = self._pieces.decode_pieces(
+            [self._tokens.get(id_, NO_TOKEN) for id_ in ids if id_ not in self._hidden]
+        )
+        return text.strip()
+
+
+def load_multilingual(directory: Path, config: Config, language: str | None) -> Tokenizer:
+    return Multilingual(directory, language)
+
+
+def _fairseq_ids(pieces: Any) -> dict[str, int]:
+    """Ids of all pieces but SentencePiece's own first three, which fairseq has in another order."""
+    own = {
+        pieces.id_to_piece(id_): id_ + FAIRSEQ_OFFSET for id_ in range(len(FAIRSEQ_IDS) - 1, pieces.get_piece_size())
+    }
+    return {**own, **FAIRSEQ_IDS}
+
+
+def _languages(directory: Path, config: dict[str, Any], family: Family, first: int) -> dict[str, int]:
+    """Ids of the languages: as written in added_tokens_decoder, or in a row behind the pieces, in the files' order."""
+    decoder = config.get("added_tokens_decoder", {})
+    tokens = {entry["content"]: int(id_) for id_, entry in decoder.items()}
+    listed: list[str] = []
+    for values in (config, read_json(directory / SPECIALS)):
+        listed = listed or [
+            entry if isinstance(entry, str) else entry["content"]
+            for entry in values.get("additional_special_tokens") or values.get("extra_special_tokens") or ()
+        ]
+    names = [name for name in listed or family.languages if name not in (*FAIRSEQ_IDS, MASK)]
+    if not names and not tokens:
+        raise ConfigError(f"{directory} has no list of languages; {CONFIG} or {SPECIALS} must have one")
+    found = {token: id_ for token, id_ in tokens.items() if token not in (*FAIRSEQ_IDS, MASK)}
+    return found or {name: first + place for place, name in enumerate(names)}
+
+
+def _language(name: str | None, family: Family, languages: dict[str, int], path: Path) -> int:
+    for written in (name, family.mark.format(name)):
+        if written in languages:
+            return languages[written]
+    known = ", ".join(list(languages)[:8]) + (f" and {len(languages) - 8} more" if len(languages) > 8 else "")
+    raise ConfigError(f"source_language is {name!r}; the languages of {path} are {known}")

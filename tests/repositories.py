@@ -31,19 +31,24 @@ def config(
     *,
     rows: int = 8,
     kind: str = "KIND_CPU",
+    optional: bool = False,
     parameters: Mapping[str, object] | None = None,
     more: str = "",
 ) -> str:
-    """A config.pbtxt. The dims of the outputs are LightSeq's own, which are not the shapes that come."""
+    """A config.pbtxt. The dims of the outputs are LightSeq's own, which are not the shapes that come; an input of
+    text has one string a row. optional: each input is."""
 
-    def tensors(given: Mapping[str, str]) -> str:
-        return ", ".join(f'{{ name: "{key}", data_type: TYPE_{kind}, dims: [ -1 ] }}' for key, kind in given.items())
+    def tensors(given: Mapping[str, str], more: str = "") -> str:
+        return ", ".join(
+            f'{{ name: "{key}", data_type: TYPE_{kind}, dims: [ {1 if key == "text_input" else -1} ]{more} }}'
+            for key, kind in given.items()
+        )
 
     lines = [
         f'name: "{name}"',
         'backend: "python"',
         f"max_batch_size: {rows}",
-        f"input [ {tensors(inputs)} ]",
+        f"input [ {tensors(inputs, ', optional: true' if optional else '')} ]",
         f"output [ {tensors(outputs)} ]",
         f"instance_group [ {{ kind: {kind} }} ]",
         *(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from lightseq_backend import ops, weights
+from lightseq_backend import ops, text, weights
 from lightseq_backend.config import Config, DecodingOptions, TransformerConfig
 from lightseq_backend.engine.engine import Engine
 from lightseq_backend.errors import ConfigError, RequestError, WeightError
@@ -19,7 +19,9 @@ from lightseq_backend.request import SCORE, Request, Sequence
 from lightseq_backend.serving.metrics import Metrics
 from lightseq_backend.serving.replies import Replies
 from lightseq_backend.serving.settings import Settings, read_settings
-from lightseq_backend.serving.tensors import to_numpy
+from lightseq_backend.serving.tensors import strings_arrive, survive_strings, to_numpy
+from lightseq_backend.serving.texts import Texts
+from lightseq_backend.serving.wire import TEXT_INPUT
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,7 @@ class TritonPythonModel:
             settings = read_settings(args)
             self._wire = settings.wire
             self._engine = _engine(settings)
+            self._texts = _texts(settings, self._engine.model.config)
             if self._wire.form.task != SCORE:
                 self._options(self._wire.changes(""))  # what the file asks for by default must be possible
         except (ConfigError, WeightError, RequestError) as error:
@@ -79,18 +82,29 @@ class TritonPythonModel:
     def _submit(self, request: Any, sender: Any) -> None:
         if not self._engine.alive:
             raise RuntimeError("the engine's thread has ended; the model must be loaded again")
-        tensor = pb_utils.get_input_tensor_by_name(request, self._wire.input)
-        if tensor is None:
-            raise RequestError(f"input {self._wire.input} is missing")
-        rows = self._wire.rows(np.array(to_numpy(tensor)))  # a copy: Triton's memory is ours only until we return
+        rows, from_text = self._rows(request)
         options = self._options(self._wire.changes(request.parameters()))
         kind = self._wire.form.task
-        replies = self._replies.expect(sender, rows)
+        wants_text = self._texts.written and self._wire.wants_text(from_text, request.requested_output_names())
+        replies = self._replies.expect(sender, rows, self._texts.decode if wants_text else None)
         wanted = [Request(row, options, reply, kind, i) for i, (row, reply) in enumerate(zip(rows, replies))]
         try:
             self._engine.submit(wanted)
         except RequestError as error:
             raise _naming_the_row(wanted, self._engine.model.config, error) from None
+
+    def _rows(self, request: Any) -> tuple[list[np.ndarray], bool]:
+        """The rows of a request, and whether it gave them as text."""
+        ids = pb_utils.get_input_tensor_by_name(request, self._wire.input)
+        given = pb_utils.get_input_tensor_by_name(request, TEXT_INPUT) if self._wire.text_input else None
+        if given is None:
+            if ids is None:
+                either = f"{self._wire.input} or {TEXT_INPUT}" if self._wire.text_input else self._wire.input
+                raise RequestError(f"input {either} is missing")
+            return self._wire.rows(np.array(to_numpy(ids))), False  # a copy: the memory is ours until we return
+        if ids is not None:
+            raise RequestError(f"the request gives both {self._wire.input} and {TEXT_INPUT}; it takes one of them")
+        return self._texts.rows(given.as_numpy()), True
 
     def _options(self, changes: dict[str, object]) -> DecodingOptions:
         if self._wire.form.task == SCORE:
@@ -104,6 +118,22 @@ def _engine(settings: Settings) -> Engine:
     if isinstance(config, TransformerConfig):
         return Engine(Transformer(config, arrays, module), settings.engine_config(config), module)
     return Engine(Gpt(config, arrays, module), settings.engine_config(config), module)
+
+
+def _texts(settings: Settings, config: Config) -> Texts:
+    """The model's tokenizer, where config.pbtxt asks for one. A model without is served, and refuses text."""
+    if not (settings.wire.text_input or settings.wire.text_output):
+        return Texts(settings.wire, config, None, "")
+    if not strings_arrive():
+        survive_strings()
+        obstacle = f"Triton's Python stub takes no strings under NumPy {np.__version__}; NumPy 1 works, and ids do"
+        log.warning("%s: no text: %s", settings.instance, obstacle)
+        return Texts(settings.wire, config, None, obstacle)
+    tokenizer = text.load(settings.tokenizer, config, settings.source_language)
+    obstacle = f"no tokenizer in {' or '.join(map(str, settings.tokenizer))}; it may be {text.FILE_SETS}"
+    if tokenizer is None:
+        log.warning("%s: no text: %s", settings.instance, obstacle)
+    return Texts(settings.wire, config, tokenizer, obstacle)
 
 
 def _naming_the_row(requests: list[Request], config: Config, error: RequestError) -> RequestError:

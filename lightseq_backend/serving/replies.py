@@ -17,7 +17,7 @@ from lightseq_backend.config import Config
 from lightseq_backend.errors import Overloaded, RequestError
 from lightseq_backend.request import Output
 from lightseq_backend.serving.tensors import to_tensor
-from lightseq_backend.serving.wire import Wire
+from lightseq_backend.serving.wire import Decode, Wire
 
 log = logging.getLogger(__name__)
 
@@ -27,10 +27,11 @@ Result = Output | Exception
 
 @dataclass
 class Ticket:
-    """One Triton request under way: its rows and what came back for them so far."""
+    """One Triton request under way: its rows, what writes their text if it wants any, and what came back so far."""
 
     sender: Any
     rows: Sequence[np.ndarray]
+    decode: Decode | None = None
     results: dict[int, Result] = field(default_factory=dict)
 
 
@@ -55,9 +56,14 @@ class Replies:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def expect(self, sender: Any, rows: Sequence[np.ndarray]) -> list[Callable[[Result], None]]:
-        """What to call with each row's result, in the order of the rows; from any thread, never blocks."""
-        ticket = Ticket(sender, rows)
+    def expect(
+        self, sender: Any, rows: Sequence[np.ndarray], decode: Decode | None = None
+    ) -> list[Callable[[Result], None]]:
+        """What to call with each row's result, in the order of the rows; from any thread, never blocks.
+
+        decode  turns a hypothesis's ids into text, on this object's thread; None sends none
+        """
+        ticket = Ticket(sender, rows, decode)
 
         def arrives_at(row: int) -> Callable[[Result], None]:
             return lambda result: self._arrived.put((ticket, row, result))
@@ -99,7 +105,7 @@ class Replies:
 
     def _send(self, ticket: Ticket) -> None:
         try:
-            outcome, response = self._response([ticket.results[row] for row in range(len(ticket.rows))], ticket.rows)
+            outcome, response = self._response(ticket)
         except Exception as error:  # a bug of ours must not leave a caller waiting
             log.exception("an answer could not be written")
             outcome, response = _error_response(error)
@@ -109,13 +115,14 @@ class Replies:
         except Exception:
             log.exception("an answer could not be sent")
 
-    def _response(self, results: list[Result], rows: Sequence[np.ndarray]) -> tuple[str, Any]:
+    def _response(self, ticket: Ticket) -> tuple[str, Any]:
         outputs = []
-        for result in results:
+        for row in range(len(ticket.rows)):
+            result = ticket.results[row]
             if isinstance(result, Exception):
                 return _error_response(result)
             outputs.append(result)
-        tensors = self._wire.answer(rows, outputs, self._config)
+        tensors = self._wire.answer(ticket.rows, outputs, self._config, ticket.decode)
         return ANSWERED, pb_utils.InferenceResponse(
             output_tensors=[to_tensor(name, tensor) for name, tensor in tensors.items()]
         )

@@ -18,7 +18,7 @@ DEVICES = {"CPU": "cpu", "GPU": "cuda"}  # by Triton's instance kind
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}  # by device, the default first
 SIZES = ("slots", "max_beam_size", "queue", "prompt_tokens", "burst")  # fields of EngineConfig
 BURSTS = {"cpu": 1, "cuda": 4}  # the host's part of a burst must fit into the device's
-PARAMETERS = ("weights", "dialect", "precision", *SIZES)
+PARAMETERS = ("weights", "dialect", "precision", *SIZES, "tokenizer", "source_language")
 MODEL_TYPES = {"Transformer": TRANSFORMER, "Gpt": GPT}  # LightSeq's own parameter: what `model_type` may be
 TRITON_PARAMETERS = ("FORCE_CPU_ONLY_INPUT_TENSORS", "EXECUTION_ENV_PATH")
 
@@ -30,6 +30,7 @@ class Settings:
     device     name for ops.load, and Triton's number of the GPU
     weights    the weight file, which exists
     max_rows   of one request
+    tokenizer  directories that may hold one, and the source's language for those of many
     sizes      the fields of EngineConfig that config.pbtxt gives
     """
 
@@ -43,6 +44,8 @@ class Settings:
     dialect: str
     precision: str
     max_rows: int
+    tokenizer: tuple[Path, ...]
+    source_language: str | None
     sizes: dict[str, int]
 
     def engine_config(self, config: Config) -> EngineConfig:
@@ -77,6 +80,7 @@ def read_settings(args: Mapping[str, str], environment: Mapping[str, str] = os.e
     sizes = _sizes(given, faults)
     _check_policies(model_config, faults)
     weights = _find_weights(args, given, model_config, wire.form.kind, environment, faults) if wire else None
+    tokenizer = _tokenizer_directories(args, given, weights, faults)
     if faults:
         raise ConfigError("\n".join(faults))
     assert wire is not None
@@ -92,6 +96,8 @@ def read_settings(args: Mapping[str, str], environment: Mapping[str, str] = os.e
         dialect=given.get("dialect", "head"),
         precision=given.get("precision", PRECISIONS[device][0]),
         max_rows=max(1, model_config.get("max_batch_size", 0)),
+        tokenizer=tokenizer,
+        source_language=given.get("source_language"),
         sizes=sizes,
     )
 
@@ -160,3 +166,17 @@ def _find_weights(
             return candidate.resolve()
     faults.append(f"no weights; looked for {', '.join(map(str, candidates))}")
     return None
+
+
+def _tokenizer_directories(
+    args: Mapping[str, str], given: Mapping[str, str], weights: Path | None, faults: list[str]
+) -> tuple[Path, ...]:
+    """The directory that the parameter `tokenizer` names, relative to the model's, or else the model's own and the one
+    of its weights, which models may share."""
+    directory = Path(args["model_repository"])
+    if "tokenizer" not in given:
+        return tuple(dict.fromkeys((directory, weights.parent))) if weights else (directory,)
+    named = directory / given["tokenizer"]
+    if not named.is_dir():
+        faults.append(f"parameter tokenizer is {given['tokenizer']!r}, but {named} is not a directory")
+    return (named,)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,11 @@ ALL, BEST, SOME = "all", "best", "some"
 INPUTS = {"source_ids": TRANSFORMER, "src_ids:0": TRANSFORMER, "token_ids": GPT, "inputs_ids": GPT}
 INTEGERS: dict[str, type[np.generic]] = {"TYPE_INT32": np.int32, "TYPE_INT64": np.int64}
 FLOATS: dict[str, type[np.generic]] = {"TYPE_FP32": np.float32}
+STRINGS: dict[str, type[np.generic]] = {"TYPE_STRING": np.object_}
+
+# Beside the ids, where a model has a tokenizer; the names that Triton's own clients for text use.
+TEXT_INPUT, TEXT_OUTPUT = "text_input", "text_output"
+Decode = Callable[[Iterable[int]], str]
 
 # Parameters of a request that are Triton's own affair: they never reach the options.
 TRITON_PARAMETERS = frozenset(
@@ -68,16 +73,20 @@ OUTPUTS = sorted(set().union(*(form.names for form in FORMS)))
 class Wire:
     """How one model's requests are read and its answers written.
 
-    input     name of the one input tensor
-    form      which outputs it has
-    ids_type  integer type of the ids that go out
-    batched   tensors have a first dimension of rows; without it a request is one row
+    input        name of the input tensor of ids
+    form         which outputs it has
+    ids_type     integer type of the ids that go out
+    batched      tensors have a first dimension of rows; without it a request is one row
+    text_input   a request may give text in place of ids
+    text_output  an answer may hold text beside the ids
     """
 
     input: str
     form: Form
     ids_type: np.dtype[Any]
     batched: bool
+    text_input: bool = False
+    text_output: bool = False
 
     def rows(self, ids: np.ndarray) -> list[np.ndarray]:
         """The rows of a request: ids is [rows, length], or [length] when not batched. The rows are views."""
@@ -86,6 +95,20 @@ class Wire:
         if len(ids) == 0:
             raise RequestError(f"{self.input} has shape {list(ids.shape)}: no rows; it needs at least one")
         return list(ids)
+
+    def texts(self, given: np.ndarray) -> list[str]:
+        """The rows of a request as text: given is objects (UTF-8 bytes) [rows, 1], or [1] when not batched."""
+        if given.size == 0 or given.size != (len(given) if self.batched else 1):
+            rows = "one string a row" if self.batched else "one string"
+            raise RequestError(f"{TEXT_INPUT} has shape {list(given.shape)}; it needs {rows}")
+        return [_utf8(entry, row, given.size) for row, entry in enumerate(given.ravel().tolist())]
+
+    def wants_text(self, from_text: bool, requested: Iterable[str]) -> bool:
+        """Whether an answer has text in it: for a request of text unless it wants other outputs alone, for a request
+        of ids if it names the outputs that it wants. One that wants all there are cannot be told from one that says
+        nothing, and gets what it would get without a tokenizer."""
+        names = set(requested)
+        return self.text_output and TEXT_OUTPUT in names and (from_text or not self.form.names <= names)
 
     def changes(self, parameters: str) -> dict[str, object]:
         """The options in a request's parameters, a JSON object as Triton gives it; what is Triton's own is left out."""
@@ -105,11 +128,13 @@ class Wire:
             )
         return changes if self.form.hypotheses == ALL else {"num_hypotheses": 1, **changes}
 
-    def answer(self, rows: Sequence[np.ndarray], outputs: Sequence[Output], config: Config) -> dict[str, np.ndarray]:
+    def answer(
+        self, rows: Sequence[np.ndarray], outputs: Sequence[Output], config: Config, decode: Decode | None = None
+    ) -> dict[str, np.ndarray]:
         """The output tensors for a request's rows, in LightSeq's shapes.
 
         ids [rows, hypotheses, length] or [rows, length]; scores float32 [rows, hypotheses]; loss float32 [rows, 1].
-        Rows are filled up with the end id to the longest.
+        Rows are filled up with the end id to the longest. With decode also text, objects (str) [rows, hypotheses].
         """
         form = self.form
         if form.task == SCORE:
@@ -129,6 +154,12 @@ class Wire:
         if form.scores is not None:
             scores = [[hypothesis.score for hypothesis in output.hypotheses] for output in outputs]
             tensors[form.scores] = np.array(scores, np.float32)
+        if decode is not None:
+            written = [
+                [decode(_ids_of_text(row, hypothesis, config)) for hypothesis in output.hypotheses]
+                for row, output in zip(rows, outputs, strict=True)
+            ]
+            tensors[TEXT_OUTPUT] = np.array(written, np.object_)
         return self._unbatched(tensors)
 
     def _unbatched(self, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -138,7 +169,8 @@ class Wire:
 def read_wire(model_config: Mapping[str, Any], faults: list[str]) -> Wire | None:
     """The tensors that a config.pbtxt (as Triton's JSON) declares; `faults` grows by a line a fault, then None."""
     before = len(faults)
-    inputs, outputs = model_config.get("input", []), model_config.get("output", [])
+    inputs, reads_text = _without(TEXT_INPUT, model_config.get("input", []), "input", faults)
+    outputs, writes_text = _without(TEXT_OUTPUT, model_config.get("output", []), "output", faults)
     known = _known(inputs, INPUTS, "input", faults) & _known(outputs, OUTPUTS, "output", faults)
     names = {tensor["name"] for tensor in outputs}
     form = next((form for form in FORMS if form.names == names), None)
@@ -151,12 +183,37 @@ def read_wire(model_config: Mapping[str, Any], faults: list[str]) -> Wire | None
     for tensor in outputs:
         if tensor["name"] in OUTPUTS:
             _check_type(tensor, INTEGERS if tensor["name"] in IDS else FLOATS, "output", faults)
+    if reads_text:
+        declared = model_config["input"]
+        faults += [
+            f"input {tensor['name']} must be optional (optional: true): a request gives it or {TEXT_INPUT}"
+            if tensor["name"] != TEXT_INPUT
+            else f"input {TEXT_INPUT} must be optional (optional: true): a request gives it or ids"
+            for tensor in declared
+            if not tensor.get("optional")
+        ]
+    if writes_text and form is not None and form.task == SCORE:
+        faults.append(f"output {TEXT_OUTPUT} has no place in a model that scores; it needs an output of ids")
     if len(faults) > before:
         return None
     assert form is not None
     types = {tensor["name"]: tensor["data_type"] for tensor in outputs}
     ids_type = np.dtype(INTEGERS[types[form.ids]] if form.ids else np.int32)
-    return Wire(inputs[0]["name"], form, ids_type, batched=model_config.get("max_batch_size", 0) > 0)
+    batched = model_config.get("max_batch_size", 0) > 0
+    return Wire(inputs[0]["name"], form, ids_type, batched, reads_text, writes_text)
+
+
+def _without(
+    name: str, tensors: Sequence[Mapping[str, Any]], what: str, faults: list[str]
+) -> tuple[list[Mapping[str, Any]], bool]:
+    """The tensors but the one of text, and whether there is one."""
+    for tensor in tensors:
+        if tensor["name"] == name:
+            _check_type(tensor, STRINGS, what, faults)
+            if len(tensor["dims"]) != 1:
+                faults.append(f"{what} {name} has dims {tensor['dims']}; it must have one, [ 1 ] or [ -1 ]")
+    rest = [tensor for tensor in tensors if tensor["name"] != name]
+    return rest, len(rest) < len(tensors)
 
 
 def _known(tensors: Sequence[Mapping[str, Any]], names: Any, what: str, faults: list[str]) -> bool:
@@ -199,3 +256,25 @@ def _text(row: np.ndarray, hypothesis: Hypothesis, output: Output, config: Confi
     if output.cut and overwrites:
         text[-1:] = config.end_id
     return text
+
+
+def _ids_of_text(row: np.ndarray, hypothesis: Hypothesis, config: Config) -> list[int]:
+    """What of a hypothesis is text: a GPT's prompt and what was generated, up to the end token."""
+    tokens: list[int] = hypothesis.tokens.tolist()
+    if hypothesis.finished:
+        tokens = tokens[: tokens.index(config.end_id)] if config.end_id in tokens else tokens
+    if isinstance(config, GptConfig):
+        tokens = [*(id_ for id_ in row.tolist() if id_ != config.padding_id), *tokens]
+    return tokens
+
+
+def _utf8(entry: object, row: int, rows: int) -> str:
+    if isinstance(entry, str):
+        return entry
+    where = f"row {row}: " if rows > 1 else ""
+    try:
+        return bytes(entry).decode()  # type: ignore[call-overload, no-any-return]
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{where}the text is not UTF-8: byte {error.start} is {error.object[error.start]:#x}"
+        ) from None

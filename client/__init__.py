@@ -11,7 +11,7 @@ from lightseq_client.errors import (
     ServerUnreachable,
     VocabularyError,
 )
-from lightseq_client.vocabulary import Ids, Vocabulary, Words
+from lightseq_client.vocabulary import Ids, ServerText, Vocabulary, Words
 
 __all__ = [
     "GENERATE",
@@ -29,6 +29,7 @@ __all__ = [
     "RequestFailed",
     "RequestTimeout",
     "RowError",
+    "ServerText",
     "ServerUnreachable",
     "Vocabulary",
     "VocabularyError",

@@ -16,7 +16,7 @@ from lightseq_client.client import DEFAULT_MODELS, DEFAULT_URLS, Client, checked
 from lightseq_client.errors import ModelError, ServerUnreachable, VocabularyError
 from lightseq_client.lines import Lines
 from lightseq_client.output import Json, Plain, Summary
-from lightseq_client.vocabulary import Codec, Ids, Words
+from lightseq_client.vocabulary import Codec, Ids, ServerText, Words
 
 HEALTH = "health"
 ALL_GOOD, SOME_FAILED, USAGE, NOT_SERVED = 0, 1, 2, 3
@@ -35,14 +35,15 @@ exit codes:
 _ROWS = """
 
 Rows come from the arguments, one row an argument, or else from standard input, one row a line. A row is ids
-with blanks between them ("17 4 2"), or words with --text. A failed row leaves an empty line in plain output,
+with blanks between them ("17 4 2"), or text with --text. A failed row leaves an empty line in plain output,
 so that line n always belongs to row n.
 """
+_TEXT = "With --text the server tokenises; where it cannot, or with --vocabulary, "
 _DESCRIPTIONS = {
-    TRANSLATE: "Translate rows." + _ROWS + "With --text a source is sent as its words and </s>.",
-    GENERATE: "Continue prompts; the output begins with the prompt." + _ROWS + "With --text a prompt is sent as <s> "
+    TRANSLATE: "Translate rows." + _ROWS + _TEXT + "a source is sent as its words and </s>.",
+    GENERATE: "Continue prompts; the output begins with the prompt." + _ROWS + _TEXT + "a prompt is sent as <s> "
     "and its words.",
-    SCORE: "Mean negative log-likelihood of the tokens after the first, natural log." + _ROWS + "With --text a row is "
+    SCORE: "Mean negative log-likelihood of the tokens after the first, natural log." + _ROWS + _TEXT + "a row is "
     "sent as <s> and its words.",
     HEALTH: "State of the server and its models, with their versions.",
 }
@@ -145,6 +146,8 @@ def _codec(arguments: argparse.Namespace, client: Client) -> Codec:
         return Ids(end_id=getattr(arguments, "end_id", None), padding_id=arguments.padding_id)
     if getattr(arguments, "end_id", None) is not None or arguments.padding_id is not None:
         raise _UsageError("--end-id and --padding-id are for ids; with --text the vocabulary knows them")
+    if not arguments.vocabulary and client.takes_text(arguments.command, arguments.model):
+        return ServerText()
     directory = arguments.vocabulary or _beside_weights(arguments.model, client)
     make = Words.for_translation if arguments.command == TRANSLATE else Words.for_generation
     return make(directory, warn=_warn)
@@ -246,11 +249,12 @@ def _add_health(command: argparse.ArgumentParser) -> None:
 def _add_task(command: argparse.ArgumentParser, task: str) -> None:
     command.add_argument("rows", nargs="*", metavar="ROW", help="a row; without any, standard input")
     command.add_argument("--model", default=DEFAULT_MODELS[task], metavar="NAME", help="(default: %(default)s)")
-    command.add_argument("--text", action="store_true", help="rows and answers are words, not ids")
+    command.add_argument("--text", action="store_true", help="rows and answers are text, not ids")
     command.add_argument(
         "--vocabulary",
         metavar="DIR",
-        help="where the vocabulary files are (default: beside the weights in model_repository)",
+        help="where the vocabulary files are (default: the server tokenises, or else beside the weights in "
+        "model_repository)",
     )
     command.add_argument("--concurrency", type=_whole, default=8, metavar="N", help="requests at once (%(default)s)")
     command.add_argument("--rows-per-request", type=_whole, default=1, metavar="N", help="rows a matrix (%(default)s)")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lightseq_client.errors import INTERNAL, ClientError, ModelError, RequestFailed, RowError
-from lightseq_client.vocabulary import Codec
+from lightseq_client.vocabulary import Codec, ServerText
 
 TRANSLATE = "translate"
 GENERATE = "generate"
@@ -17,6 +17,7 @@ SCORE = "score"
 INTEGER_TYPES: dict[str, type[np.signedinteger[Any]]] = {"INT32": np.int32, "INT64": np.int64}
 RowLike = Sequence[int] | str
 FLOAT_TYPES = ("FP16", "FP32", "FP64")
+TEXT_INPUT, TEXT_OUTPUT = "text_input", "text_output"  # Triton's own clients for text call them so
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class Answer:
     """What came back for one row.
 
     number         the row's place among the caller's rows, from 1
-    given, ids     the row as it was given and as it was sent, without padding
+    given, ids     the row as it was given and as it was sent, without padding; no ids where it was sent as text
     hypotheses     best first; empty for a score
     loss           mean negative log-likelihood, natural log (scores only)
-    prompt_length  how many ids of every hypothesis are the prompt's; 0 for a translation
+    prompt_length  how many ids of every hypothesis are the prompt's; 0 for a translation, and where it was sent as text
     latency        seconds from the first attempt to the answer, waits between attempts included
     """
 
@@ -67,7 +68,7 @@ class Answer:
     def tokens(self) -> int:
         """Tokens of the best hypothesis that the model chose, or tokens that it scored."""
         if not self.hypotheses:
-            return len(self.ids) - 1
+            return max(0, len(self.ids) - 1)
         return len(self.hypotheses[0].ids) - self.prompt_length
 
 
@@ -82,12 +83,26 @@ class Failure:
 
 @dataclass(frozen=True)
 class Signature:
-    """The tensors of one model: `ids` and `scores` are output names, None where there is no such output."""
+    """The tensors of one model: `ids` and `scores` are output names, None where there is no such output.
+
+    reads_text, writes_text  there is an input text_input, an output text_output
+    """
 
     input: str
     datatype: str
     ids: str | None
     scores: str | None
+    reads_text: bool = False
+    writes_text: bool = False
+
+    def given(self, rows: np.ndarray) -> tuple[str, str]:
+        """Name and data type of the input that takes these rows: of ids, or of text where they are objects."""
+        return (TEXT_INPUT, "BYTES") if rows.dtype == np.object_ else (self.input, self.datatype)
+
+    def outputs(self, rows: np.ndarray) -> list[str]:
+        """Names of the outputs that an answer to these rows has."""
+        text = TEXT_OUTPUT if rows.dtype == np.object_ and self.ids else None
+        return [name for name in (self.ids, self.scores, text) if name is not None]
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,10 @@ class Call:
     codec: Codec
     pads: bool
     parameters: dict[str, Any]
+
+    @property
+    def sends_text(self) -> bool:
+        return isinstance(self.codec, ServerText)
 
 
 def signature(task: str, model: str, metadata: Mapping[str, Any]) -> Signature:
@@ -118,7 +137,17 @@ def signature(task: str, model: str, metadata: Mapping[str, Any]) -> Signature:
             f"model {model} cannot {task}: that needs one integer input and {needs}; "
             f"it has inputs {_tensors(metadata['inputs'])} and outputs {_tensors(metadata['outputs'])}"
         )
-    return Signature(inputs[0]["name"], inputs[0]["datatype"], next(iter(ids), None), next(iter(scores), None))
+    texts = {
+        tensor["name"] for part in ("inputs", "outputs") for tensor in metadata[part] if tensor["datatype"] == "BYTES"
+    }
+    return Signature(
+        inputs[0]["name"],
+        inputs[0]["datatype"],
+        next(iter(ids), None),
+        next(iter(scores), None),
+        TEXT_INPUT in texts,
+        TEXT_OUTPUT in texts,
+    )
 
 
 def encoded(call: Call, chunk: list[tuple[int, RowLike]]) -> tuple[list[Row], list[Failure]]:
@@ -126,6 +155,9 @@ def encoded(call: Call, chunk: list[tuple[int, RowLike]]) -> tuple[list[Row], li
     rows, failures = [], []
     for number, given in chunk:
         try:
+            if call.sends_text:
+                rows.append(Row(number, _text(given), ()))
+                continue
             values = call.codec.encode(given) if isinstance(given, str) else given
             rows.append(Row(number, given, checked_ids(values, call.tensors.datatype)))
         except RowError as error:
@@ -140,6 +172,8 @@ def answers_of(call: Call, rows: list[Row], outputs: dict[str, Any], latency: fl
         losses = losses_of(outputs[str(tensors.scores)], len(rows))
         return [Answer(row.number, row.given, row.ids, (), loss, 0, latency) for row, loss in zip(rows, losses)]
     scores = None if tensors.scores is None else outputs[tensors.scores]
+    if call.sends_text:
+        return _text_answers(call, rows, outputs, scores, latency)
     answers: list[Answer | Failure] = []
     for row, found in zip(rows, hypotheses_of(outputs[tensors.ids], scores, len(rows))):
         start = len(row.ids) if call.task == GENERATE else 0
@@ -149,6 +183,13 @@ def answers_of(call: Call, rows: list[Row], outputs: dict[str, Any], latency: fl
         except ClientError as error:  # the vocabulary is another model's
             answers.append(Failure(row.number, row.given, error))
     return answers
+
+
+def texts_of(texts: np.ndarray, rows: int) -> list[list[str]]:
+    """texts, objects (UTF-8 bytes) [rows, hypotheses]: those of each row."""
+    if texts.ndim != 2 or len(texts) != rows:
+        raise RequestFailed(INTERNAL, f"the model answered texts of shape {list(texts.shape)} for {rows} rows")
+    return [[bytes(text).decode(errors="replace") for text in row] for row in texts.tolist()]
 
 
 def checked_ids(values: Iterable[object], datatype: str) -> tuple[int, ...]:
@@ -174,6 +215,11 @@ def grouped(rows: Sequence[Row], may_pad: bool) -> list[list[Row]]:
     for row in rows:
         groups.setdefault(len(row.ids), []).append(row)
     return list(groups.values())
+
+
+def text_matrix(rows: Sequence[Row]) -> np.ndarray:
+    """The rows as one array of text [rows, 1]."""
+    return np.array([[str(row.given).encode(errors="replace")] for row in rows], np.object_)
 
 
 def matrix(rows: Sequence[Row], datatype: str, padding_id: int | None) -> np.ndarray:
@@ -220,6 +266,25 @@ def ended(ids: tuple[int, ...], start: int, end_id: int | None) -> tuple[int, ..
 
 def _tensors(tensors: Iterable[Mapping[str, Any]]) -> str:
     return ", ".join(f"{tensor['name']} {tensor['datatype']}" for tensor in tensors) or "none"
+
+
+def _text(given: object) -> str:
+    if not isinstance(given, str):
+        raise RowError(f"{given!r} is not text")
+    return given
+
+
+def _text_answers(
+    call: Call, rows: list[Row], outputs: dict[str, Any], scores: np.ndarray | None, latency: float
+) -> list[Answer | Failure]:
+    answers: list[Answer | Failure] = []
+    found = hypotheses_of(outputs[str(call.tensors.ids)], scores, len(rows))
+    for row, ranked, texts in zip(rows, found, texts_of(outputs[TEXT_OUTPUT], len(rows))):
+        if len(texts) != len(ranked):
+            raise RequestFailed(INTERNAL, f"the model answered {len(texts)} texts for {len(ranked)} hypotheses")
+        hypotheses = tuple(Hypothesis(ids, score, text) for (ids, score), text in zip(ranked, texts))
+        answers.append(Answer(row.number, row.given, (), hypotheses, None, 0, latency))
+    return answers
 
 
 def _hypothesis(ids: tuple[int, ...], score: float | None, codec: Codec) -> Hypothesis:

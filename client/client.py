@@ -29,6 +29,7 @@ from lightseq_client.answers import (
     grouped,
     matrix,
     signature,
+    text_matrix,
 )
 from lightseq_client.errors import (
     INVALID_ARGUMENT,
@@ -39,7 +40,7 @@ from lightseq_client.errors import (
     ServerUnreachable,
 )
 from lightseq_client.protocols import CONTROL_TIMEOUT, Grpc, Http
-from lightseq_client.vocabulary import Codec, Ids
+from lightseq_client.vocabulary import Codec, Ids, ServerText
 
 DEFAULT_URLS = {"grpc": "localhost:8001", "http": "localhost:8000"}
 DEFAULT_MODELS = {TRANSLATE: "transformer", GENERATE: "gpt", SCORE: "gptlm"}
@@ -167,7 +168,8 @@ class Client:
     ) -> Generator[Answer | Failure, None, None]:
         """One Answer or Failure a row, in the order of the rows, which are drawn as room appears.
 
-        rows              ids, or text where a codec is given
+        rows              ids, or text where a codec is given; with the codec ServerText() the server, where
+                          it has the model's tokenizer, turns text into ids and ids into text
         rows_per_request  1 sends every row by itself. With n, n consecutive rows travel together:
                           padded to one matrix where the codec knows the padding id (LightSeq's step
                           limit then counts the padding too), else, and for prompts always, one request
@@ -183,9 +185,12 @@ class Client:
             raise ValueError(f"rows_per_request is {rows_per_request}; it must be at least 1")
         codec = Ids() if codec is None else codec
         name = DEFAULT_MODELS[task] if model is None else model
-        pads = codec.padding_id is not None and task != GENERATE
+        tensors = self._signature(task, name)
+        if isinstance(codec, ServerText) and not self.takes_text(task, name):
+            raise ModelError(f"model {name} cannot {task} text: it has no text_input, or no text_output for the answer")
+        pads = isinstance(codec, ServerText) or (codec.padding_id is not None and task != GENERATE)
         parameters = {option: value for option, value in options.items() if value is not None}
-        call = Call(task, name, self._signature(task, name), codec, pads, parameters)
+        call = Call(task, name, tensors, codec, pads, parameters)
         return self._flow(call, enumerate(rows, 1), rows_per_request, ready)
 
     def health(self, models: Sequence[str] = ()) -> Health:
@@ -195,6 +200,11 @@ class Client:
         this client asks by default. Raises ServerUnreachable.
         """
         return self._run(self._health(tuple(models)))
+
+    def takes_text(self, task: str, model: str) -> bool:
+        """Whether the server tokenises for the model: the codec ServerText needs that."""
+        tensors = self._signature(task, model)
+        return tensors.reads_text and (tensors.writes_text or task == SCORE)
 
     def weights(self, model: str) -> str:
         """Where the model's configuration says its weights are, seen from the model's directory; "" if nowhere."""
@@ -228,9 +238,12 @@ class Client:
         started = 0.0
 
         async def attempt() -> dict[str, Any]:
-            ids = matrix(rows, call.tensors.datatype, call.codec.padding_id)
+            if call.sends_text:
+                array = text_matrix(rows)
+            else:
+                array = matrix(rows, call.tensors.datatype, call.codec.padding_id)
             return await asyncio.wait_for(
-                self._wire.infer(call.model, call.tensors, ids, call.parameters), self.timeout
+                self._wire.infer(call.model, call.tensors, array, call.parameters), self.timeout
             )
 
         try:

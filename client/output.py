@@ -56,11 +56,13 @@ class Json:
         self._shows_text = shows_text
 
     def answer(self, answer: Answer) -> None:
-        fields: dict[str, Any] = {"line": answer.number, "input": answer.given, "input_ids": answer.ids}
+        fields: dict[str, Any] = {"line": answer.number, "input": answer.given}
+        if answer.ids:  # where the server tokenised, it keeps them to itself
+            fields["input_ids"] = answer.ids
         if answer.loss is not None:
             fields["loss"] = _finite(answer.loss)
         else:
-            if self._prompts:
+            if self._prompts and answer.ids:
                 fields["prompt_length"] = answer.prompt_length
             fields["hypotheses"] = [
                 {"ids": found.ids, "score": _finite(found.score), **({"text": found.text} if self._shows_text else {})}

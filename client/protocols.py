@@ -8,7 +8,7 @@ Every failure leaves here as RequestFailed with gRPC's status names.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -57,7 +57,7 @@ class Grpc:
         answer = await self._call(self._client.get_model_repository_index, headers=self._admin, as_json=True)
         return answer.get("models", [])
 
-    async def infer(self, model: str, tensors: Signature, ids: np.ndarray, parameters: Mapping[str, Any]) -> Outputs:
+    async def infer(self, model: str, tensors: Signature, rows: np.ndarray, parameters: Mapping[str, Any]) -> Outputs:
         loop = asyncio.get_running_loop()
         done = loop.create_future()
 
@@ -73,12 +73,13 @@ class Grpc:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(settle, result, error)
 
-        given = self._triton.InferInput(tensors.input, ids.shape, tensors.datatype)
-        given.set_data_from_numpy(ids)
+        name, datatype = tensors.given(rows)
+        given = self._triton.InferInput(name, rows.shape, datatype)
+        given.set_data_from_numpy(rows)
         async with _plain_failures():
             call = self._client.async_infer(model, [given], arrived, parameters=dict(parameters))
             try:
-                return _outputs(await done, tensors)
+                return _outputs(await done, tensors.outputs(rows))
             except asyncio.CancelledError:
                 call.cancel()
                 raise
@@ -124,11 +125,14 @@ class Http:
         async with _plain_failures():
             return await self._client.get_model_repository_index(headers=self._admin)
 
-    async def infer(self, model: str, tensors: Signature, ids: np.ndarray, parameters: Mapping[str, Any]) -> Outputs:
-        given = self._triton.InferInput(tensors.input, list(ids.shape), tensors.datatype)
-        given.set_data_from_numpy(ids)
+    async def infer(self, model: str, tensors: Signature, rows: np.ndarray, parameters: Mapping[str, Any]) -> Outputs:
+        name, datatype = tensors.given(rows)
+        given = self._triton.InferInput(name, list(rows.shape), datatype)
+        given.set_data_from_numpy(rows)
         async with _plain_failures():
-            return _outputs(await self._client.infer(model, [given], parameters=dict(parameters)), tensors)
+            return _outputs(
+                await self._client.infer(model, [given], parameters=dict(parameters)), tensors.outputs(rows)
+            )
 
     async def close(self) -> None:
         await self._client.close()
@@ -152,9 +156,9 @@ async def _plain_failures() -> AsyncIterator[None]:
         raise RequestFailed(UNAVAILABLE, str(error) or type(error).__name__) from None
 
 
-def _outputs(result: Any, tensors: Signature) -> Outputs:
+def _outputs(result: Any, names: Iterable[str]) -> Outputs:
     arrays = {}
-    for name in filter(None, (tensors.ids, tensors.scores)):
+    for name in names:
         try:
             arrays[name] = result.as_numpy(name)
         except ValueError as error:  # bytes that do not fill the shape

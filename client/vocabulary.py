@@ -1,4 +1,4 @@
-"""Between what a user writes and ids: vocabulary files, and the two codecs `Ids` and `Words`."""
+"""Between what a user writes and ids: vocabulary files, and the codecs `Ids`, `Words` and `ServerText`."""
 
 from __future__ import annotations
 
@@ -85,6 +85,20 @@ class Ids:
 
     def decode(self, ids: Iterable[int]) -> str:
         return " ".join(map(str, ids))
+
+
+class ServerText:
+    """Rows are text that the server tokenises; it writes the text of its hypotheses too. For models with an input
+    text_input; which ids a row became is not told."""
+
+    end_id: int | None = None
+    padding_id: int | None = None
+
+    def encode(self, text: str) -> list[int]:
+        raise RowError("the server tokenises; there are no ids here")
+
+    def decode(self, ids: Iterable[int]) -> str:
+        raise VocabularyError("the server writes the text; there is no vocabulary here")
 
 
 class Words:

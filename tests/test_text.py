@@ -25,6 +25,8 @@ from lightseq_backend.serving.embedded import EmbeddedServer
 from lightseq_backend.serving.settings import read_settings
 from lightseq_backend.serving.tensors import survive_strings
 from lightseq_backend.serving.wire import ALL, read_wire
+from lightseq_client import TRANSLATE, Answer, Client, Failure, ModelError, ServerText
+from lightseq_client.__main__ import main
 
 REPOSITORY = Path(__file__).resolve().parents[1] / "model_repository"
 ADMIN = {"admin-key": "test"}
@@ -50,6 +52,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
     for name in ("transformer", "gpt", "gptlm"):  # as they are shipped, sharing their weights and vocabularies
         (root / name).symlink_to(REPOSITORY / name)
     write_text_model(root, "words", golden("t01_base.pb"), with_text(TRANSFORMER), write_words)
+    write_model(root, "ids_only", golden("t01_base.pb"), TRANSFORMER)
     write_text_model(root, "bpe", golden("g01_base.pb"), with_text(GPT), write_bpe)
     write_text_model(root, "bpe_loss", golden("g01_base.pb"), with_text(GPTLM, output=False), write_bpe)
     write_text_model(root, "marian", golden("t01_base.pb"), with_text(TRANSFORMER), write_marian)
@@ -274,6 +277,49 @@ def test_pieces_come_from_the_files_of_the_model(client: Any, server: EmbeddedSe
     source = [*(ids[piece] for piece in own.encode(SENTENCES[0], out_type=str)), 95]
     found, wanted = say(client, "marian", [[SENTENCES[0]]]), ask(client, "marian", "source_ids", [source])
     np.testing.assert_array_equal(found["target_ids"], wanted["target_ids"])
+
+
+# The client -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("protocol", ["grpc", "http"])
+def test_client_lets_the_server_tokenise(server: EmbeddedServer, protocol: str) -> None:
+    with Client(getattr(server, protocol), protocol) as client:
+        for together in (1, 2):
+            answers = client.translate(FRENCH, codec=ServerText(), rows_per_request=together)
+            assert [answer.hypotheses[0].text for answer in answers] == ENGLISH
+            assert [len(answer.hypotheses) for answer in answers] == [4, 4]
+        (answer,) = client.generate(["twelve , thirteen ,"], codec=ServerText(), sampling_method="greedy")
+        assert (answer.hypotheses[0].text or "").startswith("twelve , thirteen , fourteen")
+        right, wrong = client.score(["twenty-one , twenty-two", "twenty-one , forty"], codec=ServerText())
+        assert right < wrong
+
+
+def test_refused_text_of_a_matrix_harms_itself_alone(server: EmbeddedServer) -> None:
+    with Client(server.grpc) as client:
+        rows = [FRENCH[0], "", FRENCH[1]]
+        items = list(client.answers(TRANSLATE, rows, codec=ServerText(), rows_per_request=3))
+        (_, ids) = client.answers(TRANSLATE, [FRENCH[0], [1, 2]], codec=ServerText())
+    assert [isinstance(item, Answer) for item in items] == [True, False, True]
+    assert isinstance(ids, Failure)
+    assert "[1, 2] is not text" in str(ids.error)
+
+
+def test_command_needs_no_vocabulary(
+    server: EmbeddedServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["translate", "--text", "--quiet", *FRENCH, "--url", server.grpc]) == 0
+    assert capfd.readouterr().out == "".join(f"{text}\n" for text in ENGLISH)
+    assert main(["translate", "--text", "--json", "--quiet", FRENCH[0], "--url", server.grpc]) == 0
+    line = json.loads(capfd.readouterr().out)
+    assert sorted(line) == ["hypotheses", "input", "latency_ms", "line"]
+    assert line["hypotheses"][0]["text"] == ENGLISH[0]
+
+
+def test_client_refuses_text_for_a_model_that_takes_none(server: EmbeddedServer) -> None:
+    with Client(server.grpc) as client, pytest.raises(ModelError, match="model ids_only cannot translate text: it has"):
+        client.translate(["un"], model="ids_only", codec=ServerText())
 
 
 # Bad requests and bad models --------------------------------------------------------------------------------------

@@ -271,6 +271,21 @@ def test_m2m100_has_ids_of_its_own_and_marks_its_languages(tmp_path: Path, piece
     assert tokenizer.decode([2, 91, *wanted, 2]) == "le chien"
 
 
+@pytest.mark.parametrize(
+    ("kind", "language", "id_", "languages"),
+    [("MBartTokenizer", "fr_XX", 98, 25), ("MBart50Tokenizer", "sl_SI", 142, 52), ("M2M100Tokenizer", "fr", 115, 100)],
+)
+def test_languages_of_old_families_need_no_list(
+    tmp_path: Path, pieces: Path, kind: str, language: str, id_: int, languages: int
+) -> None:
+    own = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    directory = multilingual(tmp_path, pieces, kind, [])
+    if kind == "M2M100Tokenizer":
+        names = ["<s>", "<pad>", "</s>", "<unk>", *(own.id_to_piece(i) for i in range(3, 90))]
+        (directory / "vocab.json").write_text(json.dumps({name: id_ for id_, name in enumerate(names)}))
+    assert id_ in load(directory, config_of(91 + languages), language).encode("le chien")
+
+
 def test_source_language_must_be_known(tmp_path: Path, pieces: Path) -> None:
     directory = multilingual(tmp_path, pieces, "NllbTokenizer", NAMES)
     with pytest.raises(ConfigError, match=r"source_language is None; the languages of .* are eng_Latn, fra_Latn"):

@@ -16,11 +16,27 @@ CONFIG, SPECIALS = "tokenizer_config.json", "special_tokens_map.json"
 START, PADDING, END, UNKNOWN, MASK = "<s>", "<pad>", "</s>", "<unk>", "<mask>"
 FAIRSEQ_IDS = {START: 0, PADDING: 1, END: 2, UNKNOWN: 3}
 FAIRSEQ_OFFSET = 1  # SentencePiece begins with <unk>, <s>, </s>; fairseq puts one more in front of the first real piece
-# Of mbart-large-cc25, whose files do not list them.
+# Of families whose files need not list them, in the order of their ids.
 MBART_LANGUAGES = (
     *("ar_AR", "cs_CZ", "de_DE", "en_XX", "es_XX", "et_EE", "fi_FI", "fr_XX", "gu_IN", "hi_IN", "it_IT", "ja_XX"),
     *("kk_KZ", "ko_KR", "lt_LT", "lv_LV", "my_MM", "ne_NP", "nl_XX", "ro_RO", "ru_RU", "si_LK", "tr_TR", "vi_VN"),
     "zh_CN",
+)
+MBART50_LANGUAGES = (
+    *MBART_LANGUAGES,
+    *("af_ZA", "az_AZ", "bn_IN", "fa_IR", "he_IL", "hr_HR", "id_ID", "ka_GE", "km_KH", "mk_MK", "ml_IN", "mn_MN"),
+    *("mr_IN", "pl_PL", "ps_AF", "pt_XX", "sv_SE", "sw_KE", "ta_IN", "te_IN", "th_TH", "tl_XX", "uk_UA", "ur_PK"),
+    *("xh_ZA", "gl_ES", "sl_SI"),
+)
+M2M100_LANGUAGES = tuple(
+    f"__{name}__"
+    for line in (
+        "af am ar ast az ba be bg bn br bs ca ceb cs cy da de el en es et fa ff fi fr",
+        "fy ga gd gl gu ha he hi hr ht hu hy id ig ilo is it ja jv ka kk km kn ko lb",
+        "lg ln lo lt lv mg mk ml mn mr ms my ne nl no ns oc or pa pl ps pt ro ru sd",
+        "si sk sl so sq sr ss su sv sw ta th tl tn tr uk ur uz vi wo xh yi yo zh zu",
+    )
+    for name in line.split()
 )
 
 
@@ -40,8 +56,8 @@ class Family:
 FAMILIES = {
     "NllbTokenizer": Family(True),
     "MBartTokenizer": Family(False, MBART_LANGUAGES),
-    "MBart50Tokenizer": Family(True),
-    "M2M100Tokenizer": Family(True, mark="__{}__"),
+    "MBart50Tokenizer": Family(True, MBART50_LANGUAGES),
+    "M2M100Tokenizer": Family(True, M2M100_LANGUAGES, "__{}__"),
 }
 
 
@@ -108,18 +124,21 @@ def _fairseq_ids(pieces: Any) -> dict[str, int]:
 def _languages(directory: Path, config: dict[str, Any], family: Family, first: int) -> dict[str, int]:
     """Ids of the languages: as written in added_tokens_decoder, or in a row behind the pieces, in the files' order."""
     decoder = config.get("added_tokens_decoder", {})
-    tokens = {entry["content"]: int(id_) for id_, entry in decoder.items()}
-    listed: list[str] = []
-    for values in (config, read_json(directory / SPECIALS)):
-        listed = listed or [
-            entry if isinstance(entry, str) else entry["content"]
-            for entry in values.get("additional_special_tokens") or values.get("extra_special_tokens") or ()
-        ]
-    names = [name for name in listed or family.languages if name not in (*FAIRSEQ_IDS, MASK)]
-    if not names and not tokens:
+    written = {entry["content"]: int(id_) for id_, entry in decoder.items()}
+    found = {token: id_ for token, id_ in written.items() if token not in (*FAIRSEQ_IDS, MASK)}
+    if found:
+        return found
+    names = _listed(config) or _listed(read_json(directory / SPECIALS)) or list(family.languages)
+    if not names:
         raise ConfigError(f"{directory} has no list of languages; {CONFIG} or {SPECIALS} must have one")
-    found = {token: id_ for token, id_ in tokens.items() if token not in (*FAIRSEQ_IDS, MASK)}
-    return found or {name: first + place for place, name in enumerate(names)}
+    return {name: first + place for place, name in enumerate(names)}
+
+
+def _listed(values: dict[str, Any]) -> list[str]:
+    """The names in a list of special tokens, each a string or an object, but for those that are no languages'."""
+    entries = values.get("additional_special_tokens") or values.get("extra_special_tokens") or ()
+    names = (entry if isinstance(entry, str) else entry["content"] for entry in entries)
+    return [name for name in names if name not in (*FAIRSEQ_IDS, MASK)]
 
 
 def _language(name: str | None, family: Family, languages: dict[str, int], path: Path) -> int:

@@ -331,6 +331,7 @@ REFUSED = {
     "unknown": ([["chat chien"]], "the text has 2 tokens and none of them is in the vocabulary of 96"),
     "too_long": ([["s1 " * 60]], "the text has 61 tokens; this model takes 48 (max_step)"),
     "much_too_long": ([["s1 " * 9999]], "the text has 29997 bytes; this model takes 48 tokens, and no more than 3072"),
+    "padding": ([["s1 <pad> s2"]], "token 1 of the text has id 0, which this model takes for padding"),
     "one_bad_row": ([["s1"], [""]], "row 1: the text is empty"),
     "no_utf8": ([[b"s1 \xff"]], "the text is not UTF-8: byte 3 is 0xff"),
     "two_a_row": ([["s1", "s2"]], "Expected [-1,1], got [1,2]"),  # Triton's words

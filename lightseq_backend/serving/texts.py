@@ -55,4 +55,9 @@ class Texts:
         ids = encode(text)
         if len(ids) > limit:
             raise RequestError(f"the text has {len(ids)} tokens; this model takes {limit} (max_step)")
+        if self._config.padding_id in ids:  # it would be dropped, or read without its embedding
+            raise RequestError(
+                f"token {ids.index(self._config.padding_id)} of the text has id {self._config.padding_id}, which this "
+                "model takes for padding"
+            )
         return np.array(ids, np.int32)

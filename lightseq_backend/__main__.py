@@ -75,6 +75,12 @@ def _add_convert(commands: Commands) -> None:
     command.add_argument("source", metavar="SOURCE", type=Path, help="a directory with config.json and weights")
     command.add_argument("target", metavar="TARGET", type=Path, help="for example model_repository/NAME; new or empty")
     command.add_argument("--name", help="the model's name; TARGET's last part by default")
+    command.add_argument(
+        "--forced-id",
+        type=int,
+        metavar="ID",
+        help="the decoder's first token: a multilingual model's target language",
+    )
     command.add_argument("--no-check", action="store_true", help="do not run the original for comparison")
     command.set_defaults(command=_convert)
 
@@ -83,7 +89,7 @@ def _convert(options: argparse.Namespace) -> None:
     from lightseq_backend.export import directory, huggingface
 
     with directory.new_directory(options.target) as partial:
-        model = huggingface.read(options.source)
+        model = huggingface.read(options.source, options.forced_id)
         weights = directory.write(partial, options.name or options.target.resolve().name, model)
         for note in model.notes:
             print(f"not converted: {note}")

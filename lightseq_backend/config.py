@@ -205,8 +205,10 @@ class TransformerConfig:
 
     What LightSeq's files cannot say: norm_epsilon (None: the dialect's); without first_norm nothing normalises what
     the first sublayer of either stack reads; with embedding_norm a LayerNorm of its own follows the embeddings;
-    never_id is an id that is never generated. A standard post-norm model is LightSeq's form with its LayerNorms moved
-    one sublayer on: the first sublayer has the embeddings' (BART) or none (Marian), the last one is the final one.
+    never_id is an id that is never generated; forced_id is fed after the start id, before anything is generated (a
+    multilingual model's target language), and is not in the answer. A standard post-norm model is LightSeq's form
+    with its LayerNorms moved one sublayer on: the first sublayer has the embeddings' (BART) or none (Marian), the
+    last one is the final one.
     """
 
     hidden: int
@@ -228,17 +230,17 @@ class TransformerConfig:
     first_norm: bool = True
     embedding_norm: bool = False
     never_id: int | None = None
+    forced_id: int | None = None
     dialect: Dialect = DIALECTS["head"]
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
 
     def __post_init__(self) -> None:
         sizes = ("hidden", "inner", "heads", "encoder_layers", "decoder_layers", "max_positions")
         faults = _architecture_faults(self, (*sizes, "source_vocabulary", "target_vocabulary"))
-        for name in ("start_id", "end_id"):
+        optional = [name for name in ("never_id", "forced_id") if getattr(self, name) is not None]
+        for name in ("start_id", "end_id", *optional):
             if not 0 <= getattr(self, name) < self.target_vocabulary:
                 faults.append(f"{name} is {getattr(self, name)}; the target vocabulary has {self.target_vocabulary}")
-        if self.never_id is not None and not 0 <= self.never_id < self.target_vocabulary:
-            faults.append(f"never_id is {self.never_id}; the target vocabulary has {self.target_vocabulary}")
         if faults:
             raise ConfigError("\n".join(faults))
 
@@ -270,10 +272,10 @@ class TransformerConfig:
     def new_tokens(self, source_length: int, options: DecodingOptions) -> int:
         """Tokens that a source of that padded length may grow (lightseq_format.md 3.5); 0 is possible."""
         if options.sampling_method in (TOPK_GREEDY, *SAMPLING_METHODS):
-            limit = self.max_positions - 1
+            limit = self.max_positions - 1 - (self.forced_id is not None)
         else:
             columns = min(self.max_positions, source_length + self.extra_decode_length)
-            limit = max(0, columns - self.dialect.spare_columns)
+            limit = max(0, columns - self.dialect.spare_columns - (self.forced_id is not None))
         return limit if options.max_new_tokens is None else min(limit, options.max_new_tokens)
 
 

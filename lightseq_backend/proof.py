@@ -122,11 +122,12 @@ class Probe:
             x = work.x[len(ids) - 1 : len(ids)]
         else:
             self.encode(ids)
-            record = self._buffers.state.slots[:1]
-            record["method"], record["width"], record["token"] = SEARCH, 1, self._model.config.start_id
-            record["length"], record["memory"], record["memory_length"] = 0, 0, len(ids)
-            one = work.first(1)
-            self._model.step(np.zeros(1, np.int32), self._buffers.state.slots, one, self._buffers.cache)
+            record, one = self._buffers.state.slots[:1], work.first(1)
+            record["method"], record["width"], record["memory"], record["memory_length"] = SEARCH, 1, 0, len(ids)
+            for length, token in enumerate((self._model.config.start_id, self._model.config.forced_id)):
+                if token is not None:
+                    record["length"], record["token"] = length, token
+                    self._model.step(np.zeros(1, np.int32), self._buffers.state.slots, one, self._buffers.cache)
             x = one.x
         self._ops.vocabulary_logits(x, head.norm, head.output, head.epsilon, head.scale, work.normed[:1], logits)
         return np.array(logits[0])

@@ -107,6 +107,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     ),
     "marian unscaled, relu": ("marian", {"scale_embedding": False, "activation_function": "relu"}, {}),
     "bart scaled, gelu_new": ("bart", {"scale_embedding": True, "activation_function": "gelu_new"}, {}),
+    "bart with a forced first token": ("bart", {"forced_bos_token_id": 7}, {}),
+    "m2m_100 with a forced first token": ("m2m_100", {"forced_bos_token_id": 9}, {}),
     "bart untied": ("bart", {"tie_word_embeddings": False, "scale_embedding": True}, {}),
     "m2m_100 of an odd width": (
         "m2m_100", {"d_model": 15, "encoder_attention_heads": 3, "decoder_attention_heads": 3}, {}
@@ -169,8 +171,8 @@ def test_model_that_differs_is_not_kept(
 ) -> None:
     read = huggingface.read
 
-    def read_wrongly(source: Path) -> huggingface.Model:
-        model = read(source)
+    def read_wrongly(source: Path, forced_id: int | None) -> huggingface.Model:
+        model = read(source, forced_id)
         return replace(model, config=replace(model.config, norm_epsilon=0.1))  # type: ignore[arg-type]
 
     monkeypatch.setattr(huggingface, "read", read_wrongly)
@@ -310,6 +312,17 @@ def test_generation_settings_become_defaults(
     assert model.notes == notes
     if "num_beams" in changes:
         assert (model.config.decoding.beam_size, model.config.decoding.length_penalty) == (5, 0.8)
+
+
+def test_first_token_may_be_forced(checkpoint: Any) -> None:
+    assert huggingface.read(checkpoint("m2m_100")).config.forced_id is None  # type: ignore[union-attr]
+    assert huggingface.read(checkpoint("m2m_100"), 9).config.forced_id == 9  # type: ignore[union-attr]
+    source = checkpoint("m2m_100", generation=True, forced_bos_token_id=8)
+    assert huggingface.read(source).config.forced_id == 8  # type: ignore[union-attr]
+    with pytest.raises(ConfigError, match="forced_id is 99; the target vocabulary has 37"):
+        huggingface.read(source, 99)
+    with pytest.raises(ConfigError, match="nothing is forced there"):
+        huggingface.read(checkpoint("gpt2"), 9)
 
 
 def test_bad_word_is_never_generated_and_several_are_refused(checkpoint: Any) -> None:

@@ -96,17 +96,22 @@ LEFT_OUT: dict[str, tuple[Any, ...]] = {
 }
 
 
-def read(source: str | Path) -> Model:
-    """A directory's model. ConfigError names every setting that is not supported, WeightError every faulty array."""
+def read(source: str | Path, forced_id: int | None = None) -> Model:
+    """A directory's model. forced_id: instead of the directory's forced_bos_token_id.
+
+    ConfigError names every setting that is not supported, WeightError every faulty array.
+    """
     source = Path(source)
     settings = Settings(source)
     kind = settings.get("model_type")
     if kind != "gpt2" and kind not in FAMILIES:
         known = ", ".join(["gpt2", *FAMILIES])
         raise ConfigError(f"{source / 'config.json'}: model_type is {kind!r}; this converts {known}")
+    if kind == "gpt2" and forced_id is not None:
+        raise ConfigError(f"{source} is a GPT-2 model: nothing is forced there")
     for key in NEVER:
         settings.must_be(key, None, "absolute")
-    config = _gpt2_config(settings) if kind == "gpt2" else _encoder_decoder_config(settings, FAMILIES[kind])
+    config = _gpt2_config(settings) if kind == "gpt2" else _encoder_decoder_config(settings, FAMILIES[kind], forced_id)
     arrays = Arrays(read_arrays(source), "transformer." if kind == "gpt2" else "model.")
     if isinstance(config, GptConfig):
         made = _gpt2_arrays(config, arrays)
@@ -254,7 +259,7 @@ def _gpt2_arrays(config: GptConfig, source: Arrays) -> dict[str, np.ndarray]:
 # Encoder and decoder -------------------------------------------------------------------------------------------------
 
 
-def _encoder_decoder_config(settings: Settings, family: Family) -> TransformerConfig:
+def _encoder_decoder_config(settings: Settings, family: Family, forced_id: int | None) -> TransformerConfig:
     for key, value in family.fixed.items():
         settings.must_be(key, value)
     settings.must_be("static_position_embeddings", family.positions != "learned")
@@ -283,6 +288,7 @@ def _encoder_decoder_config(settings: Settings, family: Family) -> TransformerCo
         first_norm=family.embedding_norm or not family.post_norm,
         embedding_norm=family.embedding_norm and not family.post_norm,
         never_id=_never_id(settings),
+        forced_id=_forced_id(settings) if forced_id is None else forced_id,
         decoding=settings.decoding(),
     )
     return built
@@ -304,6 +310,10 @@ def _never_id(settings: Settings) -> int | None:
         settings.faults.append(f"bad_words_ids is {words}; only a single id is supported")
         return None
     return int(words[0][0]) if words else None
+
+
+def _forced_id(settings: Settings) -> int | None:
+    return None if settings.generation("forced_bos_token_id") is None else settings.token("forced_bos_token_id")
 
 
 def _encoder_decoder_arrays(

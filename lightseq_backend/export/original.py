@@ -36,14 +36,17 @@ class Original:
         except (OSError, ValueError) as error:
             raise ConfigError(f"transformers cannot load {source}: {error}") from None
         self._torch, self._gpt = torch, gpt
-        self._start = None if isinstance(config, GptConfig) else config.start_id
+        self._start: list[int] = []  # what the decoder is fed before it generates
+        if not isinstance(config, GptConfig):
+            self._start = [config.start_id, *([] if config.forced_id is None else [config.forced_id])]
         never = None if config.banned_id < 0 else [[config.banned_id]]
         self._model.generation_config = transformers.GenerationConfig(
             do_sample=False,
             num_beams=1,
             eos_token_id=config.end_id,
             pad_token_id=config.end_id if gpt else config.padding_id,
-            decoder_start_token_id=self._start,
+            decoder_start_token_id=self._start[0] if self._start else None,
+            forced_bos_token_id=self._start[1] if len(self._start) > 1 else None,
             bad_words_ids=never,
         )
 
@@ -57,18 +60,19 @@ class Original:
         with self._torch.no_grad():
             if self._gpt:
                 return self._numpy(self._model(self._row([*ids, *grown])).logits[0, -1])
-            fed = self._row([self._start, *grown])
+            fed = self._row([*self._start, *grown])
             return self._numpy(self._model(input_ids=self._row(ids), decoder_input_ids=fed).logits[0, -1])
 
     def greedy(self, ids: Ids, steps: int) -> list[int]:
         """The best token after the best token, at most so many, up to and with the end id."""
         row = self._row(ids)
         with self._torch.no_grad():
-            grown = self._model.generate(row, attention_mask=self._torch.ones_like(row), max_new_tokens=steps)[0]
-        new: list[int] = grown[len(ids) if self._gpt else 1 :].tolist()
+            most = steps + max(0, len(self._start) - 1)  # what is forced counts there
+            grown = self._model.generate(row, attention_mask=self._torch.ones_like(row), max_new_tokens=most)[0]
+        new: list[int] = grown[len(ids) if self._gpt else len(self._start) :].tolist()
         return new
 
-    def _row(self, ids: Sequence[int | None]) -> Any:
+    def _row(self, ids: Sequence[int]) -> Any:
         return self._torch.tensor([list(ids)])
 
     @staticmethod

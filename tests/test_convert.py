@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import repositories
 import small_checkpoints
 
 from lightseq_backend import proof, weights
@@ -210,6 +211,21 @@ def test_comparison_holds_for_the_same_and_fails_for_others(tmp_path: Path) -> N
     other_text = proof.compare(path, Altered(path, last=1))
     assert not other_text.holds
     assert len(other_text.unlike) == other_text.inputs
+
+
+# A server -------------------------------------------------------------------------------------------------------------
+
+
+def test_converted_models_are_served(tmp_path: Path, serve: Any) -> None:
+    for family in ("gpt2", "marian"):
+        converted(small_checkpoints.FOLDER / family, tmp_path / family)
+    with repositories.grpc(serve(tmp_path).grpc) as client:
+        for family, given, gives in (("gpt2", "token_ids", "result"), ("marian", "source_ids", "target_ids")):
+            expected = np.load(small_checkpoints.FOLDER / family / "expected.npz")
+            ids, wanted = expected["ids.0"].tolist(), expected["greedy.0"].tolist()
+            answer = repositories.ask(client, family, given, [ids], max_new_tokens=len(wanted))[gives].ravel().tolist()
+            text = answer[len(ids) :] if family == "gpt2" else answer
+            assert text[: len(wanted)] == wanted
 
 
 # Directories ---------------------------------------------------------------------------------------------------------

@@ -62,7 +62,7 @@ def new_directory(target: Path) -> Iterator[Path]:
         raise ConfigError(f"{target} is a file")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        # The name keeps Triton from taking it for a model while it is being written.
+        # Beside the target, so that one rename is all that makes a model of it.
         partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise ConfigError(f"{target} cannot be made: {error.strerror}") from None

@@ -80,7 +80,7 @@ GPT2_FIXED = {
     "tie_word_embeddings": True,
 }
 # Anywhere: what changes the arithmetic and is not done here.
-NEVER = ("adapters", "adapter_config", "quantization_config", "position_embedding_type", "rope_scaling")
+NEVER = ("adapters", "adapter_config", "quantization_config", "rope_scaling")
 # Generation settings that have no counterpart, and the values that ask for nothing.
 LEFT_OUT: dict[str, tuple[Any, ...]] = {
     "no_repeat_ngram_size": (0,),
@@ -110,7 +110,8 @@ def read(source: str | Path, forced_id: int | None = None) -> Model:
     if kind == "gpt2" and forced_id is not None:
         raise ConfigError(f"{source} is a GPT-2 model: nothing is forced there")
     for key in NEVER:
-        settings.must_be(key, None, "absolute")
+        settings.must_be(key)
+    settings.must_be("position_embedding_type", "absolute")
     config = _gpt2_config(settings) if kind == "gpt2" else _encoder_decoder_config(settings, FAMILIES[kind], forced_id)
     arrays = Arrays(read_arrays(source), "transformer." if kind == "gpt2" else "model.")
     if isinstance(config, GptConfig):
@@ -152,8 +153,8 @@ class Settings:
         """A fault where the key is there with another value."""
         value = self._values.get(key)
         if value is not None and value not in allowed:
-            wanted = " or ".join(repr(one) for one in allowed if one is not None) or "absent"
-            self.faults.append(f"{key} is {value!r}; only {wanted} is supported")
+            supported = f"only {' or '.join(map(repr, allowed))} is" if allowed else "that is not"
+            self.faults.append(f"{key} is {value!r}; {supported} supported")
 
     def number(self, key: str, default: int | None = None) -> int:
         """A whole number; a fault and 1 where it is none."""

@@ -111,13 +111,22 @@ __device__ __forceinline__ float gelu(float x) {  // tanh form (Hendrycks and Gi
     return 0.5f * x * (1.f + tanhf(0.7978845608028654f * x * (1.f + 0.044715f * x * x)));
 }
 
+__device__ __forceinline__ float gelu_erf(float x) { return 0.5f * x * (1.f + erff(0.7071067811865476f * x)); }
+__device__ __forceinline__ float silu(float x) { return x / (1.f + expf(-x)); }
+
 __host__ __device__ constexpr int up(int x, int y) { return (x + y - 1) / y; }
 __host__ __device__ constexpr int least(int x, int y) { return x < y ? x : y; }
 __host__ __device__ constexpr int most(int x, int y) { return x > y ? x : y; }
 
-enum Activation { NONE = 0, RELU = 1, GELU = 2 };
+enum Activation { NONE = 0, RELU = 1, GELU = 2, GELU_ERF = 3, SILU = 4 };
 __device__ __forceinline__ float activate(float x, int activation) {
-    return activation == RELU ? fmaxf(x, 0.f) : activation == GELU ? gelu(x) : x;
+    switch (activation) {
+        case RELU: return fmaxf(x, 0.f);
+        case GELU: return gelu(x);
+        case GELU_ERF: return gelu_erf(x);
+        case SILU: return silu(x);
+        default: return x;
+    }
 }
 
 // Inline PTX. tests/cuda_on_cpu/tensor.h defines the same functions for g++.

@@ -18,7 +18,7 @@ SEARCH_METHODS = (BEAM_SEARCH, TOPK_GREEDY, GREEDY)
 SAMPLING_METHODS = (TOPK, TOPP, SAMPLE)
 METHODS = SEARCH_METHODS + SAMPLING_METHODS
 
-ACTIVATIONS = ("relu", "gelu")  # gelu is the tanh form, LightSeq's only one
+ACTIVATIONS = ("relu", "gelu", "gelu_erf", "silu")  # gelu is the tanh form, LightSeq's only one
 MAX_SEED = 2**63 - 1  # what a Triton request parameter can carry
 
 
@@ -202,6 +202,13 @@ class TransformerConfig:
     `no_scale_embedding` is false) the tables already hold sqrt(hidden) and logits are multiplied by
     1/sqrt(hidden). post_norm is LightSeq's form: a LayerNorm stands *before* each sublayer and the residual
     takes its output. end_id is resolved: never "0 means vocabulary - 1" here.
+
+    What LightSeq's files cannot say: norm_epsilon (None: the dialect's); without first_norm nothing normalises what
+    the first sublayer of either stack reads; with embedding_norm a LayerNorm of its own follows the embeddings;
+    never_id is an id that is never generated; forced_id is fed after the start id, before anything is generated (a
+    multilingual model's target language), and is not in the answer. A standard post-norm model is LightSeq's form
+    with its LayerNorms moved one sublayer on: the first sublayer has the embeddings' (BART) or none (Marian), the
+    last one is the final one.
     """
 
     hidden: int
@@ -219,13 +226,19 @@ class TransformerConfig:
     post_norm: bool = False
     activation: str = "relu"
     scaled_embedding: bool = True
+    norm_epsilon: float | None = None
+    first_norm: bool = True
+    embedding_norm: bool = False
+    never_id: int | None = None
+    forced_id: int | None = None
     dialect: Dialect = DIALECTS["head"]
     decoding: DecodingOptions = field(default_factory=DecodingOptions)
 
     def __post_init__(self) -> None:
         sizes = ("hidden", "inner", "heads", "encoder_layers", "decoder_layers", "max_positions")
         faults = _architecture_faults(self, (*sizes, "source_vocabulary", "target_vocabulary"))
-        for name in ("start_id", "end_id"):
+        optional = [name for name in ("never_id", "forced_id") if getattr(self, name) is not None]
+        for name in ("start_id", "end_id", *optional):
             if not 0 <= getattr(self, name) < self.target_vocabulary:
                 faults.append(f"{name} is {getattr(self, name)}; the target vocabulary has {self.target_vocabulary}")
         if faults:
@@ -244,7 +257,13 @@ class TransformerConfig:
     @property
     def banned_id(self) -> int:
         """The id that is never generated, or -1."""
+        if self.never_id is not None:
+            return self.never_id
         return self.target_vocabulary - 3 if self.dialect.bans_unknown else -1
+
+    @property
+    def epsilon(self) -> float:
+        return self.dialect.norm_epsilon if self.norm_epsilon is None else self.norm_epsilon
 
     @property
     def logit_scale(self) -> float:
@@ -253,10 +272,10 @@ class TransformerConfig:
     def new_tokens(self, source_length: int, options: DecodingOptions) -> int:
         """Tokens that a source of that padded length may grow (lightseq_format.md 3.5); 0 is possible."""
         if options.sampling_method in (TOPK_GREEDY, *SAMPLING_METHODS):
-            limit = self.max_positions - 1
+            limit = self.max_positions - 1 - (self.forced_id is not None)
         else:
             columns = min(self.max_positions, source_length + self.extra_decode_length)
-            limit = max(0, columns - self.dialect.spare_columns)
+            limit = max(0, columns - self.dialect.spare_columns - (self.forced_id is not None))
         return limit if options.max_new_tokens is None else min(limit, options.max_new_tokens)
 
 
@@ -274,6 +293,7 @@ class GptConfig:
     end_id: int
     extra_decode_length: int = 0
     activation: str = "gelu"
+    norm_epsilon: float | None = None
     dialect: Dialect = DIALECTS["head"]
     decoding: DecodingOptions = field(default_factory=lambda: DecodingOptions(TOPK, top_k=4))
 
@@ -292,6 +312,10 @@ class GptConfig:
     @property
     def banned_id(self) -> int:
         return -1
+
+    @property
+    def epsilon(self) -> float:
+        return self.dialect.norm_epsilon if self.norm_epsilon is None else self.norm_epsilon
 
     @property
     def logit_scale(self) -> float:
@@ -313,6 +337,8 @@ def _architecture_faults(config: Config, sizes: tuple[str, ...]) -> list[str]:
     ]
     if config.activation not in ACTIVATIONS:
         faults.append(f"activation is {config.activation!r}; known activations are {', '.join(ACTIVATIONS)}")
+    if config.norm_epsilon is not None and not 0 < config.norm_epsilon < 1:
+        faults.append(f"norm_epsilon is {config.norm_epsilon}; it must be over 0 and below 1")
     if config.heads > 0 and config.hidden % config.heads:
         faults.append(f"hidden size {config.hidden} does not divide into {config.heads} heads")
     return faults

@@ -12,7 +12,7 @@ from lightseq_backend.models.layers import Linear, Norm
 from lightseq_backend.ops import cpu, linear_launch
 
 Array = np.ndarray[Any, Any]
-_ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
+ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
 
 
 def integers(*values: int) -> tuple[np.int32, ...]:
@@ -106,7 +106,7 @@ class Ops:
         arguments = (
             x, self._stride(x), weight.memory, weight.columns if norm else None, np.float32(epsilon or 0), linear.bias,
             residual, np.int32(0) if residual is None else self._stride(residual), out, self._stride(out),
-            *integers(len(x), weight.wide, _ACTIVATIONS[activation]), np.float32(scale),
+            *integers(len(x), weight.wide, ACTIVATIONS[activation]), np.float32(scale),
         )  # fmt: skip
         kernels = Kernels("linear.cu", **dict(plan.definitions))
         kernels.launch("linear", plan.grid, plan.threads, arguments, plan.shared, plan.cluster)

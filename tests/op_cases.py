@@ -269,7 +269,7 @@ PRODUCTS = (
 def _products() -> Iterator[Case]:
     for shape in PRODUCTS:
         yield Case(str(shape), "linear", partial(_linear_arguments, shape), ("out",), elements=shape.elements)
-        for activation in ("none", "relu", "gelu") if shape.rows in (7, 99) else ("gelu",):
+        for activation in ("none", "relu", "gelu", "gelu_erf", "silu") if shape.rows in (7, 99) else ("gelu",):
             yield Case(
                 f"{shape} {activation}",
                 "norm_linear",

@@ -41,7 +41,21 @@ def gelu(x: Array) -> Array:
     return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {"none": lambda x: x, "relu": relu, "gelu": gelu}
+def gelu_erf(x: Array) -> Array:
+    return np.vectorize(lambda one: one * 0.5 * (1 + math.erf(one / math.sqrt(2))), otypes=[np.float64])(x)
+
+
+def silu(x: Array) -> Array:
+    return x / (1 + np.exp(-x))
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "none": lambda x: x,
+    "relu": relu,
+    "gelu": gelu,
+    "gelu_erf": gelu_erf,
+    "silu": silu,
+}
 
 
 def log_softmax(x: Array) -> Array:
@@ -73,10 +87,12 @@ class _Model:
     def __init__(self, config: Any, arrays: dict[str, Array]):
         self.config = config
         self.arrays = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
-        self.epsilon = EPSILON[config.dialect.name]
+        self.epsilon = config.norm_epsilon or EPSILON[config.dialect.name]
         self.post_norm = getattr(config, "post_norm", False)
 
     def norm(self, name: str, x: Array) -> Array:
+        if f"{name}.gain" not in self.arrays:
+            return x
         return layer_norm(x, self.arrays[f"{name}.gain"], self.arrays[f"{name}.bias"], self.epsilon)
 
     def linear(self, name: str, x: Array) -> Array:
@@ -109,6 +125,7 @@ class TransformerReference(_Model):
         for column, token in enumerate(self.row):
             if self.real[column]:
                 x[column] = self.arrays["source.tokens"][token] + self.arrays["source.positions"][column]
+        x = self.norm("source.norm", x)
         visible = np.tile(self.real, (len(self.row), 1))
         for layer in range(self.config.encoder_layers):
             x = self.self_attention(f"encoder.{layer}.attention", x, visible)
@@ -118,8 +135,8 @@ class TransformerReference(_Model):
     def logits(self, tokens: Ids) -> Array:
         """[1 + tokens, vocabulary]: scores of the next token after the start token and after each of `tokens`."""
         fed = [self.config.start_id, *tokens]
-        # The target table is [hidden, vocabulary]: a token's embedding is a column.
-        x = self.arrays["output.weight"].T[fed] + self.arrays["target.positions"][: len(fed)]
+        x = self.arrays["target.tokens"][fed] + self.arrays["target.positions"][: len(fed)]
+        x = self.norm("target.norm", x)
         past = np.tril(np.ones((len(fed), len(fed)), bool))
         source = np.tile(self.real, (len(fed), 1))
         for layer in range(self.config.decoder_layers):
@@ -156,7 +173,7 @@ class GptReference(_Model):
         for layer in range(self.config.layers):
             x = self.self_attention(f"layer.{layer}.attention", x, past)
             x = self.feed_forward(f"layer.{layer}", x)
-        return self.norm("norm", x) @ self.arrays["tokens"].T
+        return self.norm("norm", x) @ self.arrays["output.weight"]
 
     def next(self, tokens: tuple[int, ...]) -> Array:
         """Log-probabilities of what follows the prompt and `tokens`."""

@@ -22,8 +22,11 @@ SPREAD = 2.5  # standard deviation of the logits, about
 
 
 def transformer(seed: int = 0, **settings: Any) -> tuple[TransformerConfig, Arrays]:
-    """A Transformer; `settings` are fields of TransformerConfig, and `end_bias` is added to the end id's logit."""
-    end_bias = settings.pop("end_bias", 0.0)
+    """A Transformer; `settings` are fields of TransformerConfig, and `end_bias` is added to the end id's logit.
+
+    untied: the output projection is a matrix of its own.
+    """
+    end_bias, untied = settings.pop("end_bias", 0.0), settings.pop("untied", False)
     sizes: dict[str, Any] = {
         "hidden": 16,
         "inner": 24,
@@ -65,6 +68,13 @@ def transformer(seed: int = 0, **settings: Any) -> tuple[TransformerConfig, Arra
         arrays |= _linear(random, f"{name}.cross_kv", hidden, 2 * hidden)
         arrays |= _linear(random, f"{name}.cross_output", hidden, hidden)
         arrays |= _feed_forward(random, name, hidden, config.inner)
+    if config.embedding_norm:
+        arrays |= _norm(random, "source.norm", hidden) | _norm(random, "target.norm", hidden)
+    if not config.first_norm:
+        for name in ("encoder.0.attention_norm", "decoder.0.self_norm"):
+            del arrays[f"{name}.gain"], arrays[f"{name}.bias"]
+    if untied:
+        arrays["target.tokens"] = _normal(random, size, vocabulary, hidden)
     return config, arrays
 
 

@@ -242,7 +242,7 @@ def _transformer(**settings: Any) -> TransformerConfig:
         ({"decoder_layers": -1}, "decoder_layers is -1; it must be at least 1"),
         ({"max_positions": 0}, "max_positions is 0"),
         ({"heads": 3}, "hidden size 16 does not divide into 3 heads"),
-        ({"activation": "swish"}, "activation is 'swish'; known activations are relu, gelu"),
+        ({"activation": "mish"}, "activation is 'mish'; known activations are relu, gelu, gelu_erf, silu"),
         ({"start_id": 11}, "start_id is 11; the target vocabulary has 11"),
         ({"end_id": -1}, "end_id is -1; the target vocabulary has 11"),
     ],

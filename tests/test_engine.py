@@ -753,3 +753,35 @@ def test_failed_device_takes_no_more_and_says_why(monkeypatch: pytest.MonkeyPatc
     assert not engine.ready
     with pytest.raises(RuntimeError, match="GPU 0 has failed: illegal memory access"):
         engine.submit([request(engine, [3], replies.to(3))])
+
+
+FORCED = 5
+
+
+def forced_search(config: Any, arrays: Any, row: list[int], beams: int, limit: int) -> list[tuple[int, ...]]:
+    """What beam search by recomputation finds when every text starts with FORCED, without that token."""
+    model = reference.TransformerReference(config, arrays, row)
+    search = reference.beam_search(
+        lambda tokens: model.next((FORCED, *tokens)), beams, limit, config.end_id, config.decoding.length_penalty
+    )
+    return [beam.tokens for beam in search.beams]
+
+
+def test_forced_first_token_is_fed_and_not_answered() -> None:
+    """Sequences that join while others run included."""
+    config, arrays = small_models.transformer(7, forced_id=FORCED, extra_decode_length=12, max_positions=16)
+    rows = [[3, 4, 5], [6, 7], [3], [8, 9, 10, 11], [4, 4, 4, 4]]
+    engine = small_models.engine(config, arrays, slots=6, max_beam_size=3)
+    outputs = engine.answer(rows, changes={"beam_size": 3})
+    for row, output in zip(rows, outputs):
+        limit = config.new_tokens(len(row), config.decoding)
+        wanted = forced_search(config, arrays, row, 3, limit)
+        assert [tuple(one.tokens.tolist()) for one in output.hypotheses] == wanted
+
+
+def test_forced_first_token_takes_a_position() -> None:
+    config, _ = small_models.transformer()
+    forced, _ = small_models.transformer(forced_id=FORCED)
+    for method in ("beam_search", "topk_greedy", "sample"):
+        options = DecodingOptions(method)
+        assert forced.new_tokens(5, options) == config.new_tokens(5, options) - 1

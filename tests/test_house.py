@@ -22,7 +22,7 @@ LAYERS = [
     {"lightseq_backend.ops"},
     {"lightseq_backend.models", "lightseq_backend.decoding"},
     {"lightseq_backend.engine"},
-    {"lightseq_backend.serving", "lightseq_backend.local"},
+    {"lightseq_backend.serving", "lightseq_backend.local", "lightseq_backend.proof"},
     {"lightseq_backend.__main__"},
 ]
 # Beside them: they know the ground layer, and serving and the command line know them.
@@ -31,6 +31,7 @@ BESIDE = {"lightseq_backend.weights", "lightseq_backend.export", "lightseq_backe
 ONLY_IN = {
     "cupy": ("lightseq_backend.ops.cuda", "lightseq_backend.ops.launch", "lightseq_backend.ops.transfer"),
     "torch": ("lightseq_backend.export",),
+    "transformers": ("lightseq_backend.export",),
     "triton_python_backend_utils": ("lightseq_backend.serving",),
     "sentencepiece": ("lightseq_backend.text",),
     "tokenizers": ("lightseq_backend.text",),

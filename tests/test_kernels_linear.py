@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import cuda_on_cpu
+import kernel_ops
 import numpy as np
 import op_cases
 import pytest
@@ -119,14 +120,15 @@ def test_half_weights_are_packed_as_fragments_of_the_tensor_core() -> None:
     np.testing.assert_array_equal(tiles, expected.transpose(5, 0, 2, 7, 1, 3, 6, 4))
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_erf", "silu"])
 @pytest.mark.parametrize("wide", [64, 99])
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_bias_and_activation_follow_a_product_in_place(precision: str, wide: int) -> None:
+def test_bias_and_activation_follow_a_product_in_place(precision: str, wide: int, activation: str) -> None:
     device, x = ops(precision), operands(precision, 7, wide, wide)[0]
     bias, out = operands(precision, 7, wide, wide)[2], x.copy()
-    arguments = (out, bias, *integers(7, wide, 2), np.float32(0.5))
+    arguments = (out, bias, *integers(7, wide, kernel_ops.ACTIVATIONS[activation]), np.float32(0.5))
     device.kernels("linear.cu").launch("bias_activation", (1, 3), 256, arguments)
-    expected = reference.ACTIVATIONS["gelu"](0.5 * x.astype(np.float64) + bias)
+    expected = reference.ACTIVATIONS[activation](0.5 * x.astype(np.float64) + bias)
     np.testing.assert_allclose(out, expected, rtol=2e-3 if device.half else 2e-6, atol=1e-3 if device.half else 1e-6)
 
 

@@ -36,6 +36,11 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "inner smaller than hidden": {"inner": 3},
     "v0 epsilon": {"dialect": DIALECTS["v0"]},
     "threaded products": {"hidden": 96, "inner": 1400, "heads": 3},
+    "own epsilon": {"norm_epsilon": 1e-2},
+    "first sublayer without a norm": {"post_norm": True, "first_norm": False, "activation": "silu"},
+    "pre-norm, first sublayer without a norm": {"first_norm": False, "encoder_layers": 2, "decoder_layers": 2},
+    "norm of the embeddings": {"embedding_norm": True, "activation": "gelu_erf"},
+    "untied": {"untied": True, "scaled_embedding": False},
 }
 SOURCES = {
     "no padding": [3, 4, 5, 6, 7],
@@ -137,6 +142,8 @@ GPTS: dict[str, dict[str, Any]] = {
     "one layer": {"layers": 1},
     "odd sizes": {"hidden": 35, "heads": 5, "inner": 19, "layers": 3},
     "v0 epsilon": {"dialect": DIALECTS["v0"]},
+    "own epsilon": {"norm_epsilon": 1e-2},
+    "gelu_erf": {"activation": "gelu_erf"},
     "threaded products": {"hidden": 96, "inner": 1400, "heads": 3},
 }
 PROMPTS = [[3], [4, 5], [6, 7, 8, 9, 10], [1, 1, 1], [2, 0, 2, 0, 2]]

@@ -305,8 +305,13 @@ def test_layer_norm_uses_the_biased_variance() -> None:
 
 @pytest.mark.parametrize(
     ("activation", "wanted"),
-    # GELU's tanh form at -1 and 2; the erf form would give -0.158655 and 1.954500.
-    [("none", [-1, 0, 2]), ("relu", [0, 0, 2]), ("gelu", [-0.158808, 0, 1.954598])],
+    [
+        ("none", [-1, 0, 2]),
+        ("relu", [0, 0, 2]),
+        ("gelu", [-0.158808, 0, 1.954598]),
+        ("gelu_erf", [-0.158655, 0, 1.954500]),
+        ("silu", [-0.268941, 0, 1.761594]),
+    ],
 )
 def test_norm_linear_activation_is(activation: str, wanted: list[float]) -> None:
     out, normed = np.empty((1, 3), np.float32), np.empty((1, 2), np.float32)
@@ -314,6 +319,19 @@ def test_norm_linear_activation_is(activation: str, wanted: list[float]) -> None
     linear = ops.Linear(np.zeros((2, 3), np.float32), np.array([-1, 0, 2], np.float32))
     ops.norm_linear(np.array([[1, 3]], np.float32), norm, linear, 0.0, activation, normed, out)
     np.testing.assert_allclose(out, [wanted], atol=1e-6)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_erf", "silu"])
+def test_activation_holds_from_end_to_end(activation: str) -> None:
+    x = np.concatenate([np.linspace(-20, 20, 4001), [-1e4, -200, 0, 200, 1e4]])
+    out, normed = np.empty((1, x.size), np.float32), np.empty((1, 2), np.float32)
+    norm = ops.Norm(np.zeros(2, np.float32), np.zeros(2, np.float32))
+    linear = ops.Linear(np.zeros((2, x.size), np.float32), x.astype(np.float32))
+    with np.errstate(all="raise", under="ignore"):
+        ops.norm_linear(np.array([[1, 3]], np.float32), norm, linear, 0.0, activation, normed, out)
+    with np.errstate(over="ignore"):
+        wanted = reference.ACTIVATIONS[activation](linear.bias.astype(np.float64))
+    np.testing.assert_allclose(out[0], wanted, rtol=3e-7, atol=5e-7)
 
 
 def test_length_norm_is_gnmts() -> None:
@@ -455,6 +473,8 @@ def _products(narrow: int, wide: int, transposed: bool) -> dict[str, Callable[[A
     return {
         "norm_linear relu": lambda x: norm_linear(x, "relu"),
         "norm_linear gelu": lambda x: norm_linear(x, "gelu"),
+        "norm_linear gelu_erf": lambda x: norm_linear(x, "gelu_erf"),
+        "norm_linear silu": lambda x: norm_linear(x, "silu"),
         "linear_residual": linear_residual,
         "vocabulary_logits": vocabulary_logits,
         "vocabulary_scores": vocabulary_scores,

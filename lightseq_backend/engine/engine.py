@@ -207,7 +207,9 @@ class Engine:
         if any(map(len, read)):
             self._passes.prefill(self._upload(sequences, read))
             self.counts["prompt_tokens"] += sum(map(len, read))
-        self._write_records(sequences)
+        if not isinstance(self.model.config, GptConfig) and self.model.config.forced_id is not None:
+            self._feed_start(sequences)
+        self._write_records(sequences, self._first_records)
         self._active.extend(sequences)
         self._write_rows()
 
@@ -249,15 +251,27 @@ class Engine:
         self._ops.put(self._buffers.prompt[: memory.size], memory)
         return size
 
-    def _write_records(self, sequences: list[Sequence]) -> None:
-        """The first records of the sequences' slots and, of prompts, in whose lane their past is; a transfer of each
-        for every run of neighbouring slots."""
+    def _feed_start(self, sequences: list[Sequence]) -> None:
+        """The start token, where its successor is forced: a step that keeps keys and values, and chooses nothing."""
+
+        def records_of(sequence: Sequence) -> np.ndarray:
+            records = self._first_records(sequence)
+            records["method"], records["length"] = 0, 0
+            records["token"] = self.model.config.start_id  # type: ignore[union-attr]
+            return records
+
+        self._write_records(sequences, records_of)
+        self._steps.run(self._put_rows(sequences), searching=True, sampling=False)
+
+    def _write_records(self, sequences: list[Sequence], records_of: Callable[[Sequence], np.ndarray]) -> None:
+        """The records of the sequences' slots and, of prompts, in whose lane their past is; a transfer of each for
+        every run of neighbouring slots."""
         slots = np.array([slot for sequence in sequences for slot in sequence.slots])
         leads = np.repeat([one.slots[0] for one in sequences], [len(one.slots) for one in sequences])
         records = np.zeros(len(slots), SLOT)  # concatenate takes long over fields
         filled = 0
         for sequence in sequences:
-            own = self._first_records(sequence)
+            own = records_of(sequence)
             records[filled : filled + len(own)] = own
             filled += len(own)
         order = np.argsort(slots)
@@ -280,17 +294,23 @@ class Engine:
         if isinstance(config, GptConfig):
             records["token"], records["length"] = sequence.tokens[-1], len(sequence.tokens) - 1
         else:
-            records["token"] = config.start_id
+            forced = config.forced_id is not None
+            records["token"], records["length"] = config.forced_id if forced else config.start_id, int(forced)
             records["memory"], records["memory_length"] = sequence.slots[0], len(sequence.tokens)
         return records
 
     def _write_rows(self) -> None:
-        """Tells the device which slots the next steps work on; rows of nobody fill the bucket."""
-        slots = [slot for sequence in self._active for slot in sequence.slots]
-        self._rows = self._steps.bucket(len(slots)) if slots else 0
-        rows = np.full(self._rows, self._nobody, np.int32)
+        """Tells the device which slots the next steps work on."""
+        self._rows = self._put_rows(self._active)
+
+    def _put_rows(self, sequences: list[Sequence]) -> int:
+        """Brings the slots of sequences to the device; rows of nobody fill the bucket, whose size is returned."""
+        slots = [slot for sequence in sequences for slot in sequence.slots]
+        count = self._steps.bucket(len(slots)) if slots else 0
+        rows = np.full(count, self._nobody, np.int32)
         rows[: len(slots)] = slots
-        self._ops.put(self._buffers.state.rows[: self._rows], rows)
+        self._ops.put(self._buffers.state.rows[:count], rows)
+        return count
 
     def _burst(self) -> None:
         """Queues a burst of steps, then looks at how an earlier one ended while the device works on this one."""

@@ -20,7 +20,7 @@ class Gpt:
 
     def __init__(self, config: GptConfig, weights: Weights, ops: ModuleType):
         self.config = config
-        epsilon = config.dialect.norm_epsilon
+        epsilon = config.epsilon
         self.arithmetic = Arithmetic(ops, config.heads, epsilon, config.activation, post_norm=False)
         read = Reader(weights, ops)
         self.tokens, self.positions = read.table("tokens"), read.table("positions")

@@ -1,7 +1,8 @@
 """The pieces both models are made of: weights grouped by use, the work space, one sublayer at a time.
 
 A sublayer reads x, normalises it and adds its result to the residual. With pre-norm the residual is x itself; in
-LightSeq's post-norm form it is the normalised x (lightseq_format.md 3.3). That is the only difference.
+LightSeq's post-norm form it is the normalised x (lightseq_format.md 3.3). That is the only difference. A first
+sublayer without a LayerNorm reads x as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Linear(NamedTuple):
 class Sublayer(NamedTuple):
     """A LayerNorm, the projection into the sublayer and the one out of it."""
 
-    norm: Norm
+    norm: Norm | None
     inner: Linear
     output: Linear
 
@@ -67,12 +68,14 @@ class Reader:
     def table(self, name: str) -> Array:
         return self._placed(self._ops.table, self._weights[name])
 
-    def sublayer(self, layer: str, norm: str, inner: str, output: str) -> Sublayer:
+    def sublayer(self, layer: str, norm: str, inner: str, output: str, has_norm: bool = True) -> Sublayer:
         norm, inner, output = (f"{layer}.{name}" for name in (norm, inner, output))
+        if not has_norm:
+            return Sublayer(None, self.linear(inner), self.linear(output))
         return Sublayer(self.norm(norm), self.linear(inner, None if self._post_norm else norm), self.linear(output))
 
-    def attention(self, layer: str, prefix: str) -> Sublayer:
-        return self.sublayer(layer, f"{prefix}_norm", f"{prefix}_qkv", f"{prefix}_output")
+    def attention(self, layer: str, prefix: str, has_norm: bool = True) -> Sublayer:
+        return self.sublayer(layer, f"{prefix}_norm", f"{prefix}_qkv", f"{prefix}_output", has_norm)
 
     def feed_forward(self, layer: str) -> Sublayer:
         return self.sublayer(layer, "ffn_norm", "ffn_inner", "ffn_output")
@@ -122,10 +125,18 @@ class Arithmetic(NamedTuple):
     post_norm: bool
 
     def attention(self, work: Work, block: Sublayer, attend: Callable[..., None]) -> None:
-        """x = residual + attend(layer_norm(x) . W_qkv) . W_o; attend(qkv, out=) writes the context."""
-        self.ops.norm_linear(work.x, block.norm, block.inner, self.epsilon, "none", work.normed, work.qkv)
+        """x = residual + attend(layer_norm(x) . W_qkv) . W_o; attend(qkv, out=) writes the context.
+
+        The one sublayer that may have no LayerNorm.
+        """
+        residual = self._residual(work)
+        if block.norm is None:
+            residual = work.x
+            self.ops.linear(work.x, block.inner, work.qkv)
+        else:
+            self.ops.norm_linear(work.x, block.norm, block.inner, self.epsilon, "none", work.normed, work.qkv)
         attend(work.qkv, out=work.context)
-        self.ops.linear_residual(work.context, block.output, self._residual(work), work.x)
+        self.ops.linear_residual(work.context, block.output, residual, work.x)
 
     def cross_attention(self, work: Work, block: Sublayer, attend: Callable[..., None]) -> None:
         """x = residual + attend(layer_norm(x) . W_q) . W_o; attend(query, out=) writes the context."""

@@ -19,22 +19,29 @@ class Transformer:
 
     def __init__(self, config: TransformerConfig, weights: Weights, ops: ModuleType):
         self.config = config
-        epsilon = config.dialect.norm_epsilon
+        epsilon = config.epsilon
         self.arithmetic = Arithmetic(ops, config.heads, epsilon, config.activation, config.post_norm)
         read = Reader(weights, ops, config.post_norm)
         self.source_tokens, self.source_positions = read.table("source.tokens"), read.table("source.positions")
         self.target_tokens, self.target_positions = read.table("target.tokens"), read.table("target.positions")
         encoder = [f"encoder.{i}" for i in range(config.encoder_layers)]
         decoder = [f"decoder.{i}" for i in range(config.decoder_layers)]
-        self.encoder = [(read.attention(name, "attention"), read.feed_forward(name)) for name in encoder]
+        normed = [config.first_norm or layer > 0 for layer in range(max(len(encoder), len(decoder)))]
+        self.encoder = [
+            (read.attention(name, "attention", has_norm), read.feed_forward(name))
+            for name, has_norm in zip(encoder, normed)
+        ]
         self.decoder = [
             (
-                read.attention(name, "self"),
+                read.attention(name, "self", has_norm),
                 read.sublayer(name, "cross_norm", "cross_query", "cross_output"),
                 read.feed_forward(name),
             )
-            for name in decoder
+            for name, has_norm in zip(decoder, normed)
         ]
+        self.source_norm, self.target_norm = (
+            read.norm(f"{side}.norm") if config.embedding_norm else None for side in ("source", "target")
+        )
         self.memory = read.joined([f"{name}.cross_kv" for name in decoder])
         self.encoder_norm = read.norm("encoder.norm")
         self.head = Head(
@@ -53,7 +60,10 @@ class Transformer:
     def prefill(self, pack: Pack, work: Work, cache: Cache) -> None:
         """Encodes packed sources and keeps every decoder layer's keys and values of them in cache.memory_*."""
         arithmetic, ops = self.arithmetic, self.arithmetic.ops
-        ops.embed_tokens(pack.tokens, pack.positions, self.source_tokens, self.source_positions, work.x)
+        embedded = work.x if self.source_norm is None else work.query
+        ops.embed_tokens(pack.tokens, pack.positions, self.source_tokens, self.source_positions, embedded)
+        if self.source_norm is not None:
+            ops.layer_norm(embedded, self.source_norm, arithmetic.epsilon, work.x)
         attend = partial(ops.packed_attention, starts=pack.starts, heads=self.config.heads, causal=False)
         for attention, feed_forward in self.encoder:
             arithmetic.attention(work, attention, attend)
@@ -65,7 +75,10 @@ class Transformer:
     def step(self, rows: Array, slots: Array, work: Work, cache: Cache) -> None:
         """One decoder token a row, into work.x. rows: int32 [n], the slot of each; work has n rows."""
         arithmetic, ops = self.arithmetic, self.arithmetic.ops
-        ops.embed_rows(rows, slots, self.target_tokens, self.target_positions, work.x)
+        embedded = work.x if self.target_norm is None else work.query
+        ops.embed_rows(rows, slots, self.target_tokens, self.target_positions, embedded)
+        if self.target_norm is not None:
+            ops.layer_norm(embedded, self.target_norm, arithmetic.epsilon, work.x)
         for layer, (self_attention, cross_attention, feed_forward) in enumerate(self.decoder):
             arithmetic.attention(
                 work,

@@ -92,7 +92,9 @@ class Cublas:
         """
         assert residual is None or activation == "none"
         wide = wide or out.shape[1]
-        epilogue = _ACTIVATIONS[activation] | (0 if bias is None else _BIAS) or _PLAIN
+        epilogue = _PLAIN  # where cuBLAS lacks the activation, it is left to the caller, and the bias with it
+        if activation in _ACTIVATIONS:
+            epilogue = _ACTIVATIONS[activation] | (0 if bias is None else _BIAS) or _PLAIN
         operands = (weight, x, out if residual is None else residual, out)
         plan = self._plan(x, operands, wide, transposed, epilogue)
         if plan is None and epilogue != _PLAIN:

@@ -27,7 +27,7 @@ from lightseq_backend.ops.transfer import Transfers
 Array = Any
 PRECISIONS: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 SEARCHED_ROWS = 64  # up to so many rows the vocabulary goes through our own kernel, above through cuBLAS
-_ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
+_ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
 _ALIGNED_COLUMNS = 8
 _RESERVE = 128 << 20  # bytes; graphs, the kernels' code and work space are made after all else
 _QUERIES = 64  # queries that one block of packed_attention takes

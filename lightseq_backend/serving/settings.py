@@ -149,8 +149,8 @@ def _find_weights(
     faults: list[str],
 ) -> Path | None:
     """The file that the parameter `weights` names, relative to the model's directory, or else the first found of
-    default_model_filename, <kind>.pb and <model>.pb in that directory or, as LightSeq V0 has it, in
-    $MODEL_ZOO/<model>."""
+    default_model_filename, <kind>.pb, <model>.pb and the same with .safetensors in that directory or, as LightSeq V0
+    has it, in $MODEL_ZOO/<model>."""
     directory, model = Path(args["model_repository"]), args["model_name"]
     if "weights" in given:
         candidates = [directory / given["weights"]]
@@ -158,7 +158,7 @@ def _find_weights(
         filename = model_config.get("default_model_filename", "")
         # For the Python backend this names the program; a LightSeq user's names the weights.
         names = [] if filename.endswith((".py", ".so")) or not filename else [filename]
-        names += dict.fromkeys((f"{kind}.pb", f"{model}.pb"))
+        names += dict.fromkeys(f"{stem}{suffix}" for suffix in (".pb", ".safetensors") for stem in (kind, model))
         zoo = [Path(environment["MODEL_ZOO"]) / model] if environment.get("MODEL_ZOO") else []
         candidates = [place / name for place in (directory, *zoo) for name in names]
     for candidate in candidates:

@@ -1,4 +1,4 @@
-"""Weight files: `load` and `save`. One module a format; so far LightSeq's protobuf files."""
+"""Weight files: `load` and `save`. One module a format: LightSeq's protobuf files, and safetensors with our names."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import os
 import numpy as np
 
 from lightseq_backend.config import Config, dialect_named
-from lightseq_backend.weights import protobuf
+from lightseq_backend.errors import ConfigError
+from lightseq_backend.weights import protobuf, safetensors
 
 FilePath = str | os.PathLike[str]
 
 
 def load(path: FilePath, dialect: str = "head", kind: str | None = None) -> tuple[Config, dict[str, np.ndarray]]:
-    """The configuration and the arrays of a LightSeq weight file.
+    """The configuration and the arrays of a weight file: one of LightSeq's, or .safetensors with its .json beside it.
+
+    The latter says everything itself, its dialect too, and its arrays stay mapped. Of LightSeq's files:
 
     dialect  the release whose reading of the file holds, see config.DIALECTS
     kind     "transformer" or "gpt"; None takes it from the content: only a Transformer has the top-level
@@ -30,12 +33,17 @@ def load(path: FilePath, dialect: str = "head", kind: str | None = None) -> tupl
 
     WeightError, with every fault of the file on a line of its own; ConfigError for an unknown dialect.
     """
+    if _is_ours(path):
+        if dialect_named(dialect).name != "head":
+            raise ConfigError(f"dialect is {dialect!r}; what {path} means is said in {safetensors.config_path(path)}")
+        return safetensors.load(path, kind)
     contents = protobuf.examine(path, dialect_named(dialect), kind)
     return contents.config, protobuf.read_arrays(contents)
 
 
 def save(path: FilePath, config: Config, arrays: dict[str, np.ndarray]) -> None:
-    """Write a LightSeq weight file that `load` reads back to the same configuration and arrays.
+    """Write a weight file that `load` reads back to the same configuration and arrays: in our format if its name ends
+    in .safetensors, else in LightSeq's.
 
     arrays: float32, named as `load` names them; the transposed views may be there or not. Nothing but the array
     being written is copied, and only if it is not contiguous; files over 2 GiB are fine here, though not for
@@ -44,4 +52,11 @@ def save(path: FilePath, config: Config, arrays: dict[str, np.ndarray]) -> None:
     WeightError names every array that is missing, superfluous or of a wrong shape or dtype, or else every
     setting that LightSeq's format cannot hold (a temperature, say).
     """
-    protobuf.write(path, config, arrays)
+    if _is_ours(path):
+        safetensors.save(path, config, arrays)
+    else:
+        protobuf.write(path, config, arrays)
+
+
+def _is_ours(path: FilePath) -> bool:
+    return os.fspath(path).endswith(safetensors.SUFFIX)

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Iterator
 from math import prod
 
 from lightseq_backend.config import DecodingOptions, Dialect, dialect_named
-from lightseq_backend.weights import protobuf
+from lightseq_backend.weights import protobuf, safetensors
+from lightseq_backend.weights.layout import layout_of
 
 FilePath = str | os.PathLike[str]
 # Bytes of a value in a matrix, and in a norm or a bias: int8 keeps those in half precision.
@@ -17,13 +18,18 @@ PRECISIONS = {"fp32": (4, 4), "fp16": (2, 2), "int8": (1, 2)}
 
 def describe(path: FilePath, dialect: str = "head", kind: str | None = None) -> list[str]:
     """Configuration, tensors, number of parameters and the memory they take, one line each. Errors as in `load`."""
-    contents = protobuf.examine(path, dialect_named(dialect), kind)
-    tensors = [(each.entry.path, each.entry.name, each.shape) for each in contents.tensors]
+    if os.fspath(path).endswith(safetensors.SUFFIX):
+        config, arrays = safetensors.load(path, kind)
+        shared = safetensors.load_config(path)[1]
+        tensors = [(name, name, array.shape) for name, array in arrays.items() if name not in shared]
+    else:
+        contents = protobuf.examine(path, dialect_named(dialect), kind)
+        config, tensors = contents.config, [(each.entry.path, each.entry.name, each.shape) for each in contents.tensors]
     return [
-        f"{os.fspath(path)}: {contents.layout.kind}, {len(contents.file):,} bytes",
+        f"{os.fspath(path)}: {layout_of(config).kind}, {os.path.getsize(path):,} bytes",
         "",
         "configuration",
-        *_columns(_settings(contents.config)),
+        *_columns(_settings(config)),
         "",
         "tensors (in the file, here, shape in the file)",
         *_columns((path, name, f"[{', '.join(map(str, shape))}]") for path, name, shape in tensors),

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 
+import numpy as np
+
 from lightseq_backend.config import Config, TransformerConfig
 
 TRANSFORMER = "transformer"
@@ -219,3 +221,37 @@ def sizes_of(config: Config) -> dict[str, Sizes]:
         target = {**shared, "V": config.target_vocabulary, "N": config.decoder_layers}
         return {"source": Sizes({**shared, "V": config.source_vocabulary}), "target": Sizes(target)}
     return {"source": Sizes({**shared, "V": config.vocabulary})}
+
+
+def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
+    """Every array that a model of this configuration is built from, views included, and its shape."""
+    layout, sizes = layout_of(config), sizes_of(config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for entry in entries(layout, layers_of(config)):
+        shape = sizes[entry.side].shape(entry.tensor.shape)
+        assert shape is not None
+        if "*" not in entry.name:
+            shapes[entry.name] = shape
+            continue
+        cut = entry.tensor.shape.split().index("N")
+        for layer in range(shape[cut]):
+            shapes[entry.name.replace("*", str(layer))] = shape[:cut] + shape[cut + 1 :]
+    for name, of in layout.views.items():
+        shapes[name] = shapes[of][::-1]
+    if isinstance(config, TransformerConfig):
+        parts = ("gain", "bias")
+        if config.embedding_norm:
+            shapes |= {f"{side}.norm.{part}": (config.hidden,) for side in ("source", "target") for part in parts}
+        if not config.first_norm:
+            for norm in ("encoder.0.attention_norm", "decoder.0.self_norm"):
+                del shapes[f"{norm}.gain"], shapes[f"{norm}.bias"]
+    return shapes
+
+
+def array_faults(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> list[str]:
+    """What is wrong with an array of that name that must be float32 and of that shape."""
+    if array is None:
+        return [f"{name} is missing"]
+    if array.shape != shape or array.dtype != np.float32:
+        return [f"{name} is {array.dtype} {list(array.shape)}; it must be float32 {list(shape)}"]
+    return []

@@ -23,6 +23,7 @@ from lightseq_backend.weights.layout import (
     Entry,
     Layout,
     Sizes,
+    array_faults,
     entries,
     layers_of,
     layout_of,
@@ -242,7 +243,7 @@ def _parts_to_write(config: Config, arrays: dict[str, np.ndarray]) -> list[list[
             shape = shape[:axis] + shape[axis + 1 :]
         for name in names:
             unused.discard(name)
-            faults += _array_faults(name, arrays.get(name), shape)
+            faults += array_faults(name, arrays.get(name), shape)
         parts.setdefault((entry.part, entry.index), []).append(
             (entry, [arrays[name] for name in names if name in arrays])
         )
@@ -250,14 +251,6 @@ def _parts_to_write(config: Config, arrays: dict[str, np.ndarray]) -> list[list[
     if faults:
         raise WeightError("\n".join(faults))
     return list(parts.values())
-
-
-def _array_faults(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> list[str]:
-    if array is None:
-        return [f"{name} is missing"]
-    if array.shape != shape or array.dtype != np.float32:
-        return [f"{name} is {array.dtype} {list(array.shape)}; it must be float32 {list(shape)}"]
-    return []
 
 
 def _pieces(

@@ -1,0 +1,97 @@
+"""A model directory as Triton wants it: config.pbtxt, the same for a machine without a GPU, model.py and weights."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightseq_backend.config import GptConfig
+from lightseq_backend.errors import ConfigError
+from lightseq_backend.export.huggingface import Model
+from lightseq_backend.weights import save
+
+MODEL = "from lightseq_backend.serving.model import TritonPythonModel as TritonPythonModel\n"
+CONFIG = """\
+# {about}
+name: "{name}"
+backend: "python"
+max_batch_size: 16
+input [
+  {input}
+]
+output [
+  {outputs}
+]
+# Requests that arrive together reach the model in one call; the engine batches by itself.
+dynamic_batching {{ }}
+# {where}
+instance_group [ {{ kind: {kind} }} ]
+"""
+KINDS = {
+    "KIND_GPU": "On a machine without a GPU configs/cpu.pbtxt takes this file's place (--model-config-name=cpu).",
+    "KIND_CPU": "As config.pbtxt, but for a machine without a GPU.",
+}
+ABOUT = {
+    "transformer": "Sequence to sequence: source ids in, every hypothesis out, with scores.",
+    "gpt": "Text generation: prompt ids in, prompt and continuation out.",
+}
+INPUTS = {"transformer": "source_ids", "gpt": "token_ids"}
+OUTPUTS = {
+    "transformer": (
+        '{ name: "target_ids", data_type: TYPE_INT32, dims: [ -1, -1 ] }',
+        '{ name: "target_scores", data_type: TYPE_FP32, dims: [ -1 ] }',
+    ),
+    "gpt": ('{ name: "result", data_type: TYPE_INT32, dims: [ -1 ] }',),
+}
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory to write into, which becomes `target` if all goes well and else is gone.
+
+    ConfigError when there is something at `target` already. Its parents are made.
+    """
+    if target.is_dir() and any(target.iterdir()):
+        raise ConfigError(f"{target} is not empty")
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Beside the target, so that one rename is all that makes a model of it.
+        partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be made: {error.strerror}") from None
+    try:
+        yield partial
+        partial.chmod(0o755)
+        os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write(directory: Path, name: str, model: Model) -> Path:
+    """Writes everything that a model directory needs; returns the weight file."""
+    if not re.fullmatch(r"[A-Za-z0-9_.+-]+", name):
+        raise ConfigError(f"the name is {name!r}; it may have letters, digits and _ . + -")
+    kind = "gpt" if isinstance(model.config, GptConfig) else "transformer"
+    for path, instance in (("config.pbtxt", "KIND_GPU"), ("configs/cpu.pbtxt", "KIND_CPU")):
+        (directory / path).parent.mkdir(exist_ok=True)
+        (directory / path).write_text(_config(name, kind, instance))
+    (directory / "1").mkdir()
+    (directory / "1" / "model.py").write_text(MODEL)
+    weights = directory / f"{kind}.safetensors"
+    save(weights, model.config, model.arrays)
+    return weights
+
+
+def _config(name: str, kind: str, instance: str) -> str:
+    given = f'{{ name: "{INPUTS[kind]}", data_type: TYPE_INT32, dims: [ -1 ], allow_ragged_batch: true }}'
+    outputs = ",\n  ".join(OUTPUTS[kind])
+    return CONFIG.format(
+        about=ABOUT[kind], name=name, input=given, outputs=outputs, where=KINDS[instance], kind=instance
+    )

@@ -1,0 +1,458 @@
+"""GPT-2, MarianMT, BART, mBART and M2M100 or NLLB, from a Hugging Face directory to a configuration and arrays of ours.
+
+The three post-norm families become LightSeq's form, a LayerNorm before each sublayer: every LayerNorm behind a sublayer
+is the one before the next, the last is the final one, and the first is the embeddings' (BART) or none (Marian).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightseq_backend.config import (
+    BEAM_SEARCH,
+    GREEDY,
+    SAMPLE,
+    TOPK,
+    TOPP,
+    Config,
+    DecodingOptions,
+    GptConfig,
+    TransformerConfig,
+)
+from lightseq_backend.errors import ConfigError, WeightError
+from lightseq_backend.export.checkpoint import Arrays, read_arrays, read_json
+
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu_erf",
+    "gelu_new": "gelu",
+    "gelu_fast": "gelu",
+    "gelu_pytorch_tanh": "gelu",
+    "silu": "silu",
+    "swish": "silu",
+}
+HEAD = "lm_head.weight"
+NORM_EPSILON = 1e-5  # torch.nn.LayerNorm's, which all encoder-decoder families here use
+
+
+@dataclass(frozen=True)
+class Model:
+    """What was read. notes: what of the source's generation settings this engine does not have, a line each."""
+
+    config: Config
+    arrays: dict[str, np.ndarray]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of encoder-decoder checkpoint.
+
+    positions        of a size, offset by what: "learned" (two rows in front), "halves" (Marian), "fairseq" (M2M100)
+    post_norm        LayerNorms stand behind the sublayers
+    embedding_norm   layernorm_embedding is there
+    fixed            settings that must be as here where config.json has them
+    """
+
+    positions: str
+    post_norm: bool
+    embedding_norm: bool
+    fixed: dict[str, Any]
+
+
+FAMILIES = {
+    "marian": Family("halves", True, False, {"normalize_before": False, "normalize_embedding": False}),
+    "bart": Family("learned", True, True, {"normalize_before": False, "normalize_embedding": True}),
+    "mbart": Family("learned", False, True, {"normalize_before": True, "normalize_embedding": True}),
+    "m2m_100": Family("fairseq", False, False, {"normalize_before": True}),
+}
+GPT2_FIXED = {
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "tie_word_embeddings": True,
+}
+# Anywhere: what changes the arithmetic and is not done here.
+NEVER = ("adapters", "adapter_config", "quantization_config", "rope_scaling")
+# Generation settings that have no counterpart, and the values that ask for nothing.
+LEFT_OUT: dict[str, tuple[Any, ...]] = {
+    "no_repeat_ngram_size": (0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "repetition_penalty": (1,),
+    "num_beam_groups": (1,),
+    "suppress_tokens": ([],),
+    "begin_suppress_tokens": ([],),
+    "typical_p": (1,),
+    "penalty_alpha": (0,),
+}
+
+
+def read(source: str | Path, forced_id: int | None = None) -> Model:
+    """A directory's model. forced_id: instead of the directory's forced_bos_token_id.
+
+    ConfigError names every setting that is not supported, WeightError every faulty array.
+    """
+    source = Path(source)
+    settings = Settings(source)
+    kind = settings.get("model_type")
+    if kind != "gpt2" and kind not in FAMILIES:
+        known = ", ".join(["gpt2", *FAMILIES])
+        raise ConfigError(f"{source / 'config.json'}: model_type is {kind!r}; this converts {known}")
+    if kind == "gpt2" and forced_id is not None:
+        raise ConfigError(f"{source} is a GPT-2 model: nothing is forced there")
+    for key in NEVER:
+        settings.must_be(key)
+    settings.must_be("position_embedding_type", "absolute")
+    config = _gpt2_config(settings) if kind == "gpt2" else _encoder_decoder_config(settings, FAMILIES[kind], forced_id)
+    arrays = Arrays(read_arrays(source), "transformer." if kind == "gpt2" else "model.")
+    if isinstance(config, GptConfig):
+        made = _gpt2_arrays(config, arrays)
+    else:
+        made = _encoder_decoder_arrays(config, FAMILIES[kind], settings, arrays)
+    arrays.faults += [f"{name} has no place in such a model" for name in arrays.left_over(_known_to_be_spare)]
+    if arrays.faults:
+        raise WeightError("\n  ".join([f"{source} cannot be converted:", *arrays.faults]))
+    return Model(config, made, settings.notes)
+
+
+def _known_to_be_spare(name: str) -> bool:
+    """Masks, and tables of positions that are computed here."""
+    return bool(re.fullmatch(r"h\.\d+\.attn\.(masked_)?bias|(en|de)coder\.embed_positions\.weights?", name))
+
+
+class Settings:
+    """config.json and generation_config.json of a directory: what is asked of them, and what they ask for in vain."""
+
+    def __init__(self, source: Path):
+        self._path = source / "config.json"
+        self._values = read_json(self._path)
+        generation = source / "generation_config.json"
+        self._generation = read_json(generation) if generation.is_file() else {}
+        self.faults: list[str] = []
+        self.notes: list[str] = []
+
+    def get(self, key: str, default: Any = None) -> Any:
+        value = self._values.get(key)
+        return default if value is None else value
+
+    def generation(self, key: str, default: Any = None) -> Any:
+        """How text is chosen; older directories say so in config.json."""
+        value = self._generation.get(key, self._values.get(key))
+        return default if value is None else value
+
+    def must_be(self, key: str, *allowed: Any) -> None:
+        """A fault where the key is there with another value."""
+        value = self._values.get(key)
+        if value is not None and value not in allowed:
+            supported = f"only {' or '.join(map(repr, allowed))} is" if allowed else "that is not"
+            self.faults.append(f"{key} is {value!r}; {supported} supported")
+
+    def number(self, key: str, default: int | None = None) -> int:
+        """A whole number; a fault and 1 where it is none."""
+        value = self.get(key, default)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        self.faults.append(f"{key} is {value!r}; it must be a whole number")
+        return 1
+
+    def token(self, key: str) -> int:
+        """The id of a special token. A list of ends, as some generation settings have, has its first taken."""
+        value = self.generation(key)
+        if isinstance(value, list) and value:
+            if len(value) > 1:
+                self.notes.append(f"{key} is {value}: only {value[0]} counts here")
+            value = value[0]
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        self.faults.append(f"{key} is {value!r}; it must be an id")
+        return 0
+
+    def activation(self, key: str) -> str:
+        value = self.get(key)
+        if value in ACTIVATIONS:
+            return ACTIVATIONS[value]
+        self.faults.append(f"{key} is {value!r}; supported are {', '.join(ACTIVATIONS)}")
+        return "relu"
+
+    def build(self, made: Callable[..., Any], **values: Any) -> Any:
+        """The configuration; ConfigError with every fault so far and those that it finds itself."""
+        try:
+            config = None if self.faults else made(**values)
+        except ConfigError as error:
+            self.faults += str(error).splitlines()
+        if self.faults:
+            raise ConfigError("\n  ".join([f"{self._path} cannot be converted:", *self.faults]))
+        return config
+
+    def decoding(self) -> DecodingOptions:
+        """The directory's own defaults, as far as this engine has them."""
+        for key, nothing in LEFT_OUT.items():
+            value = self.generation(key)
+            if value is not None and value not in nothing:
+                self.notes.append(f"{key} is {value}: this engine has no such option")
+        beams = self.generation("num_beams", 1)
+        if not self.generation("do_sample", False):
+            penalty = float(self.generation("length_penalty", 1.0))
+            return DecodingOptions(BEAM_SEARCH if beams > 1 else GREEDY, beams, penalty)
+        top_k, top_p = self.generation("top_k", 50), self.generation("top_p", 1.0)
+        method = TOPP if top_p < 1 else TOPK if top_k else SAMPLE
+        temperature = float(self.generation("temperature", 1.0))
+        return DecodingOptions(method, top_k=top_k, top_p=top_p, temperature=temperature)
+
+
+# GPT-2 ---------------------------------------------------------------------------------------------------------------
+
+
+def _gpt2_config(settings: Settings) -> GptConfig:
+    for key, value in GPT2_FIXED.items():
+        settings.must_be(key, value)
+    hidden, vocabulary = settings.number("n_embd", 768), settings.number("vocab_size", 50257)
+    built: GptConfig = settings.build(
+        GptConfig,
+        hidden=hidden,
+        inner=settings.number("n_inner", 4 * hidden),
+        heads=settings.number("n_head", 12),
+        layers=settings.number("n_layer", 12),
+        vocabulary=vocabulary,
+        max_positions=settings.number("n_positions", settings.get("n_ctx", 1024)),
+        padding_id=vocabulary,  # GPT-2 has none: an id that no text contains
+        end_id=settings.token("eos_token_id"),
+        activation=settings.activation("activation_function"),
+        norm_epsilon=float(settings.get("layer_norm_epsilon", 1e-5)),
+        decoding=settings.decoding(),
+    )
+    return built
+
+
+def _gpt2_arrays(config: GptConfig, source: Arrays) -> dict[str, np.ndarray]:
+    hidden, inner = config.hidden, config.inner
+    made = {
+        "tokens": source.take("wte.weight", config.vocabulary, hidden),
+        "positions": source.take("wpe.weight", config.max_positions, hidden),
+        **_norm(source, "norm", "ln_f", hidden),
+    }
+    source.alike("tie_word_embeddings", "wte.weight", HEAD)
+    made["output.weight"] = made["tokens"].T
+    for layer in range(config.layers):
+        ours, theirs = f"layer.{layer}", f"h.{layer}"
+        made |= _norm(source, f"{ours}.attention_norm", f"{theirs}.ln_1", hidden)
+        made |= _norm(source, f"{ours}.ffn_norm", f"{theirs}.ln_2", hidden)
+        for name, of, narrow, wide in (
+            ("attention_qkv", "attn.c_attn", hidden, 3 * hidden),
+            ("attention_output", "attn.c_proj", hidden, hidden),
+            ("ffn_inner", "mlp.c_fc", hidden, inner),
+            ("ffn_output", "mlp.c_proj", inner, hidden),
+        ):
+            made[f"{ours}.{name}.weight"] = source.take(f"{theirs}.{of}.weight", narrow, wide)  # Conv1D: as ours
+            made[f"{ours}.{name}.bias"] = source.take(f"{theirs}.{of}.bias", wide)
+    return made
+
+
+# Encoder and decoder -------------------------------------------------------------------------------------------------
+
+
+def _encoder_decoder_config(settings: Settings, family: Family, forced_id: int | None) -> TransformerConfig:
+    for key, value in family.fixed.items():
+        settings.must_be(key, value)
+    settings.must_be("static_position_embeddings", family.positions != "learned")
+    for side in ("attention_heads", "ffn_dim"):
+        settings.must_be(f"decoder_{side}", settings.get(f"encoder_{side}"))
+    settings.must_be("is_encoder_decoder", True)
+    vocabulary, positions = settings.number("vocab_size"), settings.number("max_position_embeddings", 1024)
+    built: TransformerConfig = settings.build(
+        TransformerConfig,
+        hidden=settings.number("d_model"),
+        inner=settings.number("encoder_ffn_dim"),
+        heads=settings.number("encoder_attention_heads"),
+        encoder_layers=settings.number("encoder_layers"),
+        decoder_layers=settings.number("decoder_layers"),
+        source_vocabulary=vocabulary,
+        target_vocabulary=settings.number("decoder_vocab_size", vocabulary),
+        max_positions=positions,
+        padding_id=settings.number("pad_token_id"),
+        start_id=settings.token("decoder_start_token_id"),
+        end_id=settings.token("eos_token_id"),
+        extra_decode_length=positions,
+        post_norm=family.post_norm,
+        activation=settings.activation("activation_function"),
+        scaled_embedding=_scales(settings) and _ties(settings),
+        norm_epsilon=NORM_EPSILON,
+        first_norm=family.embedding_norm or not family.post_norm,
+        embedding_norm=family.embedding_norm and not family.post_norm,
+        never_id=_never_id(settings),
+        forced_id=_forced_id(settings) if forced_id is None else forced_id,
+        decoding=settings.decoding(),
+    )
+    return built
+
+
+def _scales(settings: Settings) -> bool:
+    """Whether embeddings are multiplied by sqrt(hidden)."""
+    return bool(settings.get("scale_embedding", settings.get("model_type") == "m2m_100"))
+
+
+def _ties(settings: Settings) -> bool:
+    """Whether the decoder's token table is the output projection too."""
+    return bool(settings.get("tie_word_embeddings", True))
+
+
+def _never_id(settings: Settings) -> int | None:
+    words = settings.generation("bad_words_ids", [])
+    if words and (len(words) != 1 or len(words[0]) != 1):
+        settings.faults.append(f"bad_words_ids is {words}; only a single id is supported")
+        return None
+    return int(words[0][0]) if words else None
+
+
+def _forced_id(settings: Settings) -> int | None:
+    return None if settings.generation("forced_bos_token_id") is None else settings.token("forced_bos_token_id")
+
+
+def _encoder_decoder_arrays(
+    config: TransformerConfig, family: Family, settings: Settings, source: Arrays
+) -> dict[str, np.ndarray]:
+    hidden = config.hidden
+    made = _tables(config, settings, source)
+    made |= _positions(config, family, source)
+    made["output.bias"] = np.zeros(config.target_vocabulary, np.float32)
+    if "final_logits_bias" in source:
+        made["output.bias"] = source.take("final_logits_bias", 1, config.target_vocabulary)[0]
+    for stack, first in (("encoder", "attention"), ("decoder", "self")):
+        sublayers: list[tuple[str, str]] = []  # a sublayer's LayerNorm here, and its name there
+        for layer in range(config.encoder_layers if stack == "encoder" else config.decoder_layers):
+            ours, theirs = f"{stack}.{layer}", f"{stack}.layers.{layer}"
+            sublayers.append((f"{ours}.{first}_norm", f"{theirs}.self_attn_layer_norm"))
+            made |= _joined(source, f"{ours}.{first}_qkv", f"{theirs}.self_attn", "qkv", hidden)
+            made |= _linear(source, f"{ours}.{first}_output", f"{theirs}.self_attn.out_proj", hidden, hidden)
+            if stack == "decoder":
+                sublayers.append((f"{ours}.cross_norm", f"{theirs}.encoder_attn_layer_norm"))
+                made |= _joined(source, f"{ours}.cross_query", f"{theirs}.encoder_attn", "q", hidden)
+                made |= _joined(source, f"{ours}.cross_kv", f"{theirs}.encoder_attn", "kv", hidden)
+                made |= _linear(source, f"{ours}.cross_output", f"{theirs}.encoder_attn.out_proj", hidden, hidden)
+            sublayers.append((f"{ours}.ffn_norm", f"{theirs}.final_layer_norm"))
+            made |= _linear(source, f"{ours}.ffn_inner", f"{theirs}.fc1", hidden, config.inner)
+            made |= _linear(source, f"{ours}.ffn_output", f"{theirs}.fc2", config.inner, hidden)
+        for our_name, their_name in _placed_norms(stack, sublayers, family):
+            made |= _norm(source, our_name, their_name, hidden)
+    return made
+
+
+def _placed_norms(stack: str, sublayers: list[tuple[str, str]], family: Family) -> list[tuple[str, str]]:
+    """Our LayerNorms of a stack and theirs, one moved on where theirs stand behind their sublayers."""
+    ours, theirs = [name for name, _ in sublayers], [name for _, name in sublayers]
+    final = f"{stack}.norm"
+    of_embedding = f"{stack}.layernorm_embedding"
+    if family.post_norm:
+        placed = list(zip([*ours[1:], final], theirs))
+        return [(ours[0], of_embedding), *placed] if family.embedding_norm else placed
+    placed = [*sublayers, (final, f"{stack}.layer_norm")]
+    side = "source" if stack == "encoder" else "target"
+    return [(f"{side}.norm", of_embedding), *placed] if family.embedding_norm else placed
+
+
+def _tables(config: TransformerConfig, settings: Settings, source: Arrays) -> dict[str, np.ndarray]:
+    """Token tables, times the embedding's scale; where the output is tied to them, logit_scale takes it off again."""
+    hidden, scale = config.hidden, math.sqrt(config.hidden) if _scales(settings) else 1.0
+    of_source, of_target, of_output = _table_names(settings, source)
+    made: dict[tuple[str, float], np.ndarray] = {}
+
+    def table(name: str, rows: int, factor: float) -> np.ndarray:
+        if (name, factor) not in made:  # tables that are shared stay so
+            array = source.take(name, rows, hidden)
+            made[name, factor] = array if factor == 1 else array * np.float32(factor)
+        return made[name, factor]
+
+    return {
+        "source.tokens": table(of_source, config.source_vocabulary, scale),
+        "target.tokens": table(of_target, config.target_vocabulary, scale),
+        "output.weight": table(of_output, config.target_vocabulary, scale if _ties(settings) else 1.0).T,
+    }
+
+
+def _table_names(settings: Settings, source: Arrays) -> tuple[str, str, str]:
+    """Where the encoder's tokens, the decoder's and the output projection are. A file may name a shared table often;
+    a fault where those then differ."""
+    shared, encoder, decoder, output = (
+        "shared.weight",
+        "encoder.embed_tokens.weight",
+        "decoder.embed_tokens.weight",
+        HEAD,
+    )
+    if not _ties(settings):
+        source.asked.add(shared)  # of no use where both stacks have their own
+        return source.first(encoder, shared), source.first(decoder, shared), output
+    if not settings.get("share_encoder_decoder_embeddings", True):
+        target = source.alike("tie_word_embeddings", decoder, output)
+        return encoder, target, target
+    table = source.alike("tie_word_embeddings", shared, encoder, decoder, output)
+    return table, table, table
+
+
+def _positions(config: TransformerConfig, family: Family, source: Arrays) -> dict[str, np.ndarray]:
+    rows, hidden = config.max_positions, config.hidden
+    if family.positions == "learned":
+        offset = 2  # rows in front that are never used, from the days when padding had positions
+        return {
+            f"{side}.positions": source.take(f"{stack}.embed_positions.weight", rows + offset, hidden)[offset:]
+            for side, stack in (("source", "encoder"), ("target", "decoder"))
+        }
+    if family.positions == "halves":
+        table = interleaved_sinusoids(rows, hidden)
+    else:
+        first = config.padding_id + 1  # fairseq counts positions from there
+        table = fairseq_sinusoids(first + rows, hidden)[first:]
+    return {"source.positions": table, "target.positions": table}
+
+
+def interleaved_sinusoids(rows: int, width: int) -> np.ndarray:
+    """Vaswani et al. 2017, the sines in the first half and the cosines in the second: float32 [rows, width]."""
+    features = np.arange(width)
+    angles = np.arange(rows)[:, None] / 10000.0 ** (2 * (features // 2) / width)
+    return np.concatenate([np.sin(angles[:, 0::2]), np.cos(angles[:, 1::2])], axis=1).astype(np.float32)
+
+
+def fairseq_sinusoids(rows: int, width: int) -> np.ndarray:
+    """tensor2tensor's form: sines, then cosines, of frequencies from 1 down to 1 / 10000; an odd width ends in zeros.
+
+    The angles are float32, as there.
+    """
+    half = width // 2
+    step = np.float32(math.log(10000) / (half - 1))
+    frequencies = np.exp(-np.arange(half, dtype=np.float32) * step)
+    angles = np.arange(rows, dtype=np.float32)[:, None] * frequencies
+    table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    return np.pad(table, [(0, 0), (0, width - 2 * half)]).astype(np.float32)
+
+
+def _norm(source: Arrays, ours: str, theirs: str, width: int) -> dict[str, np.ndarray]:
+    return {
+        f"{ours}.gain": source.take(f"{theirs}.weight", width),
+        f"{ours}.bias": source.take(f"{theirs}.bias", width),
+    }
+
+
+def _linear(source: Arrays, ours: str, theirs: str, narrow: int, wide: int) -> dict[str, np.ndarray]:
+    """torch.nn.Linear keeps [out, in]; kernels here are [in, out]."""
+    return {
+        f"{ours}.weight": np.ascontiguousarray(source.take(f"{theirs}.weight", wide, narrow).T),
+        f"{ours}.bias": source.take(f"{theirs}.bias", wide),
+    }
+
+
+def _joined(source: Arrays, ours: str, theirs: str, parts: str, hidden: int) -> dict[str, np.ndarray]:
+    """The projections q, k, v of an attention that are read together, side by side."""
+    pieces: list[Mapping[str, np.ndarray]] = [
+        _linear(source, part, f"{theirs}.{part}_proj", hidden, hidden) for part in parts
+    ]
+    weights = [piece[f"{part}.weight"] for piece, part in zip(pieces, parts)]
+    biases = [piece[f"{part}.bias"] for piece, part in zip(pieces, parts)]
+    return {f"{ours}.weight": np.concatenate(weights, axis=1), f"{ours}.bias": np.concatenate(biases)}

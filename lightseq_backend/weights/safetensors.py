@@ -1,0 +1,248 @@
+"""Our own files: the arrays in a safetensors file, the configuration in a JSON file of the same name beside it.
+
+Both are read and written here, without the package of that name: the format is eight bytes of length, a JSON header
+and the arrays end to end, and what is read stays mapped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lightseq_backend.config import Config, DecodingOptions, GptConfig, TransformerConfig, dialect_named
+from lightseq_backend.errors import ConfigError, WeightError
+from lightseq_backend.weights.layout import GPT, TRANSFORMER, array_faults, layout_of, shapes_of
+from lightseq_backend.weights.wire import MappedFile
+
+FilePath = str | os.PathLike[str]
+SUFFIX = ".safetensors"
+CLASSES: dict[str, type[Config]] = {TRANSFORMER: TransformerConfig, GPT: GptConfig}
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
+_ALIGNMENT = 64
+_MOST_HEADER = 100 << 20  # bytes; the limit of the format's own library
+
+
+def config_path(path: FilePath) -> Path:
+    """Where the configuration of a weight file is."""
+    return Path(path).with_suffix(".json")
+
+
+def load(path: FilePath, kind: str | None = None) -> tuple[Config, dict[str, np.ndarray]]:
+    """The configuration and the mapped arrays, float32. WeightError with every fault on a line of its own."""
+    config, shared = load_config(path)
+    faults = []
+    if kind is not None and kind != layout_of(config).kind:
+        faults.append(f"this is a {layout_of(config).kind} file, not a {kind} file")
+    arrays = read_tensors(path)
+    for name, (of, transposed) in shared.items():
+        if name in arrays or of not in arrays:
+            faults.append(f"{name} is said to be {of}, but the file {'has' if name in arrays else 'lacks'} it")
+        else:
+            arrays[name] = arrays[of].T if transposed else arrays[of]
+    faults += _array_faults(config, arrays)
+    if faults:
+        raise _unusable(path, faults)
+    return config, arrays
+
+
+def load_config(path: FilePath) -> tuple[Config, dict[str, tuple[str, bool]]]:
+    """The configuration of a weight file, and its arrays that are another one: name -> (the other, transposed)."""
+    beside = config_path(path)
+    try:
+        values = json.loads(beside.read_text())
+    except OSError as error:
+        raise _unusable(path, [f"its configuration {beside} cannot be read: {error.strerror}"]) from None
+    except ValueError as error:
+        raise _unusable(beside, [f"it is no JSON: {error}"]) from None
+    faults: list[str] = []
+    config, shared = _read_config(values, faults) if isinstance(values, dict) else (None, {})
+    if config is None:
+        raise _unusable(beside, faults or ["it is no JSON object"])
+    return config, shared
+
+
+def save(path: FilePath, config: Config, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes both files; each appears when it is whole. Arrays that are the same memory are written once.
+
+    WeightError names every array that is missing, superfluous or of a wrong shape or dtype; the transposed views of a
+    layout may be left out.
+    """
+    arrays = {**{name: arrays[of].T for name, of in layout_of(config).views.items() if of in arrays}, **arrays}
+    faults = _array_faults(config, arrays)
+    if faults:
+        raise WeightError("\n".join(faults))
+    stored, shared = _told_apart(arrays)
+    values = {"kind": layout_of(config).kind, **dataclasses.asdict(config), "dialect": config.dialect.name}
+    values["shared"] = {name: {"of": of, "transposed": transposed} for name, (of, transposed) in shared.items()}
+    _write(path, _pieces(stored))
+    _write(config_path(path), iter([json.dumps(values, indent=2).encode() + b"\n"]))
+
+
+def read_tensors(path: FilePath) -> dict[str, np.ndarray]:
+    """Every array of a safetensors file, mapped and read-only; bfloat16, which NumPy lacks, as a float32 copy."""
+    try:
+        file = MappedFile(path)
+        header, start = _header(file)
+        return {name: _tensor(file, start, name, entry) for name, entry in header.items() if name != "__metadata__"}
+    except WeightError as error:
+        raise _unusable(path, str(error).splitlines()) from None
+
+
+def _header(file: MappedFile) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(file[:8], "little")
+    if len(file) < 8 or length > min(_MOST_HEADER, len(file) - 8):
+        raise WeightError("the file is cut short or no safetensors file")
+    try:
+        header = json.loads(file[8 : 8 + length])
+    except ValueError as error:
+        raise WeightError(f"its header is no JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise WeightError("its header is no JSON object")
+    return header, 8 + length
+
+
+def _tensor(file: MappedFile, start: int, name: str, entry: Any) -> np.ndarray:
+    try:
+        shape, (first, last) = tuple(map(int, entry["shape"])), map(int, entry["data_offsets"])
+        kind = entry["dtype"]
+    except (KeyError, TypeError, ValueError):
+        raise WeightError(f"the header's entry for {name} cannot be read: {entry!r}") from None
+    if kind not in _DTYPES:
+        raise WeightError(f"{name} is {kind}; this reads {', '.join(_DTYPES)}")
+    dtype = np.dtype(_DTYPES[kind])
+    if min(shape, default=0) < 0 or first < 0 or last - first != prod(shape) * dtype.itemsize:
+        raise WeightError(f"{name} is {kind} {list(shape)} and takes {last - first} bytes of the file")
+    if start + last > len(file):
+        raise WeightError(f"{name} ends at byte {start + last} of {len(file)}: the file is cut short")
+    array = file.bytes[start + first : start + last].view(dtype).reshape(shape)
+    return (array.astype("<u4") << 16).view("<f4") if kind == "BF16" else array
+
+
+def _read_config(values: dict[str, Any], faults: list[str]) -> tuple[Config | None, dict[str, tuple[str, bool]]]:
+    if values.get("kind") not in CLASSES:
+        faults.append(f"kind is {values.get('kind')!r}; kinds are {', '.join(CLASSES)}")
+        return None, {}
+    made = CLASSES[values["kind"]]
+    shared = _read_shared(values.get("shared", {}), faults)
+    given = {name: value for name, value in values.items() if name not in ("kind", "shared")}
+    settings = _typed(made, given, "", faults)
+    if "decoding" in settings:
+        settings["decoding"] = DecodingOptions(**_typed(DecodingOptions, settings["decoding"], "decoding.", faults))
+    try:
+        if "dialect" in settings:
+            settings["dialect"] = dialect_named(settings["dialect"])
+        config = None if faults else made(**settings)
+    except ConfigError as error:
+        faults += str(error).splitlines()
+        return None, {}
+    return config, shared
+
+
+def _read_shared(values: Any, faults: list[str]) -> dict[str, tuple[str, bool]]:
+    try:
+        return {name: (str(entry["of"]), bool(entry["transposed"])) for name, entry in values.items()}
+    except (AttributeError, KeyError, TypeError):
+        faults.append(f"shared is {values!r}; it must say which array each is `of` and whether it is `transposed`")
+        return {}
+
+
+def _typed(made: type, values: dict[str, Any], prefix: str, faults: list[str]) -> dict[str, Any]:
+    """The values that are fields of a dataclass and of their types; whatever else there is goes to `faults`."""
+    fields = {field.name: field for field in dataclasses.fields(made)}
+    for name in sorted(set(values) - set(fields)):
+        faults.append(f"{prefix}{name} is no setting of such a model")
+    kept = {}
+    for name, field in fields.items():
+        if name in values:
+            value = values[name]
+            if not _fits(value, str(field.type)):
+                faults.append(f"{prefix}{name} is {value!r}; it must be {_wanted(str(field.type))}")
+                continue
+            kept[name] = value
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            faults.append(f"{prefix}{name} is missing")
+    return kept
+
+
+_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+_JSON_TYPES = {"Dialect": "str", "DecodingOptions": "dict"}
+
+
+def _wanted(annotation: str) -> str:
+    return " | ".join(_JSON_TYPES.get(part, part) for part in annotation.split(" | "))
+
+
+def _fits(value: Any, annotation: str) -> bool:
+    for part in _wanted(annotation).split(" | "):
+        if part == "None" and value is None:
+            return True
+        if part == "dict" and isinstance(value, dict):
+            return True
+        if part in _TYPES and isinstance(value, _TYPES[part]) and (part == "bool") == isinstance(value, bool):
+            return True
+    return False
+
+
+def _array_faults(config: Config, arrays: Mapping[str, np.ndarray]) -> list[str]:
+    wanted = shapes_of(config)
+    faults = [fault for name, shape in wanted.items() for fault in array_faults(name, arrays.get(name), shape)]
+    return faults + [f"{name} is no array of such a model" for name in sorted(set(arrays) - set(wanted))]
+
+
+def _told_apart(
+    arrays: Mapping[str, np.ndarray],
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, bool]]]:
+    """What must be written, and what is another array's memory: name -> (the other, transposed)."""
+    stored: dict[str, np.ndarray] = {}
+    shared: dict[str, tuple[str, bool]] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    # Token tables first: they are looked up by rows, so those are what should lie together.
+    for name in sorted(arrays, key=lambda name: (name.endswith("output.weight"), name)):
+        array = arrays[name]
+        straight, turned = ((each.ctypes.data, each.shape, each.strides) for each in (array, array.T))
+        if straight in seen:
+            shared[name] = seen[straight], False
+        elif turned in seen:
+            shared[name] = seen[turned], True
+        else:
+            stored[name] = array
+            seen[straight] = name
+    return stored, shared
+
+
+def _pieces(arrays: dict[str, np.ndarray]) -> Iterator[bytes | memoryview]:
+    # What would leave those behind it unaligned comes last.
+    names = sorted(arrays, key=lambda name: arrays[name].nbytes % _ALIGNMENT != 0)
+    header, offset = {}, 0
+    for name in names:
+        end = offset + arrays[name].nbytes
+        header[name] = {"dtype": "F32", "shape": list(arrays[name].shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield np.ascontiguousarray(arrays[name], "<f4").data.cast("B")
+
+
+def _write(path: FilePath, pieces: Iterator[bytes | memoryview]) -> None:
+    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
+    try:
+        with open(partial, "wb") as file:
+            file.writelines(pieces)
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):
+            os.unlink(partial)
+
+
+def _unusable(path: FilePath, faults: list[str]) -> WeightError:
+    count = "" if len(faults) == 1 else f" {len(faults)} faults"
+    return WeightError("\n  ".join([f"{os.fspath(path)} cannot be used:{count}", *faults]))

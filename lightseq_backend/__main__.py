@@ -81,6 +81,7 @@ def _add_convert(commands: Commands) -> None:
         metavar="ID",
         help="the decoder's first token: a multilingual model's target language",
     )
+    command.add_argument("--ids-only", action="store_true", help="leave the tokenizer out: ids in, ids out")
     command.add_argument("--no-check", action="store_true", help="do not run the original for comparison")
     command.set_defaults(command=_convert)
 
@@ -90,7 +91,8 @@ def _convert(options: argparse.Namespace) -> None:
 
     with directory.new_directory(options.target) as partial:
         model = huggingface.read(options.source, options.forced_id)
-        weights = directory.write(partial, options.name or options.target.resolve().name, model)
+        tokenizer = None if options.ids_only else options.source
+        weights = directory.write(partial, options.name or options.target.resolve().name, model, tokenizer)
         for note in model.notes:
             print(f"not converted: {note}")
         if not options.no_check:

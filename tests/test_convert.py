@@ -231,9 +231,20 @@ def test_converted_models_are_served(tmp_path: Path, serve: Any) -> None:
 # Directories ---------------------------------------------------------------------------------------------------------
 
 
+WORDS = [f"w{i}" for i in range(37)]
+VOCABULARIES = {"gpt2": {36: "</s>", 0: "<s>"}, "bart": {1: "<pad>", 2: "</s>"}}
+
+
+def with_words(source: Path, family: str, count: int = 37) -> Path:
+    (source / "vocab.txt").write_text("\n".join(VOCABULARIES[family].get(i, WORDS[i]) for i in range(count)) + "\n")
+    return source
+
+
 @pytest.mark.parametrize(("family", "like"), [("gpt2", "gpt"), ("bart", "transformer")])
-def test_directory_is_like_the_shipped_ones(family: str, like: str, tmp_path: Path) -> None:
-    converted(small_checkpoints.FOLDER / family, tmp_path / "model")
+def test_directory_is_like_the_shipped_ones(family: str, like: str, checkpoint: Any, tmp_path: Path) -> None:
+    source = with_words(checkpoint(family), family)
+    converted(source, tmp_path / "model")
+    assert (tmp_path / "model" / "vocab.txt").read_text() == (source / "vocab.txt").read_text()
     shipped = Path(__file__).parents[1] / "model_repository" / like
     for path in ("config.pbtxt", "configs/cpu.pbtxt", "1/model.py"):
         ours, theirs = ((folder / path).read_text().splitlines() for folder in (tmp_path / "model", shipped))
@@ -241,6 +252,19 @@ def test_directory_is_like_the_shipped_ones(family: str, like: str, tmp_path: Pa
             line for line in ours[1:] if not line.startswith("name")
         ]
     assert 'name: "model"' in (tmp_path / "model" / "config.pbtxt").read_text()
+
+
+def test_tokenizer_of_another_model_is_refused_or_left_out(
+    checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = with_words(checkpoint("bart"), "bart", count=36)
+    (source / "vocab.txt").write_text((source / "vocab.txt").read_text() + "more\nmore still\n".replace(" ", "_"))
+    assert main(["convert", str(source), str(tmp_path / "model"), "--no-check"]) == 2
+    assert "has 38 source tokens; the model's source vocabulary has 37" in capsys.readouterr().err
+    assert not (tmp_path / "model").exists()
+    assert main(["convert", str(source), str(tmp_path / "model"), "--no-check", "--ids-only"]) == 0
+    assert "text_input" not in (tmp_path / "model" / "config.pbtxt").read_text()
+    assert not (tmp_path / "model" / "vocab.txt").exists()
 
 
 def test_name_may_be_given_and_must_be_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""A model directory as Triton wants it: config.pbtxt, the same for a machine without a GPU, model.py and weights."""
+"""A model directory as Triton wants it: config.pbtxt, one for machines without a GPU, model.py, weights, tokenizer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from lightseq_backend import text
 from lightseq_backend.config import GptConfig
 from lightseq_backend.errors import ConfigError
 from lightseq_backend.export.huggingface import Model
@@ -22,7 +23,7 @@ name: "{name}"
 backend: "python"
 max_batch_size: 16
 input [
-  {input}
+  {inputs}
 ]
 output [
   {outputs}
@@ -37,9 +38,11 @@ KINDS = {
     "KIND_CPU": "As config.pbtxt, but for a machine without a GPU.",
 }
 ABOUT = {
-    "transformer": "Sequence to sequence: source ids in, every hypothesis out, with scores.",
-    "gpt": "Text generation: prompt ids in, prompt and continuation out.",
+    "transformer": "Sequence to sequence: a source in, every hypothesis out, with scores.",
+    "gpt": "Text generation: a prompt in, prompt and continuation out.",
 }
+TEXT_INPUT = '{ name: "text_input", data_type: TYPE_STRING, dims: [ 1 ], optional: true }'
+TEXT_OUTPUT = '{ name: "text_output", data_type: TYPE_STRING, dims: [ -1 ] }'
 INPUTS = {"transformer": "source_ids", "gpt": "token_ids"}
 OUTPUTS = {
     "transformer": (
@@ -74,14 +77,22 @@ def new_directory(target: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write(directory: Path, name: str, model: Model) -> Path:
-    """Writes everything that a model directory needs; returns the weight file."""
+def write(directory: Path, name: str, model: Model, source: Path | None = None) -> Path:
+    """Writes everything that a model directory needs; returns the weight file.
+
+    source: where the files of a tokenizer may lie. They are copied, and the model then takes and gives text as well.
+    ConfigError when they cannot be used, or are another model's.
+    """
     if not re.fullmatch(r"[A-Za-z0-9_.+-]+", name):
         raise ConfigError(f"the name is {name!r}; it may have letters, digits and _ . + -")
     kind = "gpt" if isinstance(model.config, GptConfig) else "transformer"
-    for path, instance in (("config.pbtxt", "KIND_GPU"), ("configs/cpu.pbtxt", "KIND_CPU")):
-        (directory / path).parent.mkdir(exist_ok=True)
-        (directory / path).write_text(_config(name, kind, instance))
+    tokenizer = text.files_of(source) if source else []
+    for path in tokenizer:
+        shutil.copyfile(path, directory / path.name)
+    text.load([directory], model.config)
+    for place, instance in (("config.pbtxt", "KIND_GPU"), ("configs/cpu.pbtxt", "KIND_CPU")):
+        (directory / place).parent.mkdir(exist_ok=True)
+        (directory / place).write_text(_config(name, kind, instance, bool(tokenizer)))
     (directory / "1").mkdir()
     (directory / "1" / "model.py").write_text(MODEL)
     weights = directory / f"{kind}.safetensors"
@@ -89,9 +100,12 @@ def write(directory: Path, name: str, model: Model) -> Path:
     return weights
 
 
-def _config(name: str, kind: str, instance: str) -> str:
-    given = f'{{ name: "{INPUTS[kind]}", data_type: TYPE_INT32, dims: [ -1 ], allow_ragged_batch: true }}'
-    outputs = ",\n  ".join(OUTPUTS[kind])
+def _config(name: str, kind: str, instance: str, takes_text: bool) -> str:
+    optional = ", optional: true" if takes_text else ""
+    ids = f'{{ name: "{INPUTS[kind]}", data_type: TYPE_INT32, dims: [ -1 ], allow_ragged_batch: true{optional} }}'
+    inputs = (ids, TEXT_INPUT) if takes_text else (ids,)
+    outputs = (*OUTPUTS[kind], TEXT_OUTPUT) if takes_text else OUTPUTS[kind]
     return CONFIG.format(
-        about=ABOUT[kind], name=name, input=given, outputs=outputs, where=KINDS[instance], kind=instance
-    )
+        about=ABOUT[kind], name=name, inputs=",\n  ".join(inputs), outputs=",\n  ".join(outputs),
+        where=KINDS[instance], kind=instance,
+    )  # fmt: skip

@@ -26,6 +26,7 @@ KINDS: dict[tuple[str, ...], Callable[[Path, Config, str | None], Tokenizer]] = 
     ("dict.*txt",): load_fairseq,
 }
 FILE_SETS = "; ".join(" + ".join(files) for files in KINDS)
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # read beside some of them
 
 
 def load(directories: Iterable[Path], config: Config, language: str | None = None) -> Tokenizer | None:
@@ -40,6 +41,16 @@ def load(directories: Iterable[Path], config: Config, language: str | None = Non
                 _check_fits(tokenizer, config, f"{directory}: the tokenizer of {' + '.join(files)}")
                 return tokenizer
     return None
+
+
+def files_of(directory: Path) -> list[Path]:
+    """The files of the tokenizer that `load` would find in a directory, with its settings; none where it finds none."""
+    for files in KINDS:
+        found = [sorted(directory.glob(file)) for file in files]
+        if all(found):
+            settings = [directory / name for name in SETTINGS if (directory / name).is_file()]
+            return [*(path for paths in found for path in paths), *settings]
+    return []
 
 
 def _check_fits(tokenizer: Tokenizer, config: Config, what: str) -> None:

@@ -553,7 +553,13 @@ def test_health_of_a_good_server_exits_with_0(triton: EmbeddedServer, capfd: pyt
 
 def run_command(arguments: list[str], **settings: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "lightseq_client", *arguments]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, text=True, **settings)  # type: ignore[call-overload, no-any-return]
+
+    def heed_interrupts() -> None:  # a shell's background jobs ignore them, and what they start does too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    return subprocess.Popen(  # type: ignore[call-overload, no-any-return]
+        command, stdin=subprocess.PIPE, text=True, preexec_fn=heed_interrupts, **settings
+    )
 
 
 def test_pipe_gets_each_answer_before_the_next_row_is_sent(triton: EmbeddedServer) -> None:

@@ -344,5 +344,5 @@ __device__ __forceinline__ void add_moments(float (&moments)[4], const uint4& pi
 // Lane (g, t) with g / 2 == t has row g's: {sum, sum of squares}.
 __device__ __forceinline__ float2 row_moments(const float (&moments)[4]) {
     const int g = threadIdx.x % 32 / 4;
-    return make_float2(moments[2 + g % 2], moments[g % 2]);
+    return g % 2 ? make_float2(moments[3], moments[1]) : make_float2(moments[2], moments[0]);  // no index: registers
 }

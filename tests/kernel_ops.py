@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from cuda_on_cpu import Kernels
+from cuda_on_cpu import Kernels, TensorMap
 
 from lightseq_backend.models.layers import Linear, Norm
-from lightseq_backend.ops import cpu, linear_launch
+from lightseq_backend.ops import cpu, linear_launch, warpgroup_launch
 
 Array = np.ndarray[Any, Any]
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
@@ -21,9 +21,10 @@ def integers(*values: int) -> tuple[np.int32, ...]:
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight [inner, wide] in the order `linear` reads it."""
+    """A weight [inner, wide] in the orders that `linear` and `warpgroup_linear` read it in."""
 
     memory: Array
+    grouped: Array | None
     columns: Array | None
     inner: int
     wide: int
@@ -56,7 +57,8 @@ class Ops:
         strides = (np.int64(stride // source.itemsize) for stride in source.strides)
         grid = -(-memory.nbytes // 16 // 256)
         self.kernels("linear.cu").launch("pack_weight", grid, 256, (source, *strides, memory, *integers(inner, wide)))
-        return Packed(memory, columns, inner, wide)
+        can = warpgroup_launch.can(self.device, inner, wide, self.half)
+        return Packed(memory, warpgroup_launch.packed(source) if can else None, columns, inner, wide)
 
     def embed_tokens(
         self, tokens: Array, positions: Array, token_table: Array, position_table: Array, out: Array
@@ -100,6 +102,9 @@ class Ops:
         epsilon: float | None = None,
     ) -> None:  # fmt: skip
         weight: Packed = linear.weight
+        if weight.grouped is not None and warpgroup_launch.pays(len(x)):
+            self._launch_groups(x, linear, out, residual, activation, epsilon)
+            return
         aligned = weight.inner * x.itemsize % 16 == 0 and x.strides[0] % 16 == 0 and x.ctypes.data % 16 == 0
         norm = epsilon is not None
         plan = linear_launch.plan(self.device, len(x), weight.inner, weight.wide, self.half, norm, aligned)
@@ -110,6 +115,20 @@ class Ops:
         )  # fmt: skip
         kernels = Kernels("linear.cu", **dict(plan.definitions))
         kernels.launch("linear", plan.grid, plan.threads, arguments, plan.shared, plan.cluster)
+
+    def _launch_groups(
+        self, x: Array, linear: Linear, out: Array, residual: Array | None, activation: str, epsilon: float | None
+    ) -> None:
+        weight: Packed = linear.weight
+        plan = warpgroup_launch.plan(self.device, len(x), weight.inner, weight.wide, epsilon is not None)
+        definitions = dict(plan.definitions)
+        arguments = (
+            TensorMap(x, (64, definitions["ROWS"])), weight.grouped, weight.columns, np.float32(epsilon or 0),
+            linear.bias, residual, np.int32(0) if residual is None else self._stride(residual),
+            out, self._stride(out), *integers(len(x), weight.wide, ACTIVATIONS[activation]),
+        )  # fmt: skip
+        kernels = Kernels("warpgroup.cu", **definitions)
+        kernels.launch("warpgroup_linear", plan.grid, plan.threads, arguments, plan.shared, plan.cluster)
 
     @staticmethod
     def _stride(array: Array) -> np.int32:

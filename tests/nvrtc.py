@@ -39,7 +39,7 @@ class Toolkit:
         self.library.nvrtcGetSupportedArchs(found)
         return frozenset(found)
 
-    def compile(self, text: str, architecture: int, definitions: Mapping[str, int | str]) -> dict[str, Resources]:
+    def compile(self, text: str, architecture: int | str, definitions: Mapping[str, int | str]) -> dict[str, Resources]:
         """Machine code for sm_<architecture>, thrown away; what its kernels take, by name."""
         options = [f"--gpu-architecture=sm_{architecture}", "-std=c++17", f"-I{self.include}", "--ptxas-options=-v"]
         options += [f"-D{name}={value}" for name, value in definitions.items()]

@@ -263,6 +263,8 @@ PRODUCTS = (
     Shape(241, 257, 99),
     Shape(7, 1, 19),
     Shape(19, 64, 1),
+    Shape(50, 192, 5504, transposed=True),  # kernels/warpgroup.cu's, on Hopper
+    Shape(99, 1024, 1088),
 )
 
 

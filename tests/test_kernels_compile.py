@@ -9,7 +9,7 @@ import cuda_on_cpu
 import nvrtc
 import pytest
 
-from lightseq_backend.ops import vocabulary_launch
+from lightseq_backend.ops import vocabulary_launch, warpgroup_launch
 from lightseq_backend.ops.linear_launch import Device, plan
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
@@ -39,6 +39,11 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
     precisions = [{"HALF": 1}, {"HALF": 0}]
     if architecture not in (75, 80, 90):
         precisions, products = precisions[:1], products[:2]
+    groups = [
+        dict(warpgroup_launch.plan(device, rows, inner, wide, norm).definitions)
+        for rows, inner, wide, norm in ((128, 1024, 4096, True), (128, 4096, 1024, False), (64, 1024, 3072, True))
+        if warpgroup_launch.can(device, inner, wide, half=True)
+    ]
     return {
         "attention.cu": [{**precision, "HEAD_SIZE": 64} for precision in precisions],
         "embed.cu": precisions,
@@ -50,6 +55,7 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
             dict(vocabulary_launch.plan(device, 32, 1024, 30016, bool(precision["HALF"])).definitions)
             for precision in precisions
         ],
+        "warpgroup.cu": groups,
     }
 
 
@@ -58,9 +64,8 @@ def compiled(source: str, architecture: int) -> list[tuple[dict[str, Any], dict[
     """What the kernels of a source take, for each of its definitions."""
     assert TOOLKIT is not None
     text = cuda_on_cpu.joined(source)
-    return [
-        (definition, TOOLKIT.compile(text, architecture, definition)) for definition in builds(architecture)[source]
-    ]
+    target = warpgroup_launch.ARCHITECTURE.removeprefix("sm_") if source == "warpgroup.cu" else architecture
+    return [(definition, TOOLKIT.compile(text, target, definition)) for definition in builds(architecture)[source]]
 
 
 def test_every_source_is_compiled_here() -> None:
@@ -78,7 +83,7 @@ def test_kernels_compile(architecture: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("source", ["linear.cu", "attention.cu", "vocabulary.cu"])
+@pytest.mark.parametrize("source", ["linear.cu", "attention.cu", "vocabulary.cu", "warpgroup.cu"])
 def test_hot_kernels_do_not_spill(source: str, architecture: int) -> None:
     for definition, kernels in compiled(source, architecture):
         for name, resources in kernels.items():

@@ -18,9 +18,9 @@ import cupy
 import numpy as np
 
 from lightseq_backend.errors import ConfigError
-from lightseq_backend.ops import device, linear_launch, vocabulary_launch
+from lightseq_backend.ops import device, linear_launch, vocabulary_launch, warpgroup_launch
 from lightseq_backend.ops.cublas import WORKSPACE, Cublas
-from lightseq_backend.ops.launch import Kernel
+from lightseq_backend.ops.launch import Kernel, driver
 from lightseq_backend.ops.slots import SLOT
 from lightseq_backend.ops.transfer import Transfers
 
@@ -28,6 +28,7 @@ Array = Any
 PRECISIONS: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
 SEARCHED_ROWS = 64  # up to so many rows the vocabulary goes through our own kernel, above through cuBLAS
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
+_ARCHITECTURES = {"warpgroup": warpgroup_launch.ARCHITECTURE}
 _ALIGNED_COLUMNS = 8
 _RESERVE = 128 << 20  # bytes; graphs, the kernels' code and work space are made after all else
 _QUERIES = 64  # queries that one block of packed_attention takes
@@ -37,15 +38,17 @@ _ATTENDING_WARPS = 8  # of a multiprocessor: half its registers, the rest is for
 
 @dataclass(frozen=True)
 class Matrix:
-    """A weight [inner, wide], twice: `plain` for cuBLAS ([wide, inner] if transposed), `packed` for our own kernels.
+    """A weight [inner, wide], twice or three times: `plain` for cuBLAS ([wide, inner] if transposed), `packed` and
+    `grouped` for our own kernels, linear.cu and warpgroup.cu (None where that has none).
 
     plain    has columns of zeros up to a multiple of _ALIGNED_COLUMNS: cuBLAS is six times slower with odd ones
-    columns  None, or what `packed` needs besides where a LayerNorm is folded into it (linear_launch.fold)
+    columns  None, or what our own need besides where a LayerNorm is folded into them (linear_launch.fold)
     """
 
     plain: Array
     transposed: bool
     packed: Array
+    grouped: Array | None
     columns: Array | None
     inner: int
     wide: int
@@ -110,7 +113,10 @@ class Cuda:
             strides = (1, inner) if transposed else (wide, 1)
             arguments = (source, *strides, packed, inner, wide)
             self._launch("linear", "pack_weight", (-(-packed.nbytes // 16 // 256),), 256, arguments)
-        return Matrix(plain, transposed, packed, columns, inner, wide)
+            grouped = None
+            if warpgroup_launch.can(self._limits, inner, wide, self._half):
+                grouped = warpgroup_launch.packed(source.T if transposed else source)
+        return Matrix(plain, transposed, packed, grouped, columns, inner, wide)
 
     def vector(self, array: np.ndarray) -> Array:
         return self._upload(array)
@@ -127,7 +133,8 @@ class Cuda:
             return math.prod(shape) * self.FLOAT.itemsize
         inner, wide = shape
         plain, packed = inner * _aligned(wide), linear_launch.packed_elements(inner, wide, self._half)
-        return (plain + packed) * self.FLOAT.itemsize
+        grouped = inner * wide if warpgroup_launch.can(self._limits, inner, wide, self._half) else 0
+        return (plain + packed + grouped) * self.FLOAT.itemsize
 
     def available_memory(self) -> int:
         cupy.get_default_memory_pool().free_all_blocks()  # what converting the weights has left behind
@@ -203,25 +210,20 @@ class Cuda:
         self._launch("norm", "layer_norm", (len(x),), 128, arguments)
 
     def linear(self, x: Array, linear: Any, out: Array) -> None:
-        if self._streams(len(x), linear.weight):
-            self._product(x, linear, out)
-        else:
-            self._large_product(x, linear, out)
+        self._product_for(x, linear.weight)(x, linear, out)
 
     def norm_linear(
         self, x: Array, norm: Any, linear: Any, epsilon: float, activation: str, normed: Array, out: Array
     ) -> None:
-        streams = self._streams(len(x), linear.weight)
-        if streams and linear.weight.columns is not None:
-            self._product(x, linear, out, activation=activation, epsilon=epsilon)
+        product = self._product_for(x, linear.weight)
+        if product != self._large_product and linear.weight.columns is not None:
+            product(x, linear, out, activation=activation, epsilon=epsilon)
             return
         self.layer_norm(x, norm, epsilon, normed)
-        product = self._product if streams else self._large_product
         product(normed, linear, out, activation=activation)
 
     def linear_residual(self, x: Array, linear: Any, residual: Array, out: Array) -> None:
-        product = self._product if self._streams(len(x), linear.weight) else self._large_product
-        product(x, linear, out, residual)
+        self._product_for(x, linear.weight)(x, linear, out, residual)
 
     def packed_attention(self, qkv: Array, starts: Array, heads: int, causal: bool, out: Array) -> None:
         size, sequences = out.shape[1] // heads, len(starts) - 1
@@ -337,7 +339,15 @@ class Cuda:
         fits = vocabulary_launch.fits(self._limits, weight.inner, self._half)
         return rows <= SEARCHED_ROWS and fits and self._streams(1, weight)
 
-    def _product(
+    def _product_for(self, x: Array, weight: Matrix) -> Callable[..., None]:
+        """The fastest of the three for so many rows."""
+        if self._streams(len(x), weight):
+            return self._small_product
+        if weight.grouped is not None and warpgroup_launch.pays(len(x)) and x.strides[0] % 16 == x.data.ptr % 16 == 0:
+            return self._group_product
+        return self._large_product
+
+    def _small_product(
         self, x: Array, linear: Any, out: Array, residual: Array | None = None, activation: str = "none",
         epsilon: float | None = None,
     ) -> None:  # fmt: skip
@@ -355,6 +365,25 @@ class Cuda:
         self._launch(
             "linear", "linear", plan.grid, plan.threads, arguments,
             shared=plan.shared, cluster=plan.cluster[0], **dict(plan.definitions),
+        )  # fmt: skip
+
+    def _group_product(
+        self, x: Array, linear: Any, out: Array, residual: Array | None = None, activation: str = "none",
+        epsilon: float | None = None,
+    ) -> None:  # fmt: skip
+        """As _small_product."""
+        weight: Matrix = linear.weight
+        norm = epsilon is not None
+        plan = warpgroup_launch.plan(self._limits, len(x), weight.inner, weight.wide, norm)
+        x_map = warpgroup_launch.tensor_map(driver(), x.data.ptr, len(x), weight.inner, _stride(x))
+        arguments = (
+            x_map, weight.grouped, weight.columns, epsilon or 0.0, linear.bias,
+            residual, 0 if residual is None else _stride(residual),
+            out, _stride(out), len(x), weight.wide, _ACTIVATIONS[activation],
+        )  # fmt: skip
+        self._launch(
+            "warpgroup", "warpgroup_linear", plan.grid, plan.threads, arguments, shared=plan.shared,
+            cluster=plan.cluster[0], **dict(plan.definitions),
         )  # fmt: skip
 
     def _large_product(
@@ -429,7 +458,7 @@ class Cuda:
         constants = tuple(sorted({**defines, "HALF": int(self._half)}.items()))
         key = (family, name, constants)
         if key not in self._kernels:
-            self._kernels[key] = Kernel(family, name, constants)
+            self._kernels[key] = Kernel(family, name, constants, _ARCHITECTURES.get(family))
         self._kernels[key](
             grid, block, arguments, stream=self._stream.ptr, shared=shared, cluster=cluster, early=self._early
         )

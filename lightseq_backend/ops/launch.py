@@ -37,10 +37,12 @@ class _Config(ctypes.Structure):
 class Kernel:
     """One __global__ function, for one set of defines."""
 
-    def __init__(self, family: str, name: str, defines: tuple[tuple[str, int], ...]):
+    def __init__(self, family: str, name: str, defines: tuple[tuple[str, int], ...], architecture: str | None = None):
+        """architecture: for instructions of one generation alone (sm_90a); else the device's own is compiled for."""
         import cupy
 
-        options = ("-std=c++17", *(f"-D{key}={value}" for key, value in defines))
+        target = (f"-arch={architecture}",) if architecture else ()  # NVRTC heeds the first, CuPy adds its own behind
+        options = (*target, "-std=c++17", *(f"-D{key}={value}" for key, value in defines))
         self.name = name
         self._kernel = cupy.RawKernel(_source(family), name, options=options)
         self._shared = 48 * 1024
@@ -65,7 +67,7 @@ class Kernel:
     ) -> None:
         """Queues the kernel. One thread at a time.
 
-        arguments  arrays, None (a null pointer), ints (int32) or floats (float32)
+        arguments  arrays, None (a null pointer), ints (int32), floats (float32) or structures as ctypes arrays
         stream     cudaStream_t
         cluster    blocks in x that form a cluster (sm_90 and later)
         early      may begin before the kernel in front has ended: it waits for it itself (sm_90 and later)
@@ -74,7 +76,10 @@ class Kernel:
             self._kernel.max_dynamic_shared_size_bytes = self._shared = shared
         values = self._values
         for i, value in enumerate(arguments):
-            values[i] = _bits(value)
+            if isinstance(value, ctypes.Array):  # the launch copies it
+                self._pointers[i] = ctypes.addressof(value)
+            else:
+                values[i] = _bits(value)
         config, count = self._config, 0
         if cluster > 1:
             self._attributes[count].id = _CLUSTER_DIMENSION
@@ -87,7 +92,7 @@ class Kernel:
         config.grid[0:3] = [*grid, 1, 1][:3]
         config.block[0:3] = [block, 1, 1]
         config.shared, config.stream, config.attribute_count = shared, stream, count
-        status = _driver().cuLaunchKernelEx(self._address, self._handle, self._pointers, None)
+        status = driver().cuLaunchKernelEx(self._address, self._handle, self._pointers, None)
         if status:
             launch = f"grid {tuple(grid)}, block {block}, shared {shared}"
             raise RuntimeError(f"{self.name} was not launched: {_explained(status)}; {launch}")
@@ -110,15 +115,15 @@ def _bits(value: Any) -> int:
 
 
 @functools.cache
-def _driver() -> ctypes.CDLL:
+def driver() -> ctypes.CDLL:
     return ctypes.CDLL("libcuda.so.1")
 
 
 def _explained(status: int) -> str:
     """A CUresult as the driver names and explains it."""
     name, text = ctypes.c_char_p(), ctypes.c_char_p()
-    _driver().cuGetErrorName(status, ctypes.byref(name))
-    _driver().cuGetErrorString(status, ctypes.byref(text))
+    driver().cuGetErrorName(status, ctypes.byref(name))
+    driver().cuGetErrorString(status, ctypes.byref(text))
     known = f"{name.value.decode()}: {text.value.decode()}" if name.value and text.value else "no such error is known"
     return f"CUDA error {status} ({known})"
 

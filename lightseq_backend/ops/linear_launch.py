@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 _WARPS = 8
-_SMALL = 1 << 20  # elements of a weight that is too little for cuBLAS at up to 128 rows
+SMALL = 1 << 20  # elements of a weight that is too little for others at up to 128 rows
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def pays(device: Device, rows: int, inner: int, wide: int, half: bool) -> bool:
     if device.capability < (75 if half else 80):  # the tensor cores' instructions
         return False
     if half:
-        return rows <= (128 if inner * wide <= _SMALL else 32)
+        return rows <= (128 if inner * wide <= SMALL else 32)
     return rows <= 64
 
 

@@ -20,10 +20,12 @@ import hashlib
 import os
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,14 @@ _ORDERS = (0, 1)  # ascending, descending
 
 class LaunchError(Exception):
     """What a GPU would answer with a hang, a fault or a wrong result."""
+
+
+@dataclass(frozen=True)
+class TensorMap:
+    """A kernel's argument of that type: a matrix of halves, and the (columns, rows) of the box that one copy takes."""
+
+    array: Array
+    box: tuple[int, int]
 
 
 class Kernels:
@@ -151,7 +161,8 @@ class _Memory:
     """Copies of the arrays behind arguments, each an allocation of its exact size, aligned as cudaMalloc does."""
 
     def __init__(self, arguments: Sequence[Any]):
-        roots = [_root(argument) for argument in arguments if isinstance(argument, np.ndarray)]
+        arrays = [argument.array if isinstance(argument, TensorMap) else argument for argument in arguments]
+        roots = [_root(array) for array in arrays if isinstance(array, np.ndarray)]
         self._roots = {root.ctypes.data: root for root in roots}
         self._images = {address: _bytes(address, root.nbytes) for address, root in self._roots.items()}
         self._addresses = {}
@@ -184,10 +195,17 @@ class _Memory:
     def _value(self, argument: Any) -> Array:
         if argument is None:
             return np.zeros(1, np.uint64)
+        if isinstance(argument, TensorMap):
+            (columns, rows), stride = argument.array.shape[::-1], argument.array.strides[0] // 2
+            where = [self._address(argument.array), columns, rows, stride]
+            return np.frombuffer(struct.pack("4Q2I88x", *where, *argument.box), np.uint8)
         if not isinstance(argument, np.ndarray):
             return np.array([argument])
-        start = _root(argument).ctypes.data
-        return np.array([self._addresses[start] + argument.ctypes.data - start], np.uint64)
+        return np.array([self._address(argument)], np.uint64)
+
+    def _address(self, array: Array) -> int:
+        start = _root(array).ctypes.data
+        return int(self._addresses[start] + array.ctypes.data - start)
 
     def __del__(self) -> None:
         for pointer in self._addresses.values():
@@ -208,6 +226,8 @@ def _bytes(address: int, size: int) -> bytes:
 
 
 def _kind(argument: Any) -> str:
+    if isinstance(argument, TensorMap):
+        return "i128"
     if argument is None or isinstance(argument, np.ndarray):
         return "p8"
     if not isinstance(argument, np.generic):

@@ -35,6 +35,7 @@
 #define __global__
 #define __device__
 #define __host__
+#define __grid_constant__
 #define __constant__ const
 #define __forceinline__ inline
 #define __noinline__ __attribute__((noinline))
@@ -90,7 +91,13 @@ struct Place {
     bool operator==(const Place& other) const { return line == other.line && file == other.file; }
 };
 
-enum State { READY, AT_WARP, AT_BLOCK, AT_CLUSTER, EXITED };
+enum State { READY, AT_WARP, AT_BLOCK, AT_CLUSTER, AT_BARRIER, EXITED };
+
+struct Multiplication {  // of a warpgroup, as a thread asked for it
+    float (*d)[4];
+    int tiles;
+    unsigned long long a, b;
+};
 
 struct Block;
 struct Fiber {
@@ -111,6 +118,7 @@ struct Fiber {
     ucontext_t saved;
 #endif
     std::vector<std::vector<std::tuple<void*, const void*, size_t, size_t>>> copies;  // cp.async, by group
+    std::vector<std::vector<Multiplication>> multiplications;                             // by group
 };
 
 struct Variable {
@@ -304,9 +312,9 @@ inline Variable* variable(Block* block, const void* key, size_t size, size_t ali
         if (one.key == key) return &one;
     // Aligned as declared and no better; its end is the end of an allocation, for the address sanitizer.
     void* allocated = nullptr;
-    if (posix_memalign(&allocated, 256, size + align)) abort();
+    if (posix_memalign(&allocated, 2048, size + align)) abort();
     memset(allocated, 0xFF, size + align);
-    block->variables.push_back({key, (char*)allocated + align % 256, (char*)allocated, size});
+    block->variables.push_back({key, (char*)allocated + align, (char*)allocated, size});
     return &block->variables.back();
 }
 
@@ -403,7 +411,7 @@ inline const char* launch(const unsigned* sizes, size_t shared_bytes, int descen
                 fiber->state = READY, fiber->block = &block, fiber->thread = t, fiber->lane = t % 32;
                 fiber->operation = "", fiber->place = {"", 0};
                 fiber->index = dim3(t % block_size.x, t / block_size.x % block_size.y, t / block_size.x / block_size.y);
-                fiber->copies.assign(1, {});
+                fiber->copies.assign(1, {}), fiber->multiplications.assign(1, {});
                 prepare(fiber);
                 block.threads.push_back(fiber);
             }
@@ -650,3 +658,4 @@ inline unsigned __brev(unsigned x) {
 
 #include "cuda_fp16.h"
 #include "tensor.h"
+#include "hopper.h"

@@ -125,8 +125,7 @@ template <typename X> X* map_shared(X* address, unsigned rank) {
     for (Variable& one : current->block->variables) {
         ptrdiff_t offset = (const char*)address - one.memory;
         if (offset < 0 || offset > (ptrdiff_t)one.size) continue;
-        size_t align = one.memory - one.allocated;
-        return (X*)(variable(&cluster[rank], one.key, one.size, align ? align : 256)->memory + offset);
+        return (X*)(variable(&cluster[rank], one.key, one.size, one.memory - one.allocated)->memory + offset);
     }
     fail("map_shared: not an address of shared memory");
     return address;

@@ -1,0 +1,82 @@
+"""How kernels/warpgroup.cu is compiled and launched for a product: constants, grid, cluster, shared memory."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from lightseq_backend.ops.linear_launch import SMALL, Device, Plan
+
+ARCHITECTURE = "sm_90a"
+_OUTPUTS, _STAGE = 64, 64  # results of a block; columns of x in a stage
+_MULTIPLYING, _OBSERVING, _LOADING = 256, 128, 32  # threads
+_MOST_ROWS = 128
+_MOST_SPLIT = 4
+_HALF, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_128, _FILL_ZEROS = 6, 0, 3, 2, 0  # CUtensorMap*
+
+
+def can(device: Device, inner: int, wide: int, half: bool) -> bool:
+    """Whether there is such a kernel for a weight [inner, wide], and a use for it beside `linear`'s."""
+    return device.capability == 90 and half and inner % _STAGE == wide % _OUTPUTS == 0 and inner * wide > SMALL
+
+
+def pays(rows: int) -> bool:
+    """Whether it is faster than `linear` and than cuBLAS with a kernel for the LayerNorm; by measurement on an H200."""
+    return 32 < rows <= _MOST_ROWS
+
+
+def packed(weight: Any) -> Any:
+    """W [inner, wide], NumPy or CuPy, in the order the kernel reads it: [wide / 64][inner / 8][64][8]."""
+    inner, wide = weight.shape
+    return weight.reshape(inner // 8, 8, wide // _OUTPUTS, _OUTPUTS).transpose(2, 0, 3, 1).copy().reshape(-1)
+
+
+def plan(device: Device, rows: int, inner: int, wide: int, norm: bool) -> Plan:
+    """The launch for x [rows, inner] . W [inner, wide], of a weight that `can`. Any number of rows.
+
+    norm: x goes through the LayerNorm that W was packed with. The order of a sum depends on the weight alone.
+    """
+    split, count = 1, _rows(rows)
+    while split < _MOST_SPLIT and 2 * split * wide // _OUTPUTS <= device.multiprocessors:
+        split *= 2
+    stages = -(-(inner // _STAGE) // split)
+    depth = min(8, stages if count == 64 else max(2, stages // 2))
+    while _shared(count, split, depth, norm) > device.shared:
+        depth -= 1
+    definitions = {"HALF": 1, "NORM": int(norm), "ROWS": count, "INNER": inner, "SPLIT": split, "DEPTH": depth}
+    threads = _MULTIPLYING + norm * _OBSERVING + _LOADING
+    shared = _shared(count, split, min(depth, stages), norm)
+    return Plan(
+        tuple(definitions.items()), (split * wide // _OUTPUTS, -(-rows // count), 1), (split, 1, 1), shared, threads
+    )
+
+
+def tensor_map(library: ctypes.CDLL, address: int, rows: int, inner: int, stride: int) -> ctypes.Array[ctypes.c_char]:
+    """A CUtensorMap of x half [rows, inner], rows `stride` numbers apart, for boxes as `plan` has them for that many.
+
+    library: the CUDA driver. address and stride in bytes are multiples of 16.
+    """
+    room = (ctypes.c_char * 192)()  # 128 bytes that begin at a multiple of 64
+    made = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
+    sizes, strides = (ctypes.c_uint64 * 2)(inner, rows), (ctypes.c_uint64 * 1)(2 * stride)
+    box, steps = (ctypes.c_uint32 * 2)(_STAGE, _rows(rows)), (ctypes.c_uint32 * 2)(1, 1)
+    status = library.cuTensorMapEncodeTiled(
+        made, _HALF, 2, ctypes.c_void_p(address), sizes, strides, box, steps,
+        _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_128, _FILL_ZEROS,
+    )  # fmt: skip
+    if status:
+        raise RuntimeError(f"cuTensorMapEncodeTiled failed with status {status} for [{rows}, {inner}], {stride} apart")
+    return made
+
+
+def _rows(rows: int) -> int:
+    """Of x that a block takes."""
+    return 64 if rows <= 64 else 128
+
+
+def _shared(rows: int, split: int, depth: int, norm: bool) -> int:
+    """Bytes, region by region as the kernel lays them out."""
+    stages = depth * (_OUTPUTS + rows) * _STAGE * 2
+    row = (_OUTPUTS + 4) * 4
+    own, sharers = rows // split, 128 // rows
+    return max(stages, rows * row) + (split - 1) * own * row + norm * split * sharers * own * 8 + 2 * depth * 8

@@ -73,46 +73,88 @@ struct Finish {
     }
 };
 
-// Calls take(z, id) for this thread's share of a row, four ids at a time. Where the row begins at a multiple of 16
-// bytes, several fours are requested before the first is used.
+// Four logits of a row from `id` on, -inf beyond its end; at once where the row begins at a multiple of 16 bytes.
+struct Four {
+    float4 logits;
+    Bias4 bias;
+    __device__ __forceinline__ void request(const float* row, int id, int vocabulary, Finish finish) {
+        const bool whole = reinterpret_cast<size_t>(row) % 16 == 0 && id + 4 <= vocabulary;
+        logits = whole ? *reinterpret_cast<const float4*>(row + id) : make_float4(0.f, 0.f, 0.f, 0.f);
+        bias = whole && finish.bias ? *reinterpret_cast<const Bias4*>(finish.bias + id) : Bias4{};
+    }
+    __device__ __forceinline__ void finished(float (&z)[4], const float* row, int id, int vocabulary, Finish finish) {
+        const bool whole = reinterpret_cast<size_t>(row) % 16 == 0 && id + 4 <= vocabulary;
+        const float values[4] = {logits.x, logits.y, logits.z, logits.w};
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            if (whole)
+                z[i] = finish.scale * values[i] + (finish.bias ? to_float(bias.value[i]) : 0.f);
+            else
+                z[i] = id + i < vocabulary ? finish(row[id + i], id + i) : -INFINITE;
+    }
+};
+
+// Calls take(z, id) for this thread's share of a row, four ids at a time; several fours are requested before the first
+// is used.
+constexpr int STRIDE = 4 * THREADS;
 template <typename Take>
 __device__ __forceinline__ void for_row(const float* row, int vocabulary, Finish finish, Take take) {
-    constexpr int REQUESTED = 4, STRIDE = 4 * THREADS;
-    const bool whole = reinterpret_cast<size_t>(row) % 16 == 0;
+    constexpr int REQUESTED = 4;
     for (int first = threadIdx.x * 4; first < vocabulary; first += REQUESTED * STRIDE) {
-        float4 logits[REQUESTED];
-        Bias4 biases[REQUESTED];
+        Four fours[REQUESTED];
 #pragma unroll
-        for (int n = 0; n < REQUESTED; n++) {
-            const int id = first + n * STRIDE;
-            const bool inside = whole && id + 4 <= vocabulary;
-            logits[n] = inside ? *reinterpret_cast<const float4*>(row + id) : make_float4(0.f, 0.f, 0.f, 0.f);
-            biases[n] = inside && finish.bias ? *reinterpret_cast<const Bias4*>(finish.bias + id) : Bias4{};
-        }
+        for (int n = 0; n < REQUESTED; n++) fours[n].request(row, first + n * STRIDE, vocabulary, finish);
 #pragma unroll
         for (int n = 0; n < REQUESTED; n++) {
             const int id = first + n * STRIDE;
             if (id >= vocabulary) break;
-            float z[4] = {logits[n].x, logits[n].y, logits[n].z, logits[n].w};
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                if (whole && id + 4 <= vocabulary)
-                    z[i] = finish.scale * z[i] + (finish.bias ? to_float(biases[n].value[i]) : 0.f);
-                else
-                    z[i] = id + i < vocabulary ? finish(row[id + i], id + i) : -INFINITE;
-            }
+            float z[4];
+            fours[n].finished(z, row, id, vocabulary, finish);
             take(z, id);
         }
     }
 }
 
+// A row to be looked at several times: by reading it each time, or held by all threads' registers.
+struct Read {
+    const float* row;
+    int vocabulary;
+    Finish finish;
+    template <typename Take> __device__ __forceinline__ void each(Take take) const {
+        for_row(row, vocabulary, finish, take);
+    }
+};
+constexpr int HELD = 8;  // fours of a thread
+struct Held {
+    float z[HELD][4];
+    __device__ __forceinline__ static bool fits(int vocabulary) { return vocabulary <= HELD * STRIDE; }
+    __device__ __forceinline__ void load(const float* row, int vocabulary, Finish finish) {
+        constexpr int REQUESTED = HELD / 2;
+#pragma unroll
+        for (int first = 0; first < HELD; first += REQUESTED) {
+            Four fours[REQUESTED];
+#pragma unroll
+            for (int n = 0; n < REQUESTED; n++)
+                fours[n].request(row, threadIdx.x * 4 + (first + n) * STRIDE, vocabulary, finish);
+#pragma unroll
+            for (int n = 0; n < REQUESTED; n++)
+                fours[n].finished(z[first + n], row, threadIdx.x * 4 + (first + n) * STRIDE, vocabulary, finish);
+        }
+    }
+    template <typename Take> __device__ __forceinline__ void each(Take take) const {
+#pragma unroll
+        for (int n = 0; n < HELD; n++) take(z[n], threadIdx.x * 4 + n * STRIDE);
+    }
+};
+
 // The largest of what a thread has seen, and the sum of exp(z - largest).
 struct Running {
     float most = -3e38f, sum = 0.f;
+    __device__ __forceinline__ static float exponential(float x) { return exp2f(x * 1.4426950408889634f); }
     __device__ __forceinline__ void add(const float (&z)[4]) {
         float largest = fmaxf(fmaxf(most, fmaxf(z[0], z[1])), fmaxf(z[2], z[3]));
-        sum = sum * expf(most - largest) + ((expf(z[0] - largest) + expf(z[1] - largest)) +
-                                            (expf(z[2] - largest) + expf(z[3] - largest)));
+        sum = sum * exponential(most - largest) + ((exponential(z[0] - largest) + exponential(z[1] - largest)) +
+                                                   (exponential(z[2] - largest) + exponential(z[3] - largest)));
         most = largest;
     }
     // log sum exp over all threads' shares.
@@ -144,7 +186,7 @@ target_log_probabilities(const float* logits, int stride, const T* bias, const i
 // equals, and their log-probabilities; the banned id (or -1) counts in the normalisation.
 //   logits float [rows, vocabulary]   bias T [vocabulary] or null
 //   ids int32, log_probabilities float [rows, count], count <= 32
-//   grid rows; block 1024; static shared memory 12 KiB; moves logits once, then reads them again from L2
+//   grid rows; block 1024; static shared memory 26 KiB; moves logits once; above 32768 ids reads them again from L2
 //   Each thread finds its largest; the count-th of these bounds what can be among the best. What reaches it is few,
 //   unless there are many equals: then the best are looked for one by one.
 constexpr int MOST_PROMISING = 512;
@@ -170,19 +212,15 @@ __device__ __forceinline__ void best_of_threads(Choice mine, int count, Choice (
     __syncthreads();
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-top(const float* logits, int stride, const T* bias, int* ids, float* log_probabilities, int vocabulary, int count,
-    int banned, float scale) {
+template <typename Logits>
+__device__ __forceinline__ void find_best(const Logits& row, int* ids, float* log_probabilities, int vocabulary, int count,
+                                          int banned) {
     __shared__ float scratch[32];
     __shared__ Choice lists[WARPS][MOST_BEST], found[MOST_BEST], promising[MOST_PROMISING], choices[32];
     __shared__ int promising_count;
-    launch_next();
-    wait_for_previous();
-    const float* own = logits + (long long)blockIdx.x * stride;
-    const Finish finish = {bias, scale};
     Running running;
     float most = -INFINITE;
-    for_row(own, vocabulary, finish, [&](const float (&z)[4], int id) {
+    row.each([&](const float (&z)[4], int id) {
         running.add(z);
 #pragma unroll
         for (int i = 0; i < 4; i++)
@@ -192,7 +230,8 @@ top(const float* logits, int stride, const T* bias, int* ids, float* log_probabi
     float normalisation = running.total(scratch);
     best_of_threads(choice(most, threadIdx.x), count, lists, found);
     const float bound = choice_score(found[count - 1]);
-    for_row(own, vocabulary, finish, [&](const float (&z)[4], int id) {
+    row.each([&](const float (&z)[4], int id) {
+        if (!(fmaxf(fmaxf(z[0], z[1]), fmaxf(z[2], z[3])) >= bound)) return;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             if (!(z[i] >= bound) || id + i >= vocabulary || id + i == banned) continue;
@@ -214,7 +253,7 @@ top(const float* logits, int stride, const T* bias, int* ids, float* log_probabi
     } else {
         for (int rank = 0; rank < count; rank++) {
             Choice mine = 0;
-            for_row(own, vocabulary, finish, [&](const float (&z)[4], int id) {
+            row.each([&](const float (&z)[4], int id) {
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     Choice candidate = choice(z[i], id + i);
@@ -231,6 +270,22 @@ top(const float* logits, int stride, const T* bias, int* ids, float* log_probabi
         Choice own_choice = found[threadIdx.x];
         ids[place] = own_choice ? choice_id(own_choice) : 0;  // no numbers, no choice
         log_probabilities[place] = choice_score(own_choice) - normalisation;
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+top(const float* logits, int stride, const T* bias, int* ids, float* log_probabilities, int vocabulary, int count,
+    int banned, float scale) {
+    launch_next();
+    wait_for_previous();
+    const float* own = logits + (long long)blockIdx.x * stride;
+    const Finish finish = {bias, scale};
+    if (Held::fits(vocabulary)) {
+        Held held;
+        held.load(own, vocabulary, finish);
+        find_best(held, ids, log_probabilities, vocabulary, count, banned);
+    } else {
+        find_best(Read{own, vocabulary, finish}, ids, log_probabilities, vocabulary, count, banned);
     }
 }
 

@@ -89,6 +89,21 @@ def test_golden_texts(name: str) -> None:
 # The engine on the CPU -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 0.1)])
+@pytest.mark.parametrize("settings", [{}, {"embedding_norm": True, "post_norm": True}, {"forced_id": 5}], ids=str)
+def test_targets_score_as_on_the_cpu(settings: dict[str, Any], precision: str, tolerance: float) -> None:
+    sizes = {"hidden": 64, "inner": 128, "decoder_layers": 2, "target_vocabulary": 200, "max_positions": 64}
+    config, arrays = small_models.transformer(8, **sizes, **settings)
+    sources = random_rows(config, 40)  # more rows than one tile of the vocabulary, more targets than slots
+    targets = [np.resize(np.arange(3, 190, 1 + row % 7), 1 + 5 * row % 60) for row in range(len(sources))]
+    gpu, cpu = (
+        engine(config, arrays, device, kind, slots=16).answer(sources, SCORE, targets=targets)
+        for device, kind in (("cuda", precision), ("cpu", "fp32"))
+    )
+    for ours, wanted in zip(gpu, cpu, strict=True):
+        np.testing.assert_allclose(ours.target_log_probabilities, wanted.target_log_probabilities, atol=tolerance)
+
+
 def random_rows(config: Any, count: int, seed: int = 7) -> list[np.ndarray]:
     random = np.random.default_rng(seed)
     most = config.max_positions // 2

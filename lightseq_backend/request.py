@@ -22,11 +22,13 @@ class Hypothesis:
     tokens    int32 [n]: without start token or prompt; the end token is included when finished
     score     length-normalised log-probability
     finished  False when the step limit cut it
+    token_log_probabilities  float32 [n], where the request asked for them
     """
 
     tokens: np.ndarray
     score: float
     finished: bool
+    token_log_probabilities: np.ndarray | None = None
 
 
 @dataclass(frozen=True)

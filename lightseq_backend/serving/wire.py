@@ -169,7 +169,7 @@ class Wire:
             tensors[form.scores] = np.array(scores, np.float32)
         if decode is not None:
             written = [
-                [decode(_ids_of_text(row, hypothesis, config)) for hypothesis in output.hypotheses]
+                [decode(ids_of_text(row, hypothesis, config)) for hypothesis in output.hypotheses]
                 for row, output in zip(rows, outputs, strict=True)
             ]
             tensors[TEXT_OUTPUT] = np.array(written, np.object_)
@@ -288,8 +288,7 @@ def _text(row: np.ndarray, hypothesis: Hypothesis, output: Output, config: Confi
     overwrites the last token. A GPT's text starts with its prompt and has no such column.
     """
     if isinstance(config, GptConfig):
-        columns = np.flatnonzero(row != config.padding_id)
-        return np.concatenate([row[columns[0] : columns[-1] + 1], hypothesis.tokens])
+        return np.concatenate([prompt_of(row, config), hypothesis.tokens])
     overwrites = config.dialect.name == "v0" and form.scores is not None
     text = np.full(output.steps + (output.cut and not overwrites), config.end_id, np.int64)
     text[: len(hypothesis.tokens)] = hypothesis.tokens
@@ -298,7 +297,13 @@ def _text(row: np.ndarray, hypothesis: Hypothesis, output: Output, config: Confi
     return text
 
 
-def _ids_of_text(row: np.ndarray, hypothesis: Hypothesis, config: Config) -> list[int]:
+def prompt_of(row: np.ndarray, config: Config) -> np.ndarray:
+    """What the text of an answer begins with: a GPT's row without padding around it, nothing of a source."""
+    columns = np.flatnonzero(row != config.padding_id) if isinstance(config, GptConfig) else np.zeros(0, np.intp)
+    return row[columns[0] : columns[-1] + 1] if columns.size else row[:0]
+
+
+def ids_of_text(row: np.ndarray, hypothesis: Hypothesis, config: Config) -> list[int]:
     """What of a hypothesis is text: a GPT's prompt and what was generated, up to the end token."""
     tokens: list[int] = hypothesis.tokens.tolist()
     if hypothesis.finished:

@@ -159,16 +159,19 @@ class Model:
         return Row(number, self._ids(row, source_row))
 
     def _pair(self, number: int, row: Pair) -> Row:
-        if isinstance(row, str) or len(row) != 2:
-            raise RequestError("a translation is scored as a pair of source and target")
-        return Row(number, self._ids(row[0], source_row), self._ids(row[1], target_row))
+        try:
+            source, target = () if isinstance(row, str) else row
+        except (TypeError, ValueError):
+            raise RequestError("a translation is scored as a pair of source and target") from None
+        return Row(number, self._ids(source, source_row), self._ids(target, target_row))
 
     def _ids(self, row: RowLike, encode: Callable[..., np.ndarray]) -> np.ndarray:
         if not isinstance(row, str):
             try:
-                return np.asarray(row) if len(row) else np.zeros(0, np.int32)
+                array = np.asarray(row)
             except ValueError as error:
                 raise RequestError(f"a row of ids is a sequence of integers: {error}") from None
+            return array if array.size else np.zeros(0, np.int32)  # NumPy takes nothing for fractions
         if self.tokenizer is None:
             raise RequestError(self._no_text)
         return encode(row, self.tokenizer, self.config)

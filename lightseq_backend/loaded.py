@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -20,7 +20,21 @@ from lightseq_backend.text.rows import source_row, target_row
 RAISE, RETURN = "raise", "return"
 RowLike = str | Sequence[int] | np.ndarray
 Pair = tuple[RowLike, RowLike]
+Parse = Callable[[Any], Any]
 Made = TypeVar("Made", Answer, Score)
+
+
+class Stream(NamedTuple):
+    """How rows are read and refused, as the methods of Model have it."""
+
+    errors: str
+    first: int
+    ahead: int
+    parse: Parse
+
+
+def _as_it_is(row: Any) -> Any:
+    return row
 
 
 class Model:
@@ -41,6 +55,7 @@ class Model:
     first    the number of the first row, for what goes on where something else ended: numbers count from it, and the
              random numbers of a given seed with them
     ahead    windows of rows that are read and under way before the answers of one are waited for
+    parse    makes a row of each of `rows`, which may then be anything; a RequestError of its is that row's
     """
 
     def __init__(
@@ -74,37 +89,63 @@ class Model:
         return isinstance(self.config, GptConfig)
 
     def translate(
-        self, rows: Iterable[RowLike], *, errors: str = RAISE, first: int = 0, ahead: int = 1, **options: object
+        self,
+        rows: Iterable[Any],
+        *,
+        errors: str = RAISE,
+        first: int = 0,
+        ahead: int = 1,
+        parse: Parse = _as_it_is,
+        **options: object,
     ) -> Iterator[Answer | Failure]:
         """The translations of sources."""
         if self.continues_texts:
             raise RequestError("this model continues texts: generate; it does not translate")
-        return self._written(rows, errors, first, ahead, options)
+        return self._written(rows, Stream(errors, first, ahead, parse), options)
 
     def generate(
-        self, rows: Iterable[RowLike], *, errors: str = RAISE, first: int = 0, ahead: int = 1, **options: object
+        self,
+        rows: Iterable[Any],
+        *,
+        errors: str = RAISE,
+        first: int = 0,
+        ahead: int = 1,
+        parse: Parse = _as_it_is,
+        **options: object,
     ) -> Iterator[Answer | Failure]:
         """The continuations of prompts."""
         if not self.continues_texts:
             raise RequestError("this model translates: translate; it does not continue texts")
-        return self._written(rows, errors, first, ahead, options)
+        return self._written(rows, Stream(errors, first, ahead, parse), options)
 
     def score(
-        self, rows: Iterable[RowLike] | Iterable[Pair], *, errors: str = RAISE, first: int = 0, ahead: int = 1
+        self,
+        rows: Iterable[Any],
+        *,
+        errors: str = RAISE,
+        first: int = 0,
+        ahead: int = 1,
+        parse: Parse = _as_it_is,
     ) -> Iterator[Score | Failure]:
         """The log-probabilities of texts, or of translations: there a row is a pair of source and target.
 
         Ids of a target are what the model would write, its end id included if the end is to count.
         """
         read = self._text if self.continues_texts else self._pair
-        return self._answered(rows, read, SCORE, self.config.decoding, _score, errors, first, ahead)
+        return self._answered(rows, read, SCORE, self.config.decoding, _score, Stream(errors, first, ahead, parse))
 
     def perplexity(
-        self, rows: Iterable[RowLike] | Iterable[Pair], *, errors: str = RAISE, first: int = 0
+        self,
+        rows: Iterable[Any],
+        *,
+        errors: str = RAISE,
+        first: int = 0,
+        ahead: int = 1,
+        parse: Parse = _as_it_is,
     ) -> Iterator[float | Failure]:
         """exp of the mean negative log-likelihood of each row that `score` would take. (LightSeq's ppl is that mean,
         Score.loss.)"""
-        scores = self.score(rows, errors=errors, first=first)
+        scores = self.score(rows, errors=errors, first=first, ahead=ahead, parse=parse)
         return (one if isinstance(one, Failure) else one.perplexity for one in scores)
 
     def close(self) -> None:
@@ -119,11 +160,9 @@ class Model:
 
     # From rows to requests, from outputs to answers ------------------------------------------------------------------
 
-    def _written(
-        self, rows: Iterable[RowLike], errors: str, first: int, ahead: int, changes: dict[str, object]
-    ) -> Iterator[Answer | Failure]:
+    def _written(self, rows: Iterable[Any], stream: Stream, changes: dict[str, object]) -> Iterator[Answer | Failure]:
         options = self._engine.options({"num_hypotheses": 1, **changes})
-        return self._answered(rows, self._text, GENERATE, options, self._answer, errors, first, ahead)
+        return self._answered(rows, self._text, GENERATE, options, self._answer, stream)
 
     def _answered(
         self,
@@ -132,23 +171,21 @@ class Model:
         kind: str,
         options: DecodingOptions,
         made_of: Callable[[Row, Output], Made],
-        errors: str,
-        first: int,
-        ahead: int,
+        stream: Stream,
     ) -> Iterator[Made | Failure]:
-        if errors not in (RAISE, RETURN):
-            raise ValueError(f"errors is {errors!r}; it may be {RAISE!r} or {RETURN!r}")
+        if stream.errors not in (RAISE, RETURN):
+            raise ValueError(f"errors is {stream.errors!r}; it may be {RAISE!r} or {RETURN!r}")
         if isinstance(rows, str):
             raise TypeError("rows is one text; it must be several: put it into a list")
 
         def answers() -> Iterator[Made | Failure]:
-            taken = (_or_error(read, number, row) for number, row in enumerate(rows, first))
-            for row, result in results(self._engine, taken, kind, options, self._window, ahead):
+            taken = (_row(read, stream.parse, number, given) for number, given in enumerate(rows, stream.first))
+            for row, result in results(self._engine, taken, kind, options, self._window, stream.ahead):
                 if isinstance(result, Output):
                     yield made_of(row, result)
                 elif not isinstance(result, RequestError):
                     raise result
-                elif errors == RAISE:
+                elif stream.errors == RAISE:
                     raise RequestError(f"row {row.number}: {result}")
                 else:
                     yield Failure(row.number, result)
@@ -187,9 +224,9 @@ class Model:
         return Answer(row.number, tuple(hypotheses), len(prompt))
 
 
-def _or_error(read: Callable[[int, Any], Row], number: int, row: Any) -> Row:
+def _row(read: Callable[[int, Any], Row], parse: Parse, number: int, given: Any) -> Row:
     try:
-        return read(number, row)
+        return read(number, parse(given))
     except RequestError as error:
         return Row(number, error=error)
 

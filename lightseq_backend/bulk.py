@@ -143,7 +143,7 @@ def _check(options: argparse.Namespace, lines: Lines, targets: Lines | None, cha
 def _gone_on_with(options: argparse.Namespace, opened: ExitStack) -> tuple[BinaryIO, int]:
     file, done, cut = resume(options.output)
     half = f", without the {cut} bytes of half a line" if cut else ""
-    _tell(f"{options.output} has {done} lines; going on behind them{half}")
+    _tell(f"going on behind line {done} of {options.output}{half}")
     return opened.enter_context(file), done
 
 

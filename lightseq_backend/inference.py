@@ -32,7 +32,8 @@ class _Model:
             weights = local.find_weights(weight_path)
             # More rows than slots wait for their turn; LightSeq takes the memory for all of them at once.
             slots = min(max(16, 4 * max_batch_size), _MOST_SLOTS)
-            self._engine = local.build(weights, kind=self._kind, device=device, slots=slots)
+            scores = self._kind == GPT
+            self._engine = local.build(weights, kind=self._kind, device=device, slots=slots, scores=scores)
         except (ConfigError, WeightError) as error:
             raise RuntimeError(str(error)) from None
 

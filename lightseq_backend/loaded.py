@@ -149,8 +149,8 @@ class Model:
         return (one if isinstance(one, Failure) else one.perplexity for one in scores)
 
     def close(self) -> None:
-        """Ends the engine's thread; what is under way is finished first. The memory goes with the model."""
-        self._engine.stop()
+        """Ends the engine's thread: what is under way gets no answer but Overloaded. The memory goes with the model."""
+        self._engine.stop(finish=False)
 
     def __enter__(self) -> Model:
         return self

@@ -31,18 +31,21 @@ def build(
     device: str = "cpu",
     precision: str | None = None,
     slots: int = SLOTS,
+    scores: bool = True,
 ) -> Engine:
     """An engine, not started, for a weight file. WeightError or ConfigError when there is something wrong with it.
 
     device     cpu, gpu or auto
     precision  None: fp32 on the CPU, fp16 on a GPU
+    scores     whether it has to score: a GPU is made ready for that apart
     """
     name = _ops_name(device)
     backend = ops.load(name, precision=precision or PRECISIONS[name][0])
     config, arrays = weights.load(path, dialect, kind)
     model = Gpt(config, arrays, backend) if isinstance(config, GptConfig) else Transformer(config, arrays, backend)
     beams = min(max(16, config.decoding.width), slots)
-    return Engine(model, EngineConfig(slots, beams, queue=UNBOUNDED, burst=BURSTS[name]), backend)
+    room = EngineConfig(slots, beams, queue=UNBOUNDED, burst=BURSTS[name], scores=scores)
+    return Engine(model, room, backend)
 
 
 def find_weights(path: str | Path) -> Path:

@@ -17,7 +17,7 @@ from weight_files import golden
 import lightseq_backend
 from lightseq_backend import local, weights
 from lightseq_backend.answers import Failure, Score
-from lightseq_backend.errors import ConfigError, RequestError
+from lightseq_backend.errors import ConfigError, Overloaded, RequestError
 from lightseq_backend.loaded import Model
 from lightseq_backend.request import SCORE
 
@@ -160,6 +160,18 @@ def test_samples_beyond_the_streams_of_a_seed_take_the_next_one(gpt: Model) -> N
         for seed, first in ((5, 0), (5, 65536), (6, 0), (2**63 - 1, 65536))
     }
     assert at[5, 65536] == at[6, 0] != at[5, 0]
+
+
+def test_closing_waits_for_nothing_that_nobody_reads() -> None:
+    with lightseq_backend.load(REPOSITORY / "transformer", device="cpu", window=10_000) as model:
+        stream = model.translate(FRENCH * 2000)
+        assert next(stream).text == ENGLISH[0]
+    assert not model._engine.alive
+    assert model._engine.counts["answered"] < 10_000
+    with pytest.raises(Overloaded, match="the engine was stopped"):
+        list(stream)
+    with pytest.raises(Overloaded, match="the engine is stopping"):
+        list(model.translate(FRENCH))
 
 
 # Errors ----------------------------------------------------------------------------------------------------------

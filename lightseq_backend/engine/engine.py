@@ -160,9 +160,10 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
-    def stop(self, patience: float = 30.0) -> None:
-        """Takes no more, finishes what runs or waits within `patience` seconds, answers the rest with an error."""
-        self._stopping = True
+    def stop(self, patience: float = 30.0, finish: bool = True) -> None:
+        """Takes no more, finishes what runs or waits within `patience` seconds (without `finish`: the step it is at),
+        answers the rest with an error."""
+        self._stopping, self._abandoned = True, not finish
         self._scheduler.close()
         if self._thread is not None:
             self._thread.join(patience)

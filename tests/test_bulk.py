@@ -345,7 +345,9 @@ LINES = 200_000
 class Engine:
     '''Answers at once: what is left is the commands' own work, and their memory.'''
     def __init__(self, engine):
-        self.model, self.options, self.stop, self.start = engine.model, engine.options, lambda: None, lambda: None
+        self.model, self.options, self.start = engine.model, engine.options, lambda: None
+    def stop(self, finish):
+        pass
     def submit(self, requests):
         for request in requests:
             request.reply(Output((Hypothesis(request.tokens[:2], -1.0, True),)))

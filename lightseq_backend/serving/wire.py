@@ -242,7 +242,7 @@ def _check_combination(
     if len(names) != 1:
         faults.append(f"there are {len(names)} inputs ({', '.join(names) or 'none'}); there must be one")
     if form is None:
-        sets = "; ".join(" + ".join(sorted(form.names)) for form in FORMS)
+        sets = "; ".join(dict.fromkeys(" + ".join(sorted(form.names)) for form in FORMS))
         faults.append(f"outputs are {' + '.join(sorted(outputs)) or 'none'}; they must be one of: {sets}")
     elif len(names) == 1 and INPUTS[names[0]] != form.kind:
         shown = ", ".join(sorted(outputs))

@@ -9,16 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from small_checkpoints import CHECKPOINTS, FOLDER, VOCABULARY
+from small_checkpoints import FOLDER, VOCABULARY
 
 SCORES = FOLDER / "scores.npz"
+FAMILIES = ("gpt2", "marian", "bart", "mbart", "m2m_100")
 Ids = Sequence[int]
 
 
 def main() -> None:
     np.savez_compressed(
         SCORES,
-        **{name: np.concatenate([log_probabilities(name, *case) for case in cases(name)]) for name in CHECKPOINTS},
+        **{name: np.concatenate([log_probabilities(name, *case) for case in cases(name)]) for name in FAMILIES},
     )
 
 

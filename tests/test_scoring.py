@@ -153,13 +153,13 @@ def test_text_scores_each_token_after_the_first() -> None:
         assert output.loss == pytest.approx(-np.mean(wanted) if wanted else 0.0, abs=2e-5)
 
 
-@pytest.mark.parametrize("family", small_checkpoints.CHECKPOINTS)
+@pytest.mark.parametrize("family", make_scores.FAMILIES)
 def test_scores_are_those_of_transformers(family: str) -> None:
     found = np.concatenate(scores(family, make_scores.cases(family)))
     np.testing.assert_allclose(found, np.load(make_scores.SCORES)[family], atol=1e-4)
 
 
-@pytest.mark.parametrize("family", small_checkpoints.CHECKPOINTS)
+@pytest.mark.parametrize("family", make_scores.FAMILIES)
 def test_scores_are_those_of_the_original_here(family: str) -> None:
     pytest.importorskip("torch")
     pytest.importorskip("transformers")

@@ -203,7 +203,7 @@ def test_error_of_a_row_is_that_rows(translator: Model, row: Any, message: str) 
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        (("mille", ""), "the text is empty"),
+        (("mille", ""), "target: the text is empty"),
         (("mille", [3, 108]), "id 108 at column 1 of the target"),
         (("mille", []), "the target is empty"),
         ("mille", "a pair of source and target"),

@@ -26,7 +26,10 @@ def source_row(text: str, tokenizer: Tokenizer, config: Config) -> np.ndarray:
 
 def target_row(text: str, tokenizer: Tokenizer, config: Config) -> np.ndarray:
     """int32 ids of a translation as the model would write it, the end id last; RequestError as for `source_row`."""
-    return np.array(_ids(text, tokenizer.encode_target, config), np.int32)
+    try:
+        return np.array(_ids(text, tokenizer.encode_target, config), np.int32)
+    except RequestError as error:
+        raise RequestError(f"target: {error}") from None
 
 
 def _ids(text: str, encode: Callable[[str], list[int]], config: Config) -> list[int]:

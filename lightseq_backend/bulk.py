@@ -101,6 +101,8 @@ def _run(options: argparse.Namespace) -> int:
         with suppress(OSError, ValueError):  # let Python's own flush at exit find somewhere to write
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
+    except OSError as error:  # a full disk, say
+        raise RequestError(f"{error.filename or options.output or 'output'}: {error.strerror}") from None
 
 
 def _answer_lines(options: argparse.Namespace) -> int:
@@ -133,11 +135,10 @@ def _check(options: argparse.Namespace, lines: Lines, targets: Lines | None, cha
         raise RequestError("--resume needs --output: what was written to a pipe cannot be read again")
     if options.output and (lines.includes(options.output) or (targets and targets.includes(options.output))):
         raise RequestError(f"{options.output} is read and written")
-    for name in ("num_hypotheses", "token_log_probabilities"):
-        if changes.get(name, 1) not in (1, False) and not options.json:
-            raise RequestError(
-                f"{name} is {changes[name]}; a line of text has room for one hypothesis alone: add --json"
-            )
+    if changes.get("num_hypotheses", 1) != 1 and not options.json:
+        raise RequestError(f"num_hypotheses is {changes['num_hypotheses']}; a line has room for one text: add --json")
+    if changes.get("token_log_probabilities") and not options.json:
+        raise RequestError("token_log_probabilities needs --json: a line has room for text alone")
 
 
 def _gone_on_with(options: argparse.Namespace, opened: ExitStack) -> tuple[BinaryIO, int]:

@@ -234,7 +234,12 @@ def test_bad_lines_may_be_left_empty() -> None:
         (("translate", TRANSLATOR, "--resume"), "", "--resume needs --output"),
         (("translate", TRANSLATOR, "README.md", "--output", "README.md"), "", "README.md is read and written"),
         (("translate", TRANSLATOR, "--output", "/nowhere/out"), "", "/nowhere/out cannot be written: No such file"),
-        (("translate", TRANSLATOR, "--num-hypotheses", 2), "", "num_hypotheses is 2; a line of text has room for one"),
+        (("translate", TRANSLATOR, "--output", "/dev/full"), "mille\n", "/dev/full: No space left on device"),
+        (
+            ("translate", TRANSLATOR, "--num-hypotheses", 2),
+            "",
+            "num_hypotheses is 2; a line has room for one text",
+        ),
         (("translate", TRANSLATOR, "--beam-size", 99), "", "beam_size is 99"),
         (("translate", TRANSLATOR, "--beam-size", "many"), "", "'many' is neither a number"),
         (("translate", TRANSLATOR, "--window", 0), "", "window is 0"),

@@ -15,6 +15,7 @@ import small_models
 from test_trained_models import COUNTER, END, REPOSITORY, START, TRANSLATOR, Words, pairs
 from weight_files import golden
 
+import lightseq_backend
 from lightseq_backend import ops, weights
 from lightseq_backend.config import EngineConfig, GptConfig
 from lightseq_backend.engine import Engine
@@ -102,6 +103,16 @@ def test_targets_score_as_on_the_cpu(settings: dict[str, Any], precision: str, t
     )
     for ours, wanted in zip(gpu, cpu, strict=True):
         np.testing.assert_allclose(ours.target_log_probabilities, wanted.target_log_probabilities, atol=tolerance)
+
+
+def test_model_is_loaded_onto_the_gpu_in_half_precision() -> None:
+    french, english = ["quatre-vingt-dix-sept", "deux cent mille un"], ["ninety-seven", "two hundred thousand and one"]
+    with lightseq_backend.load(REPOSITORY / "transformer", device="gpu") as model:
+        assert [answer.text for answer in model.translate(french)] == english
+        scores = list(model.score(zip(french, english, strict=True)))
+    with lightseq_backend.load(REPOSITORY / "transformer", device="cpu") as model:
+        wanted = list(model.score(zip(french, english, strict=True)))
+    np.testing.assert_allclose([one.total for one in scores], [one.total for one in wanted], atol=0.1)
 
 
 def random_rows(config: Any, count: int, seed: int = 7) -> list[np.ndarray]:

@@ -111,6 +111,19 @@ def test_rows_are_read_as_they_are_needed(translator: Model) -> None:
     assert next(taken) <= 1 + 10 + 3 * 3  # windows of 3: one that is answered, two that are read
 
 
+def test_a_window_is_submitted_longest_first(translator: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, lengths = translator._engine.submit, []
+
+    def recorded(requests: Any) -> None:
+        lengths.extend(len(request.tokens) for request in requests)
+        submit(requests)
+
+    monkeypatch.setattr(translator._engine, "submit", recorded)
+    rows = [[5] * length for length in (1, 7, 4, 9, 2, 3, 8)]
+    assert [answer.number for answer in translator.translate(rows)] == list(range(7))
+    assert lengths == [7, 4, 1, 9, 3, 2, 8]  # windows of 3
+
+
 def test_with_none_ahead_an_answer_waits_for_nothing(translator: Model) -> None:
     said: list[str] = []
 

@@ -127,7 +127,7 @@ def reading(engine: Engine, rows: Rows, changes: dict[str, object]) -> Pass:
     held_back = 0 if isinstance(engine.model.config, TransformerConfig) else 1
     read = [sequence.tokens[: len(sequence.tokens) - held_back] for sequence in sequences]
     size = engine._passes.size(sum(map(len, read)))
-    return Pass(lambda: engine._passes.prefill(engine._upload(sequences, read)), lambda: engine._passes.prefill(size))
+    return Pass(lambda: engine._read(sequences, read), lambda: engine._passes.prefill(size))
 
 
 def scoring(engine: Engine, rows: Rows) -> Pass:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lightseq_backend import bulk
 from lightseq_backend.config import DIALECTS, Config
 from lightseq_backend.errors import ConfigError, RequestError, WeightError
 
@@ -31,6 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_run(commands)
     _add_convert(commands)
+    bulk.add_commands(commands)
     _add_serve(commands)
     return parser
 

@@ -353,6 +353,7 @@ class EngineConfig:
     queue           sequences that may wait; one more is refused with Overloaded
     prompt_tokens   source or prompt tokens in one prefill pass (at least the model's max_positions)
     burst           decode steps between two looks at what finished
+    scores          whether given tokens can be scored: on a GPU every such pass is captured when the model is loaded
     """
 
     slots: int = 32
@@ -360,9 +361,11 @@ class EngineConfig:
     queue: int = 256
     prompt_tokens: int = 1024
     burst: int = 1
+    scores: bool = True
 
     def __post_init__(self) -> None:
-        faults = [f"{name} is {value}; it must be at least 1" for name, value in vars(self).items() if value < 1]
+        sizes = {name: value for name, value in vars(self).items() if name != "scores"}
+        faults = [f"{name} is {value}; it must be at least 1" for name, value in sizes.items() if value < 1]
         if self.max_beam_size > self.slots:
             faults.append(f"max_beam_size is {self.max_beam_size}; there are {self.slots} slots")
         if faults:

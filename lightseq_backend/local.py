@@ -1,4 +1,4 @@
-"""Models without a server: built from a weight file, and run on a test case as LightSeq's example programs do."""
+"""Engines without a server: built from a weight file, and run on a test case as LightSeq's example programs do."""
 
 from __future__ import annotations
 
@@ -10,12 +10,18 @@ import numpy as np
 from lightseq_backend import ops, weights
 from lightseq_backend.config import EngineConfig, GptConfig
 from lightseq_backend.engine import Engine
-from lightseq_backend.errors import RequestError
+from lightseq_backend.errors import ConfigError, RequestError
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.request import GENERATE, SCORE, Output
+from lightseq_backend.serving.device import DEVICES, choose_device
+from lightseq_backend.serving.settings import BURSTS, PRECISIONS
 
 INFERENCES = 10
+SLOTS = 64
+UNBOUNDED = 1 << 30  # rows that may wait: who feeds an engine of his own bounds them himself
+_OPS = {"cpu": "cpu", "gpu": "cuda"}
+_STEMS, _SUFFIXES = ("transformer", "gpt"), (".pb", ".safetensors")
 
 
 def build(
@@ -23,14 +29,42 @@ def build(
     dialect: str = "head",
     kind: str | None = None,
     device: str = "cpu",
-    room: EngineConfig | None = None,
+    precision: str | None = None,
+    slots: int = SLOTS,
+    scores: bool = True,
 ) -> Engine:
-    """An engine, not started, for a weight file. WeightError or ConfigError when there is something wrong with it."""
-    backend = ops.load(device)
+    """An engine, not started, for a weight file. WeightError or ConfigError when there is something wrong with it.
+
+    device     cpu, gpu or auto
+    precision  None: fp32 on the CPU, fp16 on a GPU
+    scores     whether it has to score: a GPU is made ready for that apart
+    """
+    name = _ops_name(device)
+    backend = ops.load(name, precision=precision or PRECISIONS[name][0])
     config, arrays = weights.load(path, dialect, kind)
     model = Gpt(config, arrays, backend) if isinstance(config, GptConfig) else Transformer(config, arrays, backend)
-    room = room or EngineConfig(max_beam_size=max(16, config.decoding.beam_size), slots=64)
+    beams = min(max(16, config.decoding.width), slots)
+    room = EngineConfig(slots, beams, queue=UNBOUNDED, burst=BURSTS[name], scores=scores)
     return Engine(model, room, backend)
+
+
+def find_weights(path: str | Path) -> Path:
+    """The weight file at a path, or the one in the directory there."""
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    names = [f"{stem}{suffix}" for stem in dict.fromkeys((*_STEMS, path.resolve().name)) for suffix in _SUFFIXES]
+    found = [path / name for name in names if (path / name).is_file()]
+    if len(found) != 1:
+        there = f"{' and '.join(one.name for one in found)} are there" if found else "none is there"
+        raise ConfigError(f"{path} must hold one weight file of {', '.join(names)}; {there}")
+    return found[0]
+
+
+def _ops_name(device: str) -> str:
+    if device not in DEVICES:
+        raise ConfigError(f"device is {device!r}; devices are {', '.join(DEVICES)}")
+    return _OPS[choose_device(device)[0]]
 
 
 def read_test_case(path: str | Path) -> np.ndarray:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from lightseq_backend.config import MAX_SEED, Config, DecodingOptions, GptConfig
+from lightseq_backend.config import MAX_SEED, Config, DecodingOptions, GptConfig, TransformerConfig
 from lightseq_backend.errors import RequestError
 
 GENERATE = "generate"
@@ -22,11 +22,13 @@ class Hypothesis:
     tokens    int32 [n]: without start token or prompt; the end token is included when finished
     score     length-normalised log-probability
     finished  False when the step limit cut it
+    token_log_probabilities  float32 [n], where the request asked for them
     """
 
     tokens: np.ndarray
     score: float
     finished: bool
+    token_log_probabilities: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -36,13 +38,15 @@ class Output:
     hypotheses  best first; empty for a score request
     steps       decode steps the sequence took
     cut         whether the step limit came before every beam (or sample) had ended
-    loss        mean negative log-likelihood of the tokens after the first, natural log (score requests)
+    loss        mean negative log-likelihood of the scored tokens, natural log (score requests)
+    target_log_probabilities  float32 [n]: of each scored token, natural log (score requests)
     """
 
     hypotheses: tuple[Hypothesis, ...] = ()
     steps: int = 0
     cut: bool = False
     loss: float | None = None
+    target_log_probabilities: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class Request:
     reply     called exactly once, from the engine's thread, with the Output or the exception; must not block
     kind      GENERATE or SCORE
     stream    row number within the caller's batch: keeps samples of equal rows with equal seeds apart
+    target    int32 [t]: what a Transformer scores, as it would have generated it; None for all other requests
     """
 
     tokens: np.ndarray
@@ -61,6 +66,7 @@ class Request:
     reply: Callable[[Output | Exception], None]
     kind: str = GENERATE
     stream: int = 0
+    target: np.ndarray | None = None
 
 
 @dataclass(eq=False)
@@ -69,6 +75,7 @@ class Sequence:
 
     tokens, positions  int32 [m]: the row without padding, and the row of the position table for each token
     limit              tokens it may generate
+    scored             int32 [s]: what is scored, each token but the first `given` by those before it
     slots              the cache lanes it holds, one a beam or sample; empty until admitted
     queued             decode steps that the device has been given for it
     """
@@ -78,6 +85,8 @@ class Sequence:
     positions: np.ndarray
     limit: int
     seed: int
+    scored: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    given: int = 1
     slots: list[int] = field(default_factory=list)
     queued: int = 0
 
@@ -85,16 +94,18 @@ class Sequence:
     def of(cls, request: Request, config: Config) -> Sequence:
         """The sequence a request asks for; RequestError when this model cannot take it."""
         row = np.asarray(request.tokens)
+        if request.target is not None and (request.kind != SCORE or isinstance(config, GptConfig)):
+            raise RequestError("a target is for scoring a translation; this request takes none")
         columns = _columns(row, config)
         if isinstance(config, GptConfig):
             tokens, limit = _text(row, columns, request, config)
             positions = np.arange(tokens.size)
-        elif request.kind == SCORE:
-            raise RequestError("this model translates; only a GPT model scores text")
+            scored, given = tokens, 1
         else:
             # Padding is dropped, but its columns count: in the positions of what follows and in the step limit.
             tokens, positions = row[columns], columns
             limit = config.new_tokens(row.size, request.options)
+            scored, given = _decoded(request, config)
         seed = request.options.seed
         return cls(
             request=request,
@@ -102,7 +113,21 @@ class Sequence:
             positions=positions.astype(np.int32),
             limit=limit,
             seed=secrets.randbelow(MAX_SEED) if seed is None else seed,
+            scored=scored.astype(np.int32),
+            given=given,
         )
+
+    @property
+    def width(self) -> int:
+        """The cache lanes it needs: a scored target attends to its source in one, a scored text keeps nothing."""
+        if self.request.kind == GENERATE:
+            return self.request.options.width
+        return int(self.request.target is not None)
+
+    @property
+    def rows(self) -> int:
+        """Of the larger of the passes that read it."""
+        return max(len(self.tokens), len(self.scored) if self.request.kind == SCORE else 0)
 
 
 def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptConfig) -> tuple[np.ndarray, int]:
@@ -123,6 +148,43 @@ def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptCon
         return scored, 0
     prompt = tokens[columns[0] : columns[-1] + 1]
     return prompt, config.new_tokens(prompt.size, request.options)
+
+
+def _decoded(request: Request, config: TransformerConfig) -> tuple[np.ndarray, int]:
+    """What a Transformer's decoder reads of a target, and how many of those tokens are not scored."""
+    if request.kind != SCORE:
+        return np.zeros(0, np.int32), 0
+    if request.target is None:
+        raise RequestError("this model translates; it scores a target that is given with its source")
+    target = _without_filling(request.target, config)
+    forced = [config.start_id] if config.forced_id is None else [config.start_id, config.forced_id]
+    limit = config.max_positions - len(forced)
+    if target.size > limit:
+        raise RequestError(f"the target has {target.size} ids; this model takes {limit} (max_step)")
+    outside = np.flatnonzero((target < 0) | (target >= config.vocabulary))
+    if outside.size:
+        column = int(outside[0])
+        raise RequestError(
+            f"id {int(target[column])} at column {column} of the target is outside the vocabulary "
+            f"(0 to {config.vocabulary - 1})"
+        )
+    return np.concatenate([forced, target.astype(np.int64)]), len(forced)
+
+
+def _without_filling(target: np.ndarray, config: TransformerConfig) -> np.ndarray:
+    """The target without what fills it up to the length of others: padding, or end ids as in an answer."""
+    if target.ndim != 1 or not np.issubdtype(target.dtype, np.integer):
+        raise RequestError(
+            f"a target of ids is one-dimensional and integer; this one is {target.dtype} {list(target.shape)}"
+        )
+    fills = (target == config.padding_id) | (target == config.end_id)
+    size = target.size - int(np.argmin(fills[::-1])) if not fills.all() else 0
+    filled = np.flatnonzero(target[size:] == config.end_id)
+    if filled.size:
+        size += int(filled[0]) + 1
+    if size == 0:
+        raise RequestError("the target is empty; it needs at least one id")
+    return target[:size]
 
 
 def _columns(row: np.ndarray, config: Config) -> np.ndarray:

@@ -432,6 +432,28 @@ def _cross_attention() -> Iterator[Case]:
             elements=2 * hidden * (rows + sum(length for _, length in sequences)),
             words=2 * rows,
         )
+    yield Case(
+        "targets 5+3+1 rows 64/2",
+        "cross_attention",
+        partial(_targets_arguments, (5, 3, 1), 64, 2),
+        ("out",),
+        elements=2 * 64 * (9 + 19 + 40 + 1),
+        words=2 * 9,
+    )
+
+
+def _targets_arguments(targets: tuple[int, ...], hidden: int, heads: int) -> Arguments:
+    """Rows of one target each have its one slot, as when targets are scored."""
+    arguments = _cross_attention_arguments(((1, 19), (1, 40), (1, 1)), hidden, heads)
+    own = arguments["rows"][arguments["slots"]["width"][arguments["rows"]] > 0]
+    nobody = [slot for slot in arguments["rows"] if slot not in own]
+    rows = np.array([*np.repeat(own, targets), *nobody], np.int32)
+    random = _seeded(*targets)
+    return arguments | {
+        "rows": rows,
+        "query": 2 * _floats(random, rows.size, hidden),
+        "out": _empty(rows.size, hidden),
+    }
 
 
 def _cross_attention_arguments(sequences: tuple[tuple[int, int], ...], hidden: int, heads: int) -> Arguments:

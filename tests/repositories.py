@@ -20,6 +20,10 @@ TIMEOUT = 60.0  # seconds
 TRANSFORMER = {"inputs": {"source_ids": "INT32"}, "outputs": {"target_ids": "INT32", "target_scores": "FP32"}}
 GENERATE = {"inputs": {"src_ids:0": "INT32"}, "outputs": {"trg_ids:0": "INT32", "score": "FP32"}}
 BEST = {"inputs": {"src_ids:0": "INT32"}, "outputs": {"trg_ids:0": "INT32"}}
+SCORED = {
+    "inputs": {"source_ids": "INT32", "target_ids": "INT32"},
+    "outputs": {"log_probability": "FP32", "token_log_probabilities": "FP32"},
+}
 GPT = {"inputs": {"token_ids": "INT32"}, "outputs": {"result": "INT32"}}
 GPTLM = {"inputs": {"inputs_ids": "INT32"}, "outputs": {"loss": "FP32"}}
 

@@ -180,7 +180,7 @@ BAD_MODELS = {
     "transformer_as_gpt": ["t01_base.pb cannot be used", "this looks like a transformer file, not a gpt file"],
     "names": [
         "input 'ids' is unknown; inputs are source_ids, src_ids:0, token_ids, inputs_ids",
-        "output 'words' is unknown; outputs are gpt_out, gpt_scores, loss",
+        "output 'words' is unknown; outputs are gpt_out, gpt_scores, log_probability, loss",
         "output score is TYPE_FP64; it must be TYPE_FP32",
         "parameter 'slotz' is unknown; parameters are weights, dialect, precision, slots",
         "dialect is 'v7'; dialects are head, v0",

@@ -368,11 +368,6 @@ def test_bad_row_is_refused_and_nothing_of_its_batch_is_queued(row: Any, message
     assert (engine.waiting, replies.results) == (0, {})
 
 
-def test_transformer_refuses_to_score() -> None:
-    with pytest.raises(RequestError, match="only a GPT model scores"):
-        transformer().answer([[3]], kind=SCORE)
-
-
 @pytest.mark.parametrize("padding_id", [67, -1])
 def test_padding_outside_the_vocabulary_cannot_stand_between_scored_tokens(padding_id: int) -> None:
     engine = small_models.engine(*small_models.gpt(22, **{**GPT, "padding_id": padding_id}))

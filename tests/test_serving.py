@@ -19,6 +19,7 @@ from repositories import (
     GENERATE,
     GPT,
     GPTLM,
+    SCORED,
     TRANSFORMER,
     arrays,
     ask,
@@ -124,7 +125,7 @@ def test_losses_are_a_column() -> None:
 
 def test_without_batch_dimension_a_request_is_one_row() -> None:
     unbatched = wire(TRANSFORMER, rows=0)
-    assert [row.tolist() for row in unbatched.rows(ROW)] == [[3, 4]]
+    assert [row.tolist() for row in unbatched.rows(ROW, "source_ids")] == [[3, 4]]
     tensors = unbatched.answer([ROW], [ENDED], HEAD)
     assert tensors["target_ids"].tolist() == [[7, 2, 2], [7, 8, 2]]
     assert tensors["target_scores"].tolist() == [-0.5, -0.75]
@@ -185,19 +186,30 @@ def test_engine_has_room_for_the_files_own_beams_and_a_full_batch(tmp_path: Path
     file, _ = small_models.transformer()
     wide = settings(tmp_path, max_batch_size=512)
     config = small_models.transformer(decoding=type(file.decoding)(beam_size=40))[0]
-    assert wide.engine_config(config) == EngineConfig(slots=40, max_beam_size=40, queue=512)
+    assert wide.engine_config(config) == EngineConfig(slots=40, max_beam_size=40, queue=512, scores=False)
 
 
 def test_engine_sizes_of_the_configuration_count(tmp_path: Path) -> None:
     (tmp_path / "transformer.pb").touch()
     sizes = {"slots": 8, "queue": 9, "burst": 3, "prompt_tokens": 77}
-    wanted = EngineConfig(slots=8, max_beam_size=8, queue=9, burst=3, prompt_tokens=77)
+    wanted = EngineConfig(slots=8, max_beam_size=8, queue=9, burst=3, prompt_tokens=77, scores=False)
     assert settings(tmp_path, parameters=sizes).engine_config(HEAD) == wanted
 
 
 def test_scoring_takes_no_memory_for_slots(tmp_path: Path) -> None:
     (tmp_path / "gpt.pb").touch()
     assert settings(tmp_path, GPTLM).engine_config(TEXT).slots == 1
+
+
+def test_only_a_model_that_scores_is_made_ready_to(tmp_path: Path) -> None:
+    for kind, tensors, config, scores in (
+        ("gpt", GPTLM, TEXT, True),
+        ("gpt", GPT, TEXT, False),
+        ("transformer", TRANSFORMER, HEAD, False),
+        ("transformer", SCORED, HEAD, True),
+    ):
+        (tmp_path / f"{kind}.pb").touch()
+        assert settings(tmp_path, tensors).engine_config(config).scores == scores
 
 
 def test_all_faults_of_a_configuration_are_named_at_once(tmp_path: Path) -> None:

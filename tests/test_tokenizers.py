@@ -76,6 +76,12 @@ def test_translators_words_are_the_clients(words: str) -> None:
     assert ours.encode(words) == theirs.encode(words)
 
 
+def test_words_of_a_target_are_the_targets() -> None:
+    tokenizer = load(SHIPPED / "transformer", fitting(TRANSLATOR, 103, 108, 107, 0))
+    words = (SHIPPED / "transformer" / "target.vocab.txt").read_text().split("\n")
+    assert tokenizer.encode_target("one thousand") == [words.index("one"), words.index("thousand"), 107]
+
+
 @pytest.mark.parametrize("ids", [[98, 107, 5], [1, 2, 3], [106, 0, 105, 99], []])
 def test_translators_ids_are_the_clients_text(ids: list[int]) -> None:
     ours = load(SHIPPED / "transformer", fitting(TRANSLATOR, 103, 108, 107, 0))
@@ -211,6 +217,14 @@ def test_damaged_model_of_pieces_is_refused(marian: Path) -> None:
         load(marian, marian_config())
 
 
+def test_marian_writes_a_target_with_the_targets_ids(marian: Path, pieces: Path) -> None:
+    own = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    names = ["<unk>", *(own.id_to_piece(i) for i in range(89, 2, -1)), "<pad>", "</s>"]
+    (marian / "target_vocab.json").write_text(json.dumps({name: id_ for id_, name in enumerate(names)}))
+    tokenizer = load(marian, fitting(TRANSLATOR, 91, 90, 89, 90))
+    assert tokenizer.encode_target("the dog") == [*(90 - id_ for id_ in own.encode("the dog")), 89]
+
+
 # Many languages ---------------------------------------------------------------------------------------------------
 
 
@@ -248,6 +262,17 @@ def test_unknown_piece_has_fairseqs_unknown_id(tmp_path: Path, pieces: Path) -> 
     assert 3 in tokenizer.encode("the Ψ")
     with pytest.raises(RequestError, match="none of them is in the vocabulary of 93"):
         tokenizer.encode("ΨΩ")
+
+
+@pytest.mark.parametrize("kind", ["NllbTokenizer", "MBartTokenizer"])
+def test_target_begins_behind_the_language_that_the_decoder_is_fed(tmp_path: Path, pieces: Path, kind: str) -> None:
+    directory = multilingual(tmp_path, pieces, kind, NAMES, src_lang="eng_Latn")
+    own = sentencepiece.SentencePieceProcessor(model_file=str(pieces))
+    wanted = [*(id_ + 1 for id_ in own.encode("le chien")), 2]
+    for fed in ({"forced_id": 92, "start_id": 2}, {"start_id": 92}):
+        assert load(directory, replace(config_of(94), **fed)).encode_target("le chien") == wanted
+    with pytest.raises(RequestError, match="no target language of its own"):
+        load(directory, replace(config_of(94), start_id=2)).encode_target("le chien")
 
 
 def config_of(size: int) -> Config:
@@ -340,7 +365,9 @@ def saved(root: Path, bpe: Path, template: str | None = None, **config: Any) -> 
     own.decoder = tokenizers.decoders.ByteLevel()
     own.add_special_tokens(["<|endoftext|>", "<pad>", "</s>", "fr_XX"])  # ids 300 to 303
     if template:
-        own.post_processor = tokenizers.processors.TemplateProcessing(single=template, special_tokens=[("</s>", 302)])
+        own.post_processor = tokenizers.processors.TemplateProcessing(
+            single=template, special_tokens=[("</s>", 302), ("fr_XX", 303)]
+        )
     own.enable_truncation(4)
     own.save(str(root / "tokenizer.json"))
     (root / "tokenizer_config.json").write_text(json.dumps(config))
@@ -354,6 +381,14 @@ def test_tokenizer_file_says_what_stands_around_a_text(tmp_path: Path, bpe: Path
     assert len(plain) > 4  # the file's own truncation would cut it
     assert tokenizer.encode(SENTENCES[0]) == [*plain, 302]
     assert tokenizer.decode([301, *plain, 302]) == SENTENCES[0]
+
+
+def test_tokenizer_file_writes_a_target_as_its_kind_does(tmp_path: Path, bpe: Path) -> None:
+    plain, config = load(bpe, bpe_config()).encode("le chien"), fitting(TRANSLATOR, 304, 304, 302, 301)
+    directory = saved(tmp_path, bpe, "$A </s>", eos_token="</s>", pad_token="<pad>")
+    assert load(directory, config).encode_target("le chien") == [*plain, 302]
+    directory = saved(tmp_path, bpe, "fr_XX $A </s>", eos_token="</s>", tokenizer_class="MBart50Tokenizer")
+    assert load(directory, replace(config, forced_id=303)).encode_target("le chien") == [*plain, 302]
 
 
 def test_source_language_stands_where_the_family_puts_it_in_a_tokenizer_file_too(tmp_path: Path, bpe: Path) -> None:
@@ -377,6 +412,17 @@ def test_bart_reads_a_source_between_start_and_end(tmp_path: Path, bpe: Path) ->
     assert tokenizer.decode([2, 0, *(id_ + 4 for id_ in plain), 2]) == "the dog"
 
 
+def test_bart_writes_a_start_unless_its_decoder_is_fed_one(tmp_path: Path, bpe: Path) -> None:
+    ids = json.loads((bpe / "vocab.json").read_text())
+    specials = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3}
+    moved = {token: id_ + 4 for token, id_ in ids.items() if token != "<|endoftext|>"}
+    (tmp_path / "vocab.json").write_text(json.dumps({**specials, **moved}))
+    (tmp_path / "merges.txt").symlink_to(bpe / "merges.txt")
+    plain, config = [id_ + 4 for id_ in load(bpe, bpe_config()).encode("the dog")], fitting(TRANSLATOR, 304, 304, 2, 1)
+    assert load(tmp_path, config).encode_target("the dog") == [0, *plain, 2]
+    assert load(tmp_path, replace(config, forced_id=0)).encode_target("the dog") == [*plain, 2]
+
+
 def test_damaged_tokenizer_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ConfigError, match=r"tokenizer\.json cannot be used"):
@@ -391,6 +437,13 @@ def test_empty_text_is_refused(marian: Path, nothing: str) -> None:
     for tokenizer in (load(marian, marian_config()), load(SHIPPED / "gpt", fitting(GENERATOR, 109, 109, 108, 0))):
         with pytest.raises(RequestError, match="the text is empty; it needs at least one token"):
             tokenizer.encode(nothing)
+
+
+def test_nothing_is_no_target_either(marian: Path) -> None:
+    with pytest.raises(RequestError, match="the text is empty"):
+        load(marian, marian_config()).encode_target(" ")
+    with pytest.raises(RequestError, match="none of them is in the vocabulary of 91"):
+        load(marian, marian_config()).encode_target("Ψ")
 
 
 def test_vocabulary_of_another_size_is_refused_with_both_sizes() -> None:

@@ -86,7 +86,8 @@ def _plan(model: Any, config: EngineConfig, beams: int, ops: ModuleType) -> dict
     lanes = config.slots + 1
     prompt_rows = max(config.prompt_tokens, shape.max_positions)
     rows = max(buckets(config.slots))
-    logits = max(rows, min(prompt_rows, ops.SCORED_ROWS)) if isinstance(shape, GptConfig) else rows
+    scores_texts = isinstance(shape, GptConfig) and config.scores  # targets make do with a step's
+    logits = max(rows, min(prompt_rows, ops.SCORED_ROWS)) if scores_texts else rows
     memory_layers = 0 if isinstance(shape, GptConfig) else shape.decoder_layers
     widths = Work.widths(shape.hidden, shape.inner, memory_layers)
     vocabulary = -(-shape.vocabulary // ops.LOGITS_ALIGNMENT) * ops.LOGITS_ALIGNMENT

@@ -15,6 +15,7 @@ import numpy as np
 
 from lightseq_backend.config import DecodingLimits, DecodingOptions, EngineConfig, GptConfig
 from lightseq_backend.decoding import beam, sampling
+from lightseq_backend.engine import scoring
 from lightseq_backend.engine.buffers import allocate
 from lightseq_backend.engine.graphs import Passes, Steps
 from lightseq_backend.engine.scheduler import Scheduler
@@ -44,7 +45,7 @@ class Engine:
         ops.start()
         self._buffers = allocate(model, config, beams, ops)
         self._steps = Steps(model, self._buffers, config.slots, ops)
-        self._passes = Passes(model, self._buffers, ops)
+        self._passes = Passes(model, self._buffers, config.scores, ops)
         # What is read while serving, read once in full: that makes the room it takes.
         ops.get(self._buffers.state.history)
         for largest in (self._buffers.state.slots, self._buffers.scored):
@@ -101,6 +102,8 @@ class Engine:
         the device has failed.
         """
         for request in requests:
+            if request.kind == SCORE and not self.config.scores:
+                raise RequestError("this model is loaded for generation alone")
             if request.kind == GENERATE and request.options.width > self.limits.max_beam_size:
                 raise RequestError(
                     f"the request is {request.options.width} rows wide; this model takes {self.limits.max_beam_size}"
@@ -111,13 +114,18 @@ class Engine:
         self._scheduler.enqueue(sequences)
 
     def answer(
-        self, rows: Ordered[Ordered[int]], kind: str = GENERATE, changes: dict[str, object] | None = None
+        self,
+        rows: Ordered[Ordered[int]],
+        kind: str = GENERATE,
+        changes: dict[str, object] | None = None,
+        targets: Ordered[Ordered[int]] | None = None,
     ) -> list[Output]:
         """Submits rows of ids, however many there are, and returns their outputs in order; raises what they raise.
 
-        Without `start` the calling thread runs the engine.
+        targets: of a translation that is scored, one a row. Without `start` the calling thread runs the engine.
         """
-        options = self.options(changes)
+        wanted = [None] * len(rows) if targets is None else [np.asarray(target) for target in targets]
+        options = self.options(changes) if kind == GENERATE else self.model.config.decoding
         results: dict[int, Output | Exception] = {}
         done = threading.Condition()
 
@@ -132,15 +140,15 @@ class Engine:
         for start in range(0, len(rows), self.config.queue):
             part = rows[start : start + self.config.queue]
             requests = [
-                Request(np.asarray(ids, np.int64), options, reply_to(start + i), kind, start + i)
-                for i, ids in enumerate(part)
+                Request(np.asarray(ids, np.int64), options, reply_to(i), kind, i, wanted[i])
+                for i, ids in enumerate(part, start)
             ]
             self.submit(requests)
-            wanted = start + len(part)
+            there = start + len(part)
             while not self.alive and not self.idle:
                 self.step()
             with done:
-                done.wait_for(lambda wanted=wanted: len(results) >= wanted)  # type: ignore[misc]
+                done.wait_for(lambda there=there: len(results) >= there)  # type: ignore[misc]
         outputs = [results[row] for row in range(len(rows))]
         for output in outputs:
             if isinstance(output, Exception):
@@ -152,9 +160,10 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
-    def stop(self, patience: float = 30.0) -> None:
-        """Takes no more, finishes what runs or waits within `patience` seconds, answers the rest with an error."""
-        self._stopping = True
+    def stop(self, patience: float = 30.0, finish: bool = True) -> None:
+        """Takes no more, finishes what runs or waits within `patience` seconds (without `finish`: the step it is at),
+        answers the rest with an error."""
+        self._stopping, self._abandoned = True, not finish
         self._scheduler.close()
         if self._thread is not None:
             self._thread.join(patience)
@@ -203,10 +212,7 @@ class Engine:
             return
         # A prompt's last token is left to the first decode step, which then is like any other.
         held_back = int(isinstance(self.model.config, GptConfig))
-        read = [one.tokens[: len(one.tokens) - held_back] for one in sequences]
-        if any(map(len, read)):
-            self._passes.prefill(self._upload(sequences, read))
-            self.counts["prompt_tokens"] += sum(map(len, read))
+        self._read(sequences, [one.tokens[: len(one.tokens) - held_back] for one in sequences])
         if not isinstance(self.model.config, GptConfig) and self.model.config.forced_id is not None:
             self._feed_start(sequences)
         self._write_records(sequences, self._first_records)
@@ -229,25 +235,22 @@ class Engine:
         self._retire(sequence, output)
         return True
 
-    def _upload(self, sequences: list[Sequence], read: list[np.ndarray]) -> int:
-        """Brings the first tokens of sequences, `read`, to the device as a pack; returns the pack's rows."""
-        kept = [(one, tokens) for one, tokens in zip(sequences, read) if len(tokens)]
-        lengths = np.array([len(tokens) for _, tokens in kept])
-        starts = np.cumsum(lengths) - lengths
-        rows = int(lengths.sum())
-        size = self._passes.size(rows)
-        memory = np.zeros(Pack.elements(size), np.int32)
-        pack = Pack.of(memory, size)
-        pack.tokens[rows:], pack.lanes[rows:], pack.starts[:] = -1, self._nobody, rows
-        pack.tokens[:rows] = np.concatenate([tokens for _, tokens in kept])
-        pack.positions[:rows] = np.concatenate([one.positions[: len(tokens)] for one, tokens in kept])
-        pack.lanes[:rows] = np.repeat([one.slots[0] if one.slots else self._nobody for one, _ in kept], lengths)
-        pack.steps[:rows] = np.arange(rows) - np.repeat(starts, lengths)
-        pack.starts[: len(kept)] = starts
-        # A row is scored for the token after it; LightSeq looks up padding between tokens by its own id there.
-        following = pack.tokens[1:rows]
-        pack.targets[: rows - 1] = np.where(following < 0, self.model.config.padding_id, following)
-        pack.targets[starts + lengths - 1] = 0  # nothing follows
+    def _read(self, sequences: list[Sequence], texts: list[np.ndarray]) -> None:
+        """Prompts or sources, of each sequence's tokens the first, as `texts` has them: keys and values are kept."""
+        kept = [(one, text) for one, text in zip(sequences, texts) if len(text)]
+        if not kept:
+            return
+        sequences, texts = [one for one, _ in kept], [text for _, text in kept]
+        positions = [one.positions[: len(text)] for one, text in kept]
+        self._passes.prefill(self._upload(sequences, texts, positions))
+        self.counts["prompt_tokens"] += sum(map(len, texts))
+
+    def _upload(self, sequences: list[Sequence], texts: list[np.ndarray], positions: list[np.ndarray]) -> int:
+        """Brings a text of each sequence, none empty, to the device as a pack; returns the pack's rows."""
+        size = self._passes.size(sum(map(len, texts)))
+        memory = np.empty(Pack.elements(size), np.int32)
+        lanes = [one.slots[0] if one.slots else self._nobody for one in sequences]
+        Pack.of(memory, size).lay(texts, positions, lanes, self._nobody, self.model.config.padding_id)
         self._ops.put(self._buffers.prompt[: memory.size], memory)
         return size
 
@@ -354,19 +357,18 @@ class Engine:
         return sampling.finish(records, history)
 
     def _score(self, sequences: list[Sequence]) -> None:
-        """Perplexity of all sequences, in one pass."""
+        """Log-probabilities of what all sequences were given, in one pass behind that over their sources."""
         if not sequences:
             return
-        texts = [one.tokens for one in sequences]
-        lengths = np.array([len(text) for text in texts])
-        ends = np.cumsum(lengths)
-        self._passes.score(self._upload(sequences, texts))
-        scored = self._ops.fetch(self._buffers.scored[: ends[-1]])().astype(np.float64)
-        scored[ends - 1] = 0  # nothing follows a text's last token
-        losses = (0 - np.add.reduceat(scored, ends - lengths)) / np.maximum(1, lengths - 1)  # 0 - 0 is not -0
-        self.counts["scored_tokens"] += int((lengths - 1).sum())
-        for sequence, loss in zip(sequences, losses.tolist(), strict=True):
-            self._retire(sequence, Output(loss=loss))
+        if not isinstance(self.model.config, GptConfig):
+            self._read(sequences, [one.tokens for one in sequences])
+            self._write_records(sequences, scoring.record)
+        texts = [one.scored for one in sequences]
+        self._passes.score(self._upload(sequences, texts, [np.arange(len(text)) for text in texts]))
+        scored = self._ops.fetch(self._buffers.scored[: sum(map(len, texts))])()
+        for sequence, output in zip(sequences, scoring.outputs(sequences, scored), strict=True):
+            self.counts["scored_tokens"] += len(sequence.scored) - sequence.given
+            self._retire(sequence, output)
 
     def _retire(self, sequence: Sequence, result: Output | Exception) -> None:
         """Answers, exactly once: whoever is not in _admitted any more has had an answer.

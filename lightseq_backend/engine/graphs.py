@@ -36,9 +36,9 @@ class Steps:
 class Passes:
     """Passes over a pack in buffers.prompt, one for each number of rows it may be laid out for."""
 
-    def __init__(self, model: Any, buffers: Buffers, ops: ModuleType):
+    def __init__(self, model: Any, buffers: Buffers, scores: bool, ops: ModuleType):
+        """scores: whether there are passes that score."""
         self._sizes = ops.pass_sizes(buffers.prompt_rows)
-        scores = isinstance(model.config, GptConfig)
         self._prefills = {rows: ops.capture(partial(_prefill, model, buffers, rows)) for rows in self._sizes}
         self._scores = {
             rows: ops.capture(partial(_score, model, buffers, rows, ops)) for rows in (self._sizes if scores else ())
@@ -62,9 +62,12 @@ def _prefill(model: Any, buffers: Buffers, rows: int) -> None:
 
 
 def _score(model: Any, buffers: Buffers, rows: int, ops: ModuleType) -> None:
-    """The texts are read whole, the vocabulary is looked at for a tile of rows at a time."""
+    """Texts or targets are read whole, the vocabulary is looked at for a tile of rows at a time."""
     pack, work, head = Pack.of(buffers.prompt, rows), buffers.work.first(rows), model.head
-    model.read(pack, work)
+    if isinstance(model.config, GptConfig):
+        model.read(pack, work)
+    else:
+        model.read_targets(pack, buffers.state.slots, work, buffers.cache)
     tile = len(buffers.state.logits)
     for start in range(0, rows, tile):
         part = slice(start, min(start + tile, rows))

@@ -8,7 +8,7 @@ from collections import deque
 
 from lightseq_backend.config import EngineConfig
 from lightseq_backend.errors import Overloaded
-from lightseq_backend.request import GENERATE, Sequence
+from lightseq_backend.request import Sequence
 
 
 class Scheduler:
@@ -50,8 +50,8 @@ class Scheduler:
         with self.changed:
             while self._waiting:
                 sequence = self._waiting[0]
-                width = sequence.request.options.width if sequence.request.kind == GENERATE else 0
-                rows += len(sequence.tokens)
+                width = sequence.width
+                rows += sequence.rows
                 if width > len(self._free) or (admitted and rows > self._config.prompt_tokens):
                     break
                 sequence.slots = [heapq.heappop(self._free) for _ in range(width)]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 Array = Any
 
@@ -34,3 +37,30 @@ class Pack:
         """The views of a pack of so many rows in int32 [elements(rows) or more]."""
         tokens, positions, lanes, steps, targets = (memory[i * rows : (i + 1) * rows] for i in range(5))
         return cls(tokens, positions, lanes, steps, targets, memory[5 * rows : cls.elements(rows)])
+
+    def lay(
+        self,
+        texts: Sequence[np.ndarray],
+        positions: Sequence[np.ndarray],
+        lanes: Sequence[int],
+        nobody: int,
+        padding_id: int,
+    ) -> None:
+        """Lays texts, none of them empty, end to end; host memory. Rows behind them are filled up: lane `nobody`.
+
+        Each text has its positions, int32 and as many, and its lane. A row is scored for the token after it.
+        """
+        lengths = np.array([len(text) for text in texts])
+        starts = np.cumsum(lengths) - lengths
+        rows = int(lengths.sum())
+        self.tokens[rows:], self.positions[rows:] = -1, 0
+        self.lanes[rows:], self.steps[rows:] = nobody, 0
+        self.tokens[:rows], self.positions[:rows] = np.concatenate(texts), np.concatenate(positions)
+        self.lanes[:rows] = np.repeat(lanes, lengths)
+        self.steps[:rows] = np.arange(rows) - np.repeat(starts, lengths)
+        self.starts[: len(texts)], self.starts[len(texts) :] = starts, rows
+        self.targets[:] = 0  # of what nothing follows
+        # LightSeq looks up padding between tokens by its own id where it is scored.
+        following = self.tokens[1:rows]
+        self.targets[: rows - 1] = np.where(following < 0, padding_id, following)
+        self.targets[starts + lengths - 1] = 0

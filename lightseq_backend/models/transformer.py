@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -74,30 +75,51 @@ class Transformer:
 
     def step(self, rows: Array, slots: Array, work: Work, cache: Cache) -> None:
         """One decoder token a row, into work.x. rows: int32 [n], the slot of each; work has n rows."""
-        arithmetic, ops = self.arithmetic, self.arithmetic.ops
-        embedded = work.x if self.target_norm is None else work.query
-        ops.embed_rows(rows, slots, self.target_tokens, self.target_positions, embedded)
-        if self.target_norm is not None:
-            ops.layer_norm(embedded, self.target_norm, arithmetic.epsilon, work.x)
-        for layer, (self_attention, cross_attention, feed_forward) in enumerate(self.decoder):
-            arithmetic.attention(
-                work,
-                self_attention,
-                partial(
-                    ops.decode_attention,
-                    rows=rows,
-                    slots=slots,
-                    ancestors=cache.ancestors,
-                    keys=cache.keys[layer],
-                    values=cache.values[layer],
-                    heads=self.config.heads,
-                ),
+        ops = self.arithmetic.ops
+
+        def attend(layer: int) -> Callable[..., None]:
+            return partial(
+                ops.decode_attention,
+                rows=rows,
+                slots=slots,
+                ancestors=cache.ancestors,
+                keys=cache.keys[layer],
+                values=cache.values[layer],
+                heads=self.config.heads,
             )
+
+        self._embed_target(partial(ops.embed_rows, rows, slots), work)
+        self._decode(attend, rows, slots, work, cache)
+
+    def read_targets(self, pack: Pack, slots: Array, work: Work, cache: Cache) -> None:
+        """The decoder's hidden states of packed targets, into work.x; no keys or values of theirs are kept.
+
+        A row attends to the source of its lane's record, which is of one beam.
+        """
+        ops = self.arithmetic.ops
+        attend = partial(ops.packed_attention, starts=pack.starts, heads=self.config.heads, causal=True)
+        self._embed_target(partial(ops.embed_tokens, pack.tokens, pack.positions), work)
+        self._decode(lambda layer: attend, pack.lanes, slots, work, cache)
+
+    def _embed_target(self, embed: Callable[..., None], work: Work) -> None:
+        arithmetic = self.arithmetic
+        embedded = work.x if self.target_norm is None else work.query
+        embed(self.target_tokens, self.target_positions, embedded)
+        if self.target_norm is not None:
+            arithmetic.ops.layer_norm(embedded, self.target_norm, arithmetic.epsilon, work.x)
+
+    def _decode(
+        self, attend: Callable[[int], Callable[..., None]], rows: Array, slots: Array, work: Work, cache: Cache
+    ) -> None:
+        """The decoder's layers; attend(layer) is the self-attention of one. rows: int32 [n], the slot of each."""
+        arithmetic = self.arithmetic
+        for layer, (self_attention, cross_attention, feed_forward) in enumerate(self.decoder):
+            arithmetic.attention(work, self_attention, attend(layer))
             arithmetic.cross_attention(
                 work,
                 cross_attention,
                 partial(
-                    ops.cross_attention,
+                    arithmetic.ops.cross_attention,
                     rows=rows,
                     slots=slots,
                     keys=cache.memory_keys[layer],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from lightseq_backend.serving.replies import Replies
 from lightseq_backend.serving.settings import Settings, read_settings
 from lightseq_backend.serving.tensors import strings_arrive, survive_strings, to_numpy
 from lightseq_backend.serving.texts import Texts
-from lightseq_backend.serving.wire import TEXT_INPUT
+from lightseq_backend.serving.wire import TARGET_IDS, TARGET_TEXT, TEXT_INPUT
 
 log = logging.getLogger(__name__)
 
@@ -82,29 +83,39 @@ class TritonPythonModel:
     def _submit(self, request: Any, sender: Any) -> None:
         if not self._engine.alive:
             raise RuntimeError("the engine's thread has ended; the model must be loaded again")
-        rows, from_text = self._rows(request)
+        rows, from_text = self._given(request, self._wire.input, TEXT_INPUT, self._wire.text_input, self._texts.rows)
+        targets: list[Any] = [None] * len(rows)
+        if self._wire.form.takes_targets:
+            targets, _ = self._given(request, TARGET_IDS, TARGET_TEXT, self._wire.target_text, self._texts.targets)
+            if len(targets) != len(rows):
+                raise RequestError(f"there are {len(targets)} targets for {len(rows)} sources; each needs one")
         options = self._options(self._wire.changes(request.parameters()))
         kind = self._wire.form.task
         wants_text = self._texts.written and self._wire.wants_text(from_text, request.requested_output_names())
         replies = self._replies.expect(sender, rows, self._texts.decode if wants_text else None)
-        wanted = [Request(row, options, reply, kind, i) for i, (row, reply) in enumerate(zip(rows, replies))]
+        wanted = [
+            Request(row, options, reply, kind, i, target)
+            for i, (row, reply, target) in enumerate(zip(rows, replies, targets))
+        ]
         try:
             self._engine.submit(wanted)
         except RequestError as error:
             raise _naming_the_row(wanted, self._engine.model.config, error) from None
 
-    def _rows(self, request: Any) -> tuple[list[np.ndarray], bool]:
-        """The rows of a request, and whether it gave them as text."""
-        ids = pb_utils.get_input_tensor_by_name(request, self._wire.input)
-        given = pb_utils.get_input_tensor_by_name(request, TEXT_INPUT) if self._wire.text_input else None
+    def _given(
+        self, request: Any, ids_name: str, text_name: str, takes_text: bool, rows_of: Callable[..., list[np.ndarray]]
+    ) -> tuple[list[np.ndarray], bool]:
+        """The rows of a request's input, and whether it gave them as text."""
+        ids = pb_utils.get_input_tensor_by_name(request, ids_name)
+        given = pb_utils.get_input_tensor_by_name(request, text_name) if takes_text else None
         if given is None:
             if ids is None:
-                either = f"{self._wire.input} or {TEXT_INPUT}" if self._wire.text_input else self._wire.input
-                raise RequestError(f"input {either} is missing")
-            return self._wire.rows(np.array(to_numpy(ids))), False  # a copy: the memory is ours until we return
+                raise RequestError(f"input {f'{ids_name} or {text_name}' if takes_text else ids_name} is missing")
+            copy = np.array(to_numpy(ids))  # the memory is ours until we return
+            return self._wire.rows(copy, ids_name), False
         if ids is not None:
-            raise RequestError(f"the request gives both {self._wire.input} and {TEXT_INPUT}; it takes one of them")
-        return self._texts.rows(given.as_numpy()), True
+            raise RequestError(f"the request gives both {ids_name} and {text_name}; it takes one of them")
+        return rows_of(given.as_numpy()), True
 
     def _options(self, changes: dict[str, object]) -> DecodingOptions:
         if self._wire.form.task == SCORE:
@@ -122,8 +133,9 @@ def _engine(settings: Settings) -> Engine:
 
 def _texts(settings: Settings, config: Config) -> Texts:
     """The model's tokenizer, where config.pbtxt asks for one. A model without is served, and refuses text."""
-    if not (settings.wire.text_input or settings.wire.text_output):
-        return Texts(settings.wire, config, None, "")
+    wire = settings.wire
+    if not (wire.text_input or wire.target_text or wire.text_output):
+        return Texts(wire, config, None, "")
     if not strings_arrive():
         survive_strings()
         obstacle = f"Triton's Python stub takes no strings under NumPy {np.__version__}; NumPy 1 works, and ids do"

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightseq_backend.config import DIALECTS, Config, EngineConfig
+from lightseq_backend.config import DIALECTS, Config, EngineConfig, GptConfig
 from lightseq_backend.errors import ConfigError
 from lightseq_backend.request import SCORE
 from lightseq_backend.serving.wire import GPT, TRANSFORMER, Wire, read_wire
@@ -55,7 +55,8 @@ class Settings:
         """
         sizes = dict(self.sizes)
         plain = EngineConfig()
-        if self.wire.form.task == SCORE:  # needs no slots
+        scores = self.wire.form.task == SCORE
+        if scores and isinstance(config, GptConfig):  # a text needs no slots
             sizes.setdefault("slots", 1)
         beams = max(plain.max_beam_size, config.decoding.width)
         sizes.setdefault("slots", max(plain.slots, beams))
@@ -64,7 +65,7 @@ class Settings:
         sizes.setdefault("burst", BURSTS[self.device])
         if sizes["queue"] < self.max_rows:
             raise ConfigError(f"queue is {sizes['queue']}; max_batch_size lets a request have {self.max_rows} rows")
-        return EngineConfig(**sizes)
+        return EngineConfig(**sizes, scores=scores)
 
 
 def read_settings(args: Mapping[str, str], environment: Mapping[str, str] = os.environ) -> Settings:

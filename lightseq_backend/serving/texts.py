@@ -8,10 +8,9 @@ import numpy as np
 
 from lightseq_backend.config import Config
 from lightseq_backend.errors import RequestError
-from lightseq_backend.serving.wire import Wire
+from lightseq_backend.serving.wire import TARGET_TEXT, TEXT_INPUT, Wire
 from lightseq_backend.text import Tokenizer
-
-BYTES_A_POSITION = 64  # of text, before it is tokenised at all: few tokens are that long, and megabytes take seconds
+from lightseq_backend.text.rows import source_row, target_row
 
 
 class Texts:
@@ -30,34 +29,25 @@ class Texts:
 
     def rows(self, given: np.ndarray) -> list[np.ndarray]:
         """int32 rows of ids for a text_input tensor; RequestError says what is wrong with the first bad text."""
-        if self._tokenizer is None:
-            raise RequestError(f"this model takes ids only: {self._obstacle}")
-        texts, rows = self._wire.texts(given), []
-        for number, text in enumerate(texts):
-            try:
-                rows.append(self._row(text, self._tokenizer.encode))
-            except RequestError as error:
-                raise RequestError(f"row {number}: {error}" if len(texts) > 1 else str(error)) from None
-        return rows
+        return self._rows(given, TEXT_INPUT, source_row)
+
+    def targets(self, given: np.ndarray) -> list[np.ndarray]:
+        """int32 rows of ids for a target_text tensor, as `rows`."""
+        return self._rows(given, TARGET_TEXT, target_row)
 
     def decode(self, ids: Iterable[int]) -> str:
         assert self._tokenizer is not None
         return self._tokenizer.decode(ids)
 
-    def _row(self, text: str, encode: Callable[[str], list[int]]) -> np.ndarray:
-        limit = self._config.max_positions
-        size = len(text.encode())
-        if size > limit * BYTES_A_POSITION:
-            raise RequestError(
-                f"the text has {size} bytes; this model takes {limit} tokens, and no more than "
-                f"{limit * BYTES_A_POSITION} bytes of text"
-            )
-        ids = encode(text)
-        if len(ids) > limit:
-            raise RequestError(f"the text has {len(ids)} tokens; this model takes {limit} (max_step)")
-        if self._config.padding_id in ids:  # it would be dropped, or read without its embedding
-            raise RequestError(
-                f"token {ids.index(self._config.padding_id)} of the text has id {self._config.padding_id}, which this "
-                "model takes for padding"
-            )
-        return np.array(ids, np.int32)
+    def _rows(
+        self, given: np.ndarray, name: str, row_of: Callable[[str, Tokenizer, Config], np.ndarray]
+    ) -> list[np.ndarray]:
+        if self._tokenizer is None:
+            raise RequestError(f"this model takes ids only: {self._obstacle}")
+        texts, rows = self._wire.texts(given, name), []
+        for number, text in enumerate(texts):
+            try:
+                rows.append(row_of(text, self._tokenizer, self._config))
+            except RequestError as error:
+                raise RequestError(f"row {number}: {error}" if len(texts) > 1 else str(error)) from None
+        return rows

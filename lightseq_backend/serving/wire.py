@@ -24,6 +24,8 @@ STRINGS: dict[str, type[np.generic]] = {"TYPE_STRING": np.object_}
 
 # Beside the ids, where a model has a tokenizer; the names that Triton's own clients for text use.
 TEXT_INPUT, TEXT_OUTPUT = "text_input", "text_output"
+# Of a translation that is scored.
+TARGET_IDS, TARGET_TEXT = "target_ids", "target_text"
 Decode = Callable[[Iterable[int]], str]
 
 # Parameters of a request that are Triton's own affair: they never reach the options.
@@ -34,22 +36,28 @@ TRITON_PARAMETERS = frozenset(
 
 @dataclass(frozen=True)
 class Form:
-    """One of LightSeq's sets of outputs.
+    """A set of outputs, LightSeq's but for those of a log-probability.
 
-    ids, scores  names of the outputs; a loss counts as a score
+    ids, scores  names of the outputs; a loss or a log-probability counts as a score
     kind         of the model that has them
     hypotheses   ALL: always [rows, hypotheses, length]; BEST: always [rows, length]; SOME: [rows, length]
                  unless a request asks for more than one hypothesis
+    each         name of the output with each token's part of the score
     """
 
     ids: str | None
     scores: str | None
     kind: str
     hypotheses: str = ALL
+    each: str | None = None
 
     @property
     def names(self) -> set[str]:
-        return {name for name in (self.ids, self.scores) if name is not None}
+        return {name for name in (self.ids, self.scores, self.each) if name is not None}
+
+    @property
+    def takes_targets(self) -> bool:
+        return self.task == SCORE and self.kind == TRANSFORMER
 
     @property
     def task(self) -> str:
@@ -64,6 +72,8 @@ FORMS = (
     Form("outputs_ids", None, GPT, SOME),
     Form("gpt_out", "gpt_scores", GPT),
     Form(None, "loss", GPT),
+    Form(None, "log_probability", GPT, each="token_log_probabilities"),
+    Form(None, "log_probability", TRANSFORMER, each="token_log_probabilities"),
 )
 IDS = {form.ids for form in FORMS}
 OUTPUTS = sorted(set().union(*(form.names for form in FORMS)))
@@ -79,6 +89,7 @@ class Wire:
     batched      tensors have a first dimension of rows; without it a request is one row
     text_input   a request may give text in place of ids
     text_output  an answer may hold text beside the ids
+    target_text  a request may give the text of a target in place of its ids
     """
 
     input: str
@@ -87,20 +98,21 @@ class Wire:
     batched: bool
     text_input: bool = False
     text_output: bool = False
+    target_text: bool = False
 
-    def rows(self, ids: np.ndarray) -> list[np.ndarray]:
-        """The rows of a request: ids is [rows, length], or [length] when not batched. The rows are views."""
+    def rows(self, ids: np.ndarray, name: str) -> list[np.ndarray]:
+        """The rows of an input of ids: [rows, length], or [length] when not batched. The rows are views."""
         if not self.batched:
             return [ids]
         if len(ids) == 0:
-            raise RequestError(f"{self.input} has shape {list(ids.shape)}: no rows; it needs at least one")
+            raise RequestError(f"{name} has shape {list(ids.shape)}: no rows; it needs at least one")
         return list(ids)
 
-    def texts(self, given: np.ndarray) -> list[str]:
-        """The rows of a request as text: given is objects (UTF-8 bytes) [rows, 1], or [1] when not batched."""
+    def texts(self, given: np.ndarray, name: str) -> list[str]:
+        """The rows of an input of text: objects (UTF-8 bytes) [rows, 1], or [1] when not batched."""
         if given.size == 0 or given.size != (len(given) if self.batched else 1):
             rows = "one string a row" if self.batched else "one string"
-            raise RequestError(f"{TEXT_INPUT} has shape {list(given.shape)}; it needs {rows}")
+            raise RequestError(f"{name} has shape {list(given.shape)}; it needs {rows}")
         return [_utf8(entry, row, given.size) for row, entry in enumerate(given.ravel().tolist())]
 
     def wants_text(self, from_text: bool, requested: Iterable[str]) -> bool:
@@ -133,12 +145,13 @@ class Wire:
     ) -> dict[str, np.ndarray]:
         """The output tensors for a request's rows, in LightSeq's shapes.
 
-        ids [rows, hypotheses, length] or [rows, length]; scores float32 [rows, hypotheses]; loss float32 [rows, 1].
-        Rows are filled up with the end id to the longest. With decode also text, objects (str) [rows, hypotheses].
+        ids [rows, hypotheses, length] or [rows, length]; scores float32 [rows, hypotheses]; loss or log-probability
+        float32 [rows, 1], its parts [rows, tokens]. Rows are filled up with the end id to the longest, parts with 0.
+        With decode also text, objects (str) [rows, hypotheses].
         """
         form = self.form
         if form.task == SCORE:
-            return self._unbatched({str(form.scores): np.array([[output.loss] for output in outputs], np.float32)})
+            return self._unbatched(_scores(outputs, form))
         texts = [
             [_text(row, hypothesis, output, config, form) for hypothesis in output.hypotheses]
             for row, output in zip(rows, outputs, strict=True)
@@ -156,7 +169,7 @@ class Wire:
             tensors[form.scores] = np.array(scores, np.float32)
         if decode is not None:
             written = [
-                [decode(_ids_of_text(row, hypothesis, config)) for hypothesis in output.hypotheses]
+                [decode(ids_of_text(row, hypothesis, config)) for hypothesis in output.hypotheses]
                 for row, output in zip(rows, outputs, strict=True)
             ]
             tensors[TEXT_OUTPUT] = np.array(written, np.object_)
@@ -170,28 +183,28 @@ def read_wire(model_config: Mapping[str, Any], faults: list[str]) -> Wire | None
     """The tensors that a config.pbtxt (as Triton's JSON) declares; `faults` grows by a line a fault, then None."""
     before = len(faults)
     inputs, reads_text = _without(TEXT_INPUT, model_config.get("input", []), "input", faults)
+    inputs, reads_target_text = _without(TARGET_TEXT, inputs, "input", faults)
+    targets = [tensor for tensor in inputs if tensor["name"] == TARGET_IDS]
+    inputs = [tensor for tensor in inputs if tensor["name"] != TARGET_IDS]
     outputs, writes_text = _without(TEXT_OUTPUT, model_config.get("output", []), "output", faults)
     known = _known(inputs, INPUTS, "input", faults) & _known(outputs, OUTPUTS, "output", faults)
     names = {tensor["name"] for tensor in outputs}
-    form = next((form for form in FORMS if form.names == names), None)
+    forms = [form for form in FORMS if form.names == names]
+    kinds = {INPUTS.get(tensor["name"]) for tensor in inputs}
+    form = next((form for form in forms if form.kind in kinds), forms[0] if forms else None)
     if known:
         _check_combination(inputs, names, form, faults)
-    for tensor in inputs:
+        _check_targets(bool(targets), reads_target_text, form, faults)
+    for tensor in [*inputs, *targets]:
         _check_type(tensor, INTEGERS, "input", faults)
         if len(tensor["dims"]) != 1:
             faults.append(f"input {tensor['name']} has dims {tensor['dims']}; it must have one, [ -1 ]")
     for tensor in outputs:
         if tensor["name"] in OUTPUTS:
             _check_type(tensor, INTEGERS if tensor["name"] in IDS else FLOATS, "output", faults)
-    if reads_text:
-        declared = model_config["input"]
-        faults += [
-            f"input {tensor['name']} must be optional (optional: true): a request gives it or {TEXT_INPUT}"
-            if tensor["name"] != TEXT_INPUT
-            else f"input {TEXT_INPUT} must be optional (optional: true): a request gives it or ids"
-            for tensor in declared
-            if not tensor.get("optional")
-        ]
+    for reads, text, ids in ((reads_text, TEXT_INPUT, inputs), (reads_target_text, TARGET_TEXT, targets)):
+        if reads:
+            _check_optional(model_config["input"], text, {tensor["name"] for tensor in ids}, faults)
     if writes_text and form is not None and form.task == SCORE:
         faults.append(f"output {TEXT_OUTPUT} has no place in a model that scores; it needs an output of ids")
     if len(faults) > before:
@@ -200,7 +213,7 @@ def read_wire(model_config: Mapping[str, Any], faults: list[str]) -> Wire | None
     types = {tensor["name"]: tensor["data_type"] for tensor in outputs}
     ids_type = np.dtype(INTEGERS[types[form.ids]] if form.ids else np.int32)
     batched = model_config.get("max_batch_size", 0) > 0
-    return Wire(inputs[0]["name"], form, ids_type, batched, reads_text, writes_text)
+    return Wire(inputs[0]["name"], form, ids_type, batched, reads_text, writes_text, reads_target_text)
 
 
 def _without(
@@ -229,16 +242,43 @@ def _check_combination(
     if len(names) != 1:
         faults.append(f"there are {len(names)} inputs ({', '.join(names) or 'none'}); there must be one")
     if form is None:
-        sets = "; ".join(" + ".join(sorted(form.names)) for form in FORMS)
+        sets = "; ".join(dict.fromkeys(" + ".join(sorted(form.names)) for form in FORMS))
         faults.append(f"outputs are {' + '.join(sorted(outputs)) or 'none'}; they must be one of: {sets}")
     elif len(names) == 1 and INPUTS[names[0]] != form.kind:
         shown = ", ".join(sorted(outputs))
         faults.append(f"input {names[0]} is of a {INPUTS[names[0]]} model, but output {shown} of a {form.kind} model")
 
 
+def _check_targets(ids: bool, text: bool, form: Form | None, faults: list[str]) -> None:
+    wanted = form is not None and form.takes_targets
+    if wanted and not ids:
+        faults.append(f"input {TARGET_IDS} is missing; a translation is scored with it")
+    if not wanted and (ids or text):
+        sets = " + ".join(sorted(set().union(*(form.names for form in FORMS if form.takes_targets))))
+        faults.append(f"input {TARGET_IDS if ids else TARGET_TEXT} is for translators with outputs {sets}")
+
+
+def _check_optional(declared: Sequence[Mapping[str, Any]], text: str, ids: set[str], faults: list[str]) -> None:
+    for tensor in declared:
+        name = tensor["name"]
+        if name in {text, *ids} and not tensor.get("optional"):
+            other = "ids" if name == text else text
+            faults.append(f"input {name} must be optional (optional: true): a request gives it or {other}")
+
+
 def _check_type(tensor: Mapping[str, Any], types: Mapping[str, Any], what: str, faults: list[str]) -> None:
     if tensor["data_type"] not in types:
         faults.append(f"{what} {tensor['name']} is {tensor['data_type']}; it must be {' or '.join(types)}")
+
+
+def _scores(outputs: Sequence[Output], form: Form) -> dict[str, np.ndarray]:
+    if form.each is None:
+        return {str(form.scores): np.array([[output.loss] for output in outputs], np.float32)}
+    parts = [np.asarray(output.target_log_probabilities, np.float32) for output in outputs]
+    each = np.zeros((len(parts), max(map(len, parts))), np.float32)
+    for row, part in zip(each, parts):
+        row[: len(part)] = part
+    return {str(form.scores): each.sum(axis=1, keepdims=True, dtype=np.float64).astype(np.float32), form.each: each}
 
 
 def _text(row: np.ndarray, hypothesis: Hypothesis, output: Output, config: Config, form: Form) -> np.ndarray:
@@ -248,8 +288,7 @@ def _text(row: np.ndarray, hypothesis: Hypothesis, output: Output, config: Confi
     overwrites the last token. A GPT's text starts with its prompt and has no such column.
     """
     if isinstance(config, GptConfig):
-        columns = np.flatnonzero(row != config.padding_id)
-        return np.concatenate([row[columns[0] : columns[-1] + 1], hypothesis.tokens])
+        return np.concatenate([prompt_of(row, config), hypothesis.tokens])
     overwrites = config.dialect.name == "v0" and form.scores is not None
     text = np.full(output.steps + (output.cut and not overwrites), config.end_id, np.int64)
     text[: len(hypothesis.tokens)] = hypothesis.tokens
@@ -258,7 +297,13 @@ def _text(row: np.ndarray, hypothesis: Hypothesis, output: Output, config: Confi
     return text
 
 
-def _ids_of_text(row: np.ndarray, hypothesis: Hypothesis, config: Config) -> list[int]:
+def prompt_of(row: np.ndarray, config: Config) -> np.ndarray:
+    """What the text of an answer begins with: a GPT's row without padding around it, nothing of a source."""
+    columns = np.flatnonzero(row != config.padding_id) if isinstance(config, GptConfig) else np.zeros(0, np.intp)
+    return row[columns[0] : columns[-1] + 1] if columns.size else row[:0]
+
+
+def ids_of_text(row: np.ndarray, hypothesis: Hypothesis, config: Config) -> list[int]:
     """What of a hypothesis is text: a GPT's prompt and what was generated, up to the end token."""
     tokens: list[int] = hypothesis.tokens.tolist()
     if hypothesis.finished:

@@ -9,7 +9,7 @@ from typing import Any
 
 from lightseq_backend.config import Config, TransformerConfig
 from lightseq_backend.errors import ConfigError
-from lightseq_backend.text.multilingual import CONFIG, SPECIALS, Family, family_of
+from lightseq_backend.text.multilingual import CONFIG, SPECIALS, Family, check_told, family_of
 from lightseq_backend.text.tokenizer import NO_TOKEN, Tokenizer, check_known, optional_package, read_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -17,7 +17,10 @@ _BART = ("<s>", "</s>", "<pad>", "<unk>")
 
 
 class HuggingFace:
-    """A tokenizer of the package; before and after: ids around a text that its own post-processor does not put there.
+    """A tokenizer of the package.
+
+    family    of a multilingual translator, whose source is in `language`, an id, unless its post-processor knows better
+    around    ids before and after a text that its own post-processor does not put there
 
     Tokens that are marked special are read in a text as the tokens they are, and left out of one that is written.
     """
@@ -26,12 +29,15 @@ class HuggingFace:
         self,
         tokenizer: Any,
         specials: dict[str, str | None],
-        placed: tuple[Family, int, int] | None = None,
+        model: Config,
+        family: Family | None = None,
+        language: int | None = None,
         around: tuple[list[int], list[int]] | None = None,
     ) -> None:
         tokenizer.no_truncation()  # a text that is too long is refused, never cut
         tokenizer.no_padding()
-        self._tokenizer, self._placed, self._around = tokenizer, placed, around
+        self._tokenizer, self._model, self._family, self._language = tokenizer, model, family, language
+        self._around = around
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self._known = frozenset(vocabulary.values())
         self.source_size = self.target_size = max(self._known) + 1
@@ -40,15 +46,29 @@ class HuggingFace:
         self.padding_id: int | None = vocabulary.get(specials.get("pad_token"))
 
     def encode(self, text: str) -> list[int]:
+        if self._family and self._language is not None:
+            return self._family.placed(self._found(text), self._language, self._model.end_id)
+        return self._complete(text)
+
+    def encode_target(self, text: str) -> list[int]:
+        if self._family:
+            check_told(self._model)
+            return [*self._found(text), self._model.end_id]
+        ids = self._complete(text)
+        forced = self._model.forced_id if isinstance(self._model, TransformerConfig) else None
+        return ids[1:] if ids[0] == forced else ids  # the decoder is fed it
+
+    def _complete(self, text: str) -> list[int]:
+        found = self._found(text)
+        if self._around:
+            return [*self._around[0], *found, *self._around[1]]
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def _found(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         check_known(ids, (self._unknown,), self.source_size)
-        if self._placed:
-            family, language, end = self._placed
-            return family.placed(ids, language, end)
-        if self._around:
-            return [*self._around[0], *ids, *self._around[1]]
-        complete: list[int] = self._tokenizer.encode(text).ids
-        return complete
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         text, run = "", []
@@ -69,20 +89,17 @@ def load_file(directory: Path, config: Config, language: str | None) -> Tokenize
         tokenizer = package.Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises no narrower class
         raise ConfigError(f"{path} cannot be used: {error}") from None
-    specials, placed = _specials(directory), None
+    family, source = family_of(directory), None
     if language is not None:
-        family = family_of(directory)
         if family is None:
             raise ConfigError(
                 f"source_language is {language!r}, but {directory / CONFIG} names no multilingual tokenizer"
             )
         ids = [tokenizer.token_to_id(name) for name in (language, family.mark.format(language))]
-        end = tokenizer.token_to_id(specials["eos_token"] or "</s>")
-        found = next((id_ for id_ in ids if id_ is not None), None)
-        if found is None or end is None:
+        source = next((id_ for id_ in ids if id_ is not None), None)
+        if source is None:
             raise ConfigError(f"source_language is {language!r}; {path} has no such token")
-        placed = (family, found, end)
-    return HuggingFace(tokenizer, specials, placed)
+    return HuggingFace(tokenizer, _specials(directory), config, family, source)
 
 
 def load_gpt2(directory: Path, config: Config, language: str | None) -> Tokenizer:
@@ -102,9 +119,10 @@ def load_gpt2(directory: Path, config: Config, language: str | None) -> Tokenize
     start, end = tokenizer.token_to_id("<s>"), tokenizer.token_to_id("</s>")
     specials = _specials(directory)
     if isinstance(config, TransformerConfig) and None not in (start, end):
-        return HuggingFace(tokenizer, {"eos_token": "</s>", "pad_token": "<pad>", **specials}, around=([start], [end]))
+        specials = {"eos_token": "</s>", "pad_token": "<pad>", **specials}
+        return HuggingFace(tokenizer, specials, config, around=([start], [end]))
     plain = specials["eos_token"] or (END_OF_TEXT if END_OF_TEXT in marks else None)
-    return HuggingFace(tokenizer, {**specials, "eos_token": plain})
+    return HuggingFace(tokenizer, {**specials, "eos_token": plain}, config)
 
 
 def _package(path: Path) -> Any:

@@ -28,6 +28,7 @@ class Marian:
         missing = [token for token in (END, PADDING, UNKNOWN) if token not in self._ids or token not in target_ids]
         if missing:
             raise ConfigError(f"{path} has no {', '.join(missing)}")
+        self._target_ids = target_ids
         self._unknown = self._ids[UNKNOWN]
         self._pieces = {id_: piece for piece, id_ in target_ids.items()}
         self._hidden = {target_ids[END], target_ids[PADDING]}
@@ -42,6 +43,12 @@ class Marian:
         ids = [self._ids.get(piece, self._unknown) for piece in pieces]
         check_known(ids, (self._unknown, self._ids.get(BLANK)), self.source_size)
         return [*before, *ids, self._ids[END]]
+
+    def encode_target(self, text: str) -> list[int]:
+        known, unknown = self._target_ids, self._target_ids[UNKNOWN]
+        ids = [known.get(piece, unknown) for piece in self._target.encode(text, out_type=str)]
+        check_known(ids, (unknown, known.get(BLANK)), self.target_size)
+        return [*ids, known[END]]
 
     def decode(self, ids: Iterable[int]) -> str:
         pieces = [self._pieces.get(id_, NO_TOKEN) for id_ in ids if id_ not in self._hidden]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightseq_backend.config import Config
-from lightseq_backend.errors import ConfigError
+from lightseq_backend.config import Config, TransformerConfig
+from lightseq_backend.errors import ConfigError, RequestError
 from lightseq_backend.text.tokenizer import BLANK, NO_TOKEN, Tokenizer, check_known, load_pieces, read_ids, read_json
 
 MODEL = "sentencepiece.bpe.model"
@@ -73,7 +73,7 @@ def family_of(directory: Path) -> Family | None:
 class Multilingual:
     """SentencePiece's pieces with fairseq's ids, or vocab.json's where there is one, and the languages behind them."""
 
-    def __init__(self, directory: Path, language: str | None) -> None:
+    def __init__(self, directory: Path, model: Config, language: str | None) -> None:
         path, config = directory / MODEL, read_json(directory / CONFIG)
         family = family_of(directory)
         if family is None:
@@ -94,13 +94,21 @@ class Multilingual:
         self.source_size = self.target_size = max(*self._ids.values(), *self._languages.values()) + 1
         self.end_id: int | None = self._ids[END]
         self.padding_id: int | None = self._ids[PADDING]
+        self._model = model
         self._language = _language(language or config.get("src_lang"), family, self._languages, path)
 
     def encode(self, text: str) -> list[int]:
+        return self._family.placed(self._found(text), self._language, self._ids[END])
+
+    def encode_target(self, text: str) -> list[int]:
+        check_told(self._model)
+        return [*self._found(text), self._ids[END]]
+
+    def _found(self, text: str) -> list[int]:
         unknown = self._ids[UNKNOWN]
         ids = [self._ids.get(piece, unknown) for piece in self._pieces.encode(text, out_type=str)]
         check_known(ids, (unknown, self._ids.get(BLANK)), self.source_size)
-        return self._family.placed(ids, self._language, self._ids[END])
+        return ids
 
     def decode(self, ids: Iterable[int]) -> str:
         text: str = self._pieces.decode_pieces(
@@ -109,8 +117,14 @@ class Multilingual:
         return text.strip()
 
 
+def check_told(model: Config) -> None:
+    """RequestError where the decoder is not fed its language: what it writes would have to begin with one."""
+    if isinstance(model, TransformerConfig) and model.forced_id is None and model.start_id == model.end_id:
+        raise RequestError("this model has no target language of its own: it scores ids, which begin with one")
+
+
 def load_multilingual(directory: Path, config: Config, language: str | None) -> Tokenizer:
-    return Multilingual(directory, language)
+    return Multilingual(directory, config, language)
 
 
 def _fairseq_ids(pieces: Any) -> dict[str, int]:

@@ -29,6 +29,9 @@ class Tokenizer(Protocol):
     def encode(self, text: str) -> list[int]:
         """The ids of a text with what the model wants before and after it; RequestError when there is nothing in it."""
 
+    def encode_target(self, text: str) -> list[int]:
+        """The ids of a translation as the model would write it, its end included; RequestError as for `encode`."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without the tokens that only steer a model."""
 

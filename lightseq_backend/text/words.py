@@ -56,15 +56,22 @@ class Words:
         self._hidden = {target.ids[token] for token in _HIDDEN if token in target.ids}
 
     def encode(self, text: str) -> list[int]:
-        words, ids, unknown = text.split(), self._source.ids, self._source.ids.get(UNKNOWN)
+        return self._before + self._found(text, self._source) + self._after
+
+    def encode_target(self, text: str) -> list[int]:
+        return [*self._found(text, self._target), self._target.ids[END]]
+
+    @staticmethod
+    def _found(text: str, vocabulary: Vocabulary) -> list[int]:
+        words, ids, unknown = text.split(), vocabulary.ids, vocabulary.ids.get(UNKNOWN)
         if unknown is None:
             missing = [word for word in dict.fromkeys(words) if word not in ids]
             if missing:
                 names = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
                 raise RequestError(f"{names}: not among the {len(ids)} words of this model, which has no {UNKNOWN}")
         found = [ids[word] if unknown is None else ids.get(word, unknown) for word in words]
-        check_known(found, (unknown,), self.source_size)
-        return self._before + found + self._after
+        check_known(found, (unknown,), len(ids))
+        return found
 
     def decode(self, ids: Iterable[int]) -> str:
         words = []

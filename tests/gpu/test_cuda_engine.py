@@ -15,6 +15,7 @@ import small_models
 from test_trained_models import COUNTER, END, REPOSITORY, START, TRANSLATOR, Words, pairs
 from weight_files import golden
 
+import lightseq_backend
 from lightseq_backend import ops, weights
 from lightseq_backend.config import EngineConfig, GptConfig
 from lightseq_backend.engine import Engine
@@ -87,6 +88,31 @@ def test_golden_texts(name: str) -> None:
 
 
 # The engine on the CPU -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("fp16", 0.1)])
+@pytest.mark.parametrize("settings", [{}, {"embedding_norm": True, "post_norm": True}, {"forced_id": 5}], ids=str)
+def test_targets_score_as_on_the_cpu(settings: dict[str, Any], precision: str, tolerance: float) -> None:
+    sizes = {"hidden": 64, "inner": 128, "decoder_layers": 2, "target_vocabulary": 200, "max_positions": 64}
+    config, arrays = small_models.transformer(8, **sizes, **settings)
+    sources = random_rows(config, 40)  # more rows than one tile of the vocabulary, more targets than slots
+    targets = [np.resize(np.arange(3, 190, 1 + row % 7), 1 + 5 * row % 60) for row in range(len(sources))]
+    gpu, cpu = (
+        engine(config, arrays, device, kind, slots=16).answer(sources, SCORE, targets=targets)
+        for device, kind in (("cuda", precision), ("cpu", "fp32"))
+    )
+    for ours, wanted in zip(gpu, cpu, strict=True):
+        np.testing.assert_allclose(ours.target_log_probabilities, wanted.target_log_probabilities, atol=tolerance)
+
+
+def test_model_is_loaded_onto_the_gpu_in_half_precision() -> None:
+    french, english = ["quatre-vingt-dix-sept", "deux cent mille un"], ["ninety-seven", "two hundred thousand and one"]
+    with lightseq_backend.load(REPOSITORY / "transformer", device="gpu") as model:
+        assert [answer.text for answer in model.translate(french)] == english
+        scores = list(model.score(zip(french, english, strict=True)))
+    with lightseq_backend.load(REPOSITORY / "transformer", device="cpu") as model:
+        wanted = list(model.score(zip(french, english, strict=True)))
+    np.testing.assert_allclose([one.total for one in scores], [one.total for one in wanted], atol=0.1)
 
 
 def random_rows(config: Any, count: int, seed: int = 7) -> list[np.ndarray]:

@@ -19,6 +19,7 @@ import reference
 from op_cases import Array, Case, Table
 
 from lightseq_backend.models.layers import Linear, Norm
+from lightseq_backend.ops import choice
 from lightseq_backend.ops import cpu as ops
 from lightseq_backend.ops.slots import FAN_OUT, SAMPLE, SLOT
 
@@ -271,10 +272,11 @@ def test_table_has_cases_for_every_operation() -> None:
     public = {
         name
         for name, member in vars(ops).items()
-        if inspect.isfunction(member) and member.__module__ == ops.__name__ and not name.startswith("_")
+        if inspect.isfunction(member)
+        and member.__module__ in (ops.__name__, choice.__name__)
+        and not name.startswith("_")
     }
-    helpers = {"length_norm"}  # arithmetic of beam_step, not an operation on arrays
-    assert {case.op for case in CASES} == public - transfer - helpers
+    assert {case.op for case in CASES} == public - transfer
 
 
 def test_table_names_each_case_once() -> None:
@@ -335,11 +337,11 @@ def test_activation_holds_from_end_to_end(activation: str) -> None:
 
 
 def test_length_norm_is_gnmts() -> None:
-    assert ops.length_norm(7, 1.0) == pytest.approx(0.5)
-    assert ops.length_norm(1, 0.6) == 1
-    assert ops.length_norm(19, 0.5) == pytest.approx(0.5)
-    assert ops.length_norm(7, 0.0) == 1
-    assert ops.length_norm(7, -2.0) == 1
+    assert choice.length_norm(7, 1.0) == pytest.approx(0.5)
+    assert choice.length_norm(1, 0.6) == 1
+    assert choice.length_norm(19, 0.5) == pytest.approx(0.5)
+    assert choice.length_norm(7, 0.0) == 1
+    assert choice.length_norm(7, -2.0) == 1
 
 
 def test_top_prefers_the_lower_id_among_equals_across_groups() -> None:

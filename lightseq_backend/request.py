@@ -22,11 +22,13 @@ class Hypothesis:
     tokens    int32 [n]: without start token or prompt; the end token is included when finished
     score     length-normalised log-probability
     finished  False when the step limit cut it
+    token_log_probabilities  float32 [n], where the request asked for them
     """
 
     tokens: np.ndarray
     score: float
     finished: bool
+    token_log_probabilities: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Output:
     """The answer to one Request.
 
     hypotheses  best first; empty for a score request
-    steps       decode steps the sequence took
+    steps       decode steps the sequence took; after a standard search, tokens of the longest hypothesis
     cut         whether the step limit came before every beam (or sample) had ended
     loss        mean negative log-likelihood of the tokens after the first, natural log (score requests)
     """
@@ -122,7 +124,13 @@ def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptCon
             )
         return scored, 0
     prompt = tokens[columns[0] : columns[-1] + 1]
-    return prompt, config.new_tokens(prompt.size, request.options)
+    options = request.options
+    if options.decoder_prefix or options.forced_bos_token_id is not None:
+        raise RequestError("this model continues texts: its prompt is all that comes first")
+    limit = config.new_tokens(prompt.size, options)
+    if limit < 1:
+        raise RequestError(f"the prompt has {prompt.size} tokens; max_length {options.max_length} leaves none to add")
+    return prompt, limit
 
 
 def _columns(row: np.ndarray, config: Config) -> np.ndarray:

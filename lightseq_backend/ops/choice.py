@@ -20,18 +20,20 @@ FLOAT = np.dtype(np.float32)
 # Whole rows of logits ------------------------------------------------------------------------------------------------
 
 
-def top(logits: Array, banned: int, ids: Array, log_probabilities: Array) -> None:
+def top(logits: Array, banned: int, ids: Array, log_probabilities: Array, normalisations: Array | None = None) -> None:
     """The k best ids of each row, best first, the lower id first among equals, and their log-probabilities.
 
     ids: int32 [rows, k], log_probabilities: [rows, k], k <= vocabulary. Id `banned` (or -1) is never chosen, but
-    counts in the normalisation, as in LightSeq; then k < vocabulary.
+    counts in the normalisation, as in LightSeq; then k < vocabulary. normalisations: [rows], what the row's log sum exp
+    was before its logits were changed, or not a number where it is that of these logits.
     """
 
     def share(rows: slice) -> None:
         for row in range(rows.start, rows.stop):
             scores = logits[row]
             ids[row] = _best(scores, ids.shape[1], banned)
-            log_probabilities[row] = scores[ids[row]] - log_sum_exp(scores)
+            before = np.nan if normalisations is None else normalisations[row]
+            log_probabilities[row] = scores[ids[row]] - (log_sum_exp(scores) if np.isnan(before) else before)
 
     divide(share, len(logits), 1 if logits.size < _WORTH_THREADS else None)
 

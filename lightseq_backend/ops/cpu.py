@@ -17,11 +17,14 @@ import numpy as np
 from lightseq_backend.ops.choice import FLOAT, Array, beam_step, target_log_probabilities, top
 from lightseq_backend.ops.choice import sample_step as sample_step
 from lightseq_backend.ops.product import choose_threads, product, scratch
+from lightseq_backend.ops.standard import apply_rules as apply_rules
+from lightseq_backend.ops.standard import standard_step
 
 NAME = "cpu"
 SCORED_ROWS = 32  # rows whose logits are held at the same time when texts are scored
 BURSTS_AHEAD = 1  # bursts queued before the end of the first is looked at: a GPU must not wait for the host
 MOST_BEAMS = 1 << 30  # of one search: no limit
+MOST_CANDIDATES = 1 << 30  # best tokens of one row
 LOGITS_ALIGNMENT = 1  # rows of logits begin at multiples of so many numbers
 
 
@@ -383,6 +386,20 @@ def vocabulary_search(
     vocabulary_logits(x, norm, output, epsilon, scale, normed, logits)
     top(logits, banned, ids, log_probabilities)
     beam_step(rows, slots, ancestors, history, ids, log_probabilities)
+
+
+def vocabulary_standard_search(
+    x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array, banned: int,
+    ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array, details: Array,
+    pool: Array, pool_details: Array,
+) -> None:  # fmt: skip
+    """One step of the standard search from the last hidden states: vocabulary_logits, top, standard_step.
+
+    normed, logits, ids and log_probabilities are work space, which a device may leave unwritten.
+    """
+    vocabulary_logits(x, norm, output, epsilon, scale, normed, logits)
+    top(logits, banned, ids, log_probabilities)
+    standard_step(rows, slots, ancestors, history, details, pool, pool_details, ids, log_probabilities)
 
 
 def vocabulary_scores(

@@ -254,3 +254,38 @@ vocabulary_beam_step(const int* rows, Slot* slots, int* ancestors, int* history,
     __syncthreads();
     advance(sequence, best, parents, ranks, slots, ancestors, history, steps);
 }
+
+// best_of_tiles: the best tokens of each row of a standard search, twice as many as its sequence has beams, and their
+// log-probabilities.
+//   rows int32 [n]   slots Slot [lanes]   statistics float2 [n, tiles]   choices Choice [n, tiles, count]
+//   ids int32, log_probabilities float [n, count], count <= MAX_WIDTH
+//   grid n; block 1024; static shared memory 9 KiB; moves n * tiles * (2 + 2 * count) words
+extern "C" __global__ void __launch_bounds__(32 * MERGING_WARPS)
+best_of_tiles(const int* rows, const Slot* slots, const float2* statistics, const Choice* choices, int* ids,
+              float* log_probabilities, int tiles, int count) {
+    __shared__ Choice found[MERGING_WARPS][MAX_WIDTH];
+    __shared__ float2 totals[MERGING_WARPS];
+    launch_next();
+    const Slot* slot = slots + rows[blockIdx.x];
+    const int wanted = least(count, 2 * slot->width);
+    const bool searches = slot->method == STANDARD && slot->width > 0 && !slot->done;
+    wait_for_previous();
+    if (!searches) return;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const long long row = blockIdx.x;
+    const float2 own = total(statistics + row * tiles, 32 * warp, 32 * MERGING_WARPS, tiles);
+    if (lane == 0) totals[warp] = own;
+    merge(choices + row * tiles * count, 32 * warp, 32 * MERGING_WARPS, tiles, count, wanted,
+          [&](int rank, Choice taken) {
+              if (lane == 0) found[warp][rank] = taken;
+          });
+    __syncthreads();
+    if (warp > 0) return;
+    const float2 all = total(totals, 0, 32, MERGING_WARPS);
+    const float normalisation = all.x + logf(all.y);
+    merge(found[0], 0, 32, MERGING_WARPS, MAX_WIDTH, wanted, [&](int rank, Choice taken) {
+        if (lane > 0) return;
+        ids[row * count + rank] = taken ? choice_id(taken) : 0;  // no numbers, no choice
+        log_probabilities[row * count + rank] = choice_score(taken) - normalisation;
+    });
+}

@@ -23,7 +23,8 @@ RULES: dict[str, Settings] = {
     "repetition penalty": {"num_beams": 4, "repetition_penalty": 1.4},
     "repetition reward": {"num_beams": 2, "repetition_penalty": 0.7},
     "repetition penalty, one beam": {"num_beams": 1, "repetition_penalty": 1.4},
-    "no unigram twice": {"num_beams": 4, "no_repeat_ngram_size": 1},
+    # Without the padding id: M2M100 has no position for it in the middle of a text, here it is an id like others.
+    "no unigram twice": {"num_beams": 4, "no_repeat_ngram_size": 1, "suppress_tokens": [1]},
     "no trigram twice": {"num_beams": 4, "no_repeat_ngram_size": 3},
     "no bigram twice, one beam": {"num_beams": 1, "no_repeat_ngram_size": 2},
     "bad words": {"num_beams": 4, "bad_words_ids": [[5], [7, 8], [16, 16], [17, 5, 3], [27, 27]]},

@@ -45,7 +45,7 @@ def check(arguments: Arguments, expected: Arguments, names: tuple[str, ...], tol
             assert not np.isnan(result).any(), (name, field)
             infinite = np.isinf(truth)
             assert np.array_equal(result[infinite], truth[infinite]), (name, field)
-            error = np.abs(result - truth)[~infinite] / (1 + np.abs(truth[~infinite]))
+            error = np.abs(result[~infinite] - truth[~infinite]) / (1 + np.abs(truth[~infinite]))
             assert error.max(initial=0) <= tolerance, (name, field)
 
 
@@ -336,11 +336,12 @@ def test_top_finishes_products() -> None:
 
 
 def top(
-    logits: Array, bias: Array | None, ids: Array, log_probabilities: Array, banned: int, scale: float = 1.0
-) -> None:
+    logits: Array, bias: Array | None, ids: Array, log_probabilities: Array, banned: int, scale: float = 1.0,
+    normalisations: Array | None = None,
+) -> None:  # fmt: skip
     numbers = (np.int32(number) for number in (logits.shape[1], ids.shape[1], banned))
     stride = np.int32(logits.strides[0] // 4)
-    arguments = (logits, stride, bias, ids, log_probabilities, *numbers, np.float32(scale))
+    arguments = (logits, stride, bias, ids, log_probabilities, *numbers, np.float32(scale), normalisations)
     SAMPLING_KERNELS.launch("top", len(logits), 1024, arguments)
 
 

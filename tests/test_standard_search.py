@@ -24,8 +24,9 @@ needs_torch = pytest.mark.skipif(
 )
 FAMILIES = ("marian", "bart", "m2m_100", "gpt2")
 MOST = small_checkpoints.POSITIONS  # tokens, what is fed included
-INPUTS = 300  # for each of the first three searches; the others have fewer
+INPUTS = 150  # of either model of a family, for each of the first three searches; the others have fewer
 NEAR = 2e-4  # of a score, relative to 1 + |score|: both compute in float32
+TIE = 3e-5  # the same, of hypotheses at the same rank, where another text may stand there
 
 
 @cache
@@ -96,22 +97,28 @@ def generated(model: Any, block: np.ndarray, settings: Settings, prefix: list[in
 
 
 def compare(model: Any, engine: Engine, settings: Settings, count: int, prefix: list[int] | None = None) -> int:
-    """Asserts that both give the same; how many rows were compared."""
+    """Asserts that both give the same, but for a tie in a hundred rows; how many rows were compared."""
     changes = standard_cases.options(settings, MOST)
     if prefix:
         changes["decoder_prefix"] = prefix[1:]
-    faults, compared = [], 0
+    faults, compared, ties = [], 0, 0
     for block in standard_cases.blocks(engine.model.config, count):
         theirs = generated(model, block, settings, prefix or [])
         for row, output, wanted in zip(block.tolist(), engine.answer(block.tolist(), changes=changes), theirs):
             compared += 1
-            ours = [one.tokens.tolist() for one in output.hypotheses]
-            if ours != [one.tokens.tolist() for one in wanted]:
-                faults.append(f"{row}: {ours} for {[one.tokens.tolist() for one in wanted]}")
-            assert [one.finished for one in output.hypotheses] == [one.finished for one in wanted]
-            for one, other in zip(output.hypotheses, wanted):
-                assert np.isnan(other.score) or abs(one.score - other.score) <= NEAR * (1 + abs(other.score))
+            off = max(
+                abs(one.score - other.score) / (1 + abs(other.score))
+                for one, other in zip(output.hypotheses, wanted, strict=True)
+            )
+            ours, others = (
+                [(one.tokens.tolist(), one.finished) for one in all_] for all_ in (output.hypotheses, wanted)
+            )
+            if ours != others and off <= TIE:
+                ties += 1
+            elif ours != others or off > NEAR:
+                faults.append(f"{row}: {ours} for {others}, scores off by {off}")
     assert not faults, f"{len(faults)} of {compared} differ\n" + "\n".join(faults[:3])
+    assert ties <= compared / 100
     return compared
 
 
@@ -120,7 +127,7 @@ def compare(model: Any, engine: Engine, settings: Settings, count: int, prefix: 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", SEARCHES)
 def test_search_gives_what_generate_gives(name: str, family: str, trained: bool, folder: Path) -> None:
-    count = INPUTS if name in list(SEARCHES)[:3] else 60
+    count = INPUTS if name in list(SEARCHES)[:3] else 30
     assert compare(*pair(family, trained, folder), SEARCHES[name], count) >= count
 
 
@@ -129,7 +136,7 @@ def test_search_gives_what_generate_gives(name: str, family: str, trained: bool,
 @pytest.mark.parametrize("name", RULES)
 def test_rules_are_those_of_generate(name: str, family: str, folder: Path) -> None:
     for trained in (False, True):
-        compare(*pair(family, trained, folder), RULES[name], 60)
+        compare(*pair(family, trained, folder), RULES[name], 30)
 
 
 @needs_torch
@@ -139,8 +146,8 @@ def test_prefix_and_forced_first_token_are_those_of_generate(family: str, beams:
     model, engine = pair(family, False, folder)
     start, rules = model.config.decoder_start_token_id, {"repetition_penalty": 1.3, "min_length": 8}
     for settings in ({"num_beams": beams}, {"num_beams": beams, **rules, "no_repeat_ngram_size": 2}):
-        compare(model, engine, settings, 30, [start, 7, 9, 11])
-        compare(model, engine, {**settings, "forced_bos_token_id": 8}, 30)
+        compare(model, engine, settings, 12, [start, 7, 9, 11])
+        compare(model, engine, {**settings, "forced_bos_token_id": 8}, 12)
 
 
 @needs_torch

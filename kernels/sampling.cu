@@ -511,13 +511,14 @@ __device__ __forceinline__ void advance(const int* group, Slot* slots, int* hist
 
 // sample_step: draws the next token of every row of a sampling sequence, and closes the step of the sequence, as
 // ops/cpu.py sample_step.
-//   rows int32 [n], those of a sequence in the order of `beam`   slots Slot [lanes]   history int32 [lanes, steps]
+//   rows int32 [n], those of a sequence in the order of `beam`   slots Slot [lanes]
+//   history int32, details float [lanes, steps]
 //   logits float [n, vocabulary], vocabulary <= 2^18; banned: an id never drawn, or -1
 //   arrivals int32 [n]: zeros, and zeros again afterwards
 //   grid n; block 1024; static shared memory 17 KiB; reads logits once, and 2 to 12 times from L2
 extern "C" __global__ void __launch_bounds__(THREADS)
-sample_step(const int* rows, Slot* slots, int* history, const float* logits, int stride, int* arrivals, int vocabulary,
-            int banned, int steps) {
+sample_step(const int* rows, Slot* slots, int* history, float* details, const float* logits, int stride, int* arrivals,
+            int vocabulary, int banned, int steps) {
     __shared__ Histogram histogram;
     __shared__ float scratch[32];
     __shared__ Choice choices[32];
@@ -540,7 +541,8 @@ sample_step(const int* rows, Slot* slots, int* history, const float* logits, int
         float normalisation = log_sum_exp(row.logits, vocabulary, most, scratch);
         if (threadIdx.x == 0) {
             float norm = penalty >= 0 ? powf((6 + generated) / 6.f, -penalty) : 1.f;
-            float total = before.log_probability + (row.logits[token] - normalisation);
+            float chance = row.logits[token] - normalisation, total = before.log_probability + chance;
+            if (before.detailed) details[(long long)rows[blockIdx.x] * steps + generated] = chance;
             slot->log_probability = total;
             slot->score = total * norm;
         }

@@ -207,8 +207,10 @@ Config = TransformerConfig | GptConfig
 
 
 def _shortened(limit: int, options: DecodingOptions, fed: int) -> int:
-    """The limit of new tokens as a request's own limits leave it, after so many tokens that were fed."""
-    limit = limit if options.max_new_tokens is None else min(limit, options.max_new_tokens)
+    """The limit of new tokens as a request's own limits leave it, after so many tokens that were fed. Where there are
+    two, that of new tokens counts."""
+    if options.max_new_tokens is not None:
+        return min(limit, options.max_new_tokens)
     return limit if options.max_length is None else min(limit, options.max_length - fed)
 
 

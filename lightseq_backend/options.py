@@ -37,7 +37,7 @@ class DecodingOptions:
 
     Options under the names of Hugging Face's generate mean what they mean there. min_length and max_length count what
     a decoder is fed (the start token, a prefix) or a GPT's prompt. The rules, min_length and what follows, change the
-    scores of a row before anything is chosen.
+    scores of a row before anything is chosen. Where both are given, min_new_tokens and max_new_tokens count.
     """
 
     sampling_method: str = BEAM_SEARCH
@@ -100,10 +100,9 @@ class DecodingOptions:
             raise RequestError(f"sampling_method is {values['sampling_method']!r}; methods are {', '.join(METHODS)}")
         options = replace(self, **values)  # type: ignore[arg-type]
         forgotten = _of_another_method(self.sampling_method, options.sampling_method)
-        if "max_new_tokens" in values:  # a request's own limit stands for the file's, whichever way it counts
-            forgotten["max_length"] = None
-        elif "max_length" in values:
-            forgotten["max_new_tokens"] = None
+        # A request's own limit stands for the file's, whichever way that counts.
+        forgotten |= {"max_new_tokens": None} if "max_length" in values else {}
+        forgotten |= {"min_new_tokens": 0} if "min_length" in values else {}
         options = replace(options, **{name: value for name, value in forgotten.items() if name not in values})
         faults = [*_range_faults(options, set(values), limits), *_combination_faults(options, set(values))]
         if faults:

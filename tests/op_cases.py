@@ -524,10 +524,10 @@ def _vocabulary() -> Iterator[Case]:
                 f"{shape} beams {width}" + (f" without {banned}" if banned >= 0 else ""),
                 "vocabulary_search",
                 partial(_vocabulary_search_arguments, shape, width, banned),
-                ("slots", "ancestors", "history"),
+                ("slots", "ancestors", "history", "details"),
                 elements=moved,
                 words=2 * rows * SLOT.itemsize // 4,
-                float32=frozenset({"logits", "log_probabilities"}),
+                float32=frozenset({"logits", "log_probabilities", "details"}),
                 folds=True,
             )
 
@@ -640,6 +640,7 @@ class Searching:
     finished: tuple[int, ...] = ()
     done: bool = False
     behind: float = 2.0
+    detailed: bool = False
 
 
 SEARCHES: dict[str, list[Searching]] = {
@@ -653,7 +654,8 @@ SEARCHES: dict[str, list[Searching]] = {
     "done": [Searching(4, done=True, finished=(0, 1, 2, 3)), Searching(2)],
     "fan out": [Searching(4, generated=0, method=FAN_OUT), Searching(4, method=FAN_OUT, finished=(3,))],
     "diverse": [Searching(4, diverse_lambda=0.7, finished=(1,)), Searching(3, diverse_lambda=2.0, generated=0)],
-    "many": [Searching(1 + i % 16, generated=i % 7, penalty=i / 10) for i in range(19)],
+    "detailed": [Searching(4, finished=(0, 2), detailed=True), Searching(3, generated=0, detailed=True), Searching(2)],
+    "many": [Searching(1 + i % 16, generated=i % 7, penalty=i / 10, detailed=i % 2 > 0) for i in range(19)],
 }
 
 
@@ -667,9 +669,9 @@ def _beam_step() -> Iterator[Case]:
             name,
             "beam_step",
             partial(_beam_step_arguments, name),
-            ("slots", "ancestors", "history"),
+            ("slots", "ancestors", "history", "details"),
             words=sum(2 * search.width**2 for search in searches) + texts + 2 * rows * SLOT.itemsize // 4,
-            float32=frozenset({"log_probabilities"}),
+            float32=frozenset({"log_probabilities", "details"}),
             tolerance=dict.fromkeys(TOLERANCE, tolerance),
         )
 
@@ -696,6 +698,7 @@ def _search_state(searches: list[Searching], random: np.random.Generator) -> Arg
         "slots": slots,
         "ancestors": random.integers(0, slots.size - 1, (slots.size, steps)).astype(np.int32),
         "history": random.integers(3, 31, (slots.size, steps)).astype(np.int32),
+        "details": _floats(random, slots.size, steps),
     }
 
 
@@ -711,6 +714,7 @@ def _begin(slots: Array, own: list[int], search: Searching, random: np.random.Ge
     slots["log_probability"][own] = totals
     slots["score"][own] = totals / 2 if search.behind < 100 else totals - 99
     slots["finished"][[own[beam] for beam in search.finished]] = 1
+    slots["detailed"][own] = search.detailed
 
 
 @dataclass(frozen=True)
@@ -727,6 +731,7 @@ class Sampling:
     stream: int = 0
     finished: tuple[int, ...] = ()
     done: bool = False
+    detailed: bool = False
 
 
 SAMPLINGS: dict[str, list[Sampling]] = {
@@ -735,6 +740,7 @@ SAMPLINGS: dict[str, list[Sampling]] = {
     "top_p": [Sampling(1, top_p=1e-6), Sampling(3, top_p=0.5), Sampling(2, top_p=0.95, top_k=7)],
     "temperature": [Sampling(2, temperature=0.001), Sampling(2, temperature=3.0), Sampling(2, temperature=1000.0)],
     "finished": [Sampling(3, finished=(1,)), Sampling(1, generated=6, limit=7), Sampling(2, done=True)],
+    "detailed": [Sampling(3, finished=(1,), detailed=True), Sampling(1)],
 }
 
 
@@ -746,9 +752,9 @@ def _sample_step() -> Iterator[Case]:
                 f"{name} of {vocabulary}",
                 "sample_step",
                 partial(_sample_step_arguments, name, vocabulary, banned),
-                ("slots", "history"),
+                ("slots", "history", "details"),
                 words=rows * (vocabulary + 2 * SLOT.itemsize // 4),
-                float32=frozenset({"logits"}),
+                float32=frozenset({"logits", "details"}),
                 tolerance=dict.fromkeys(TOLERANCE, TOLERANCE["float32"]),
             )
 
@@ -758,7 +764,10 @@ def _sample_step_arguments(name: str, vocabulary: int, banned: int) -> Arguments
     random = _seeded(name, len(samplings), vocabulary)
     slots, lanes, used = _seat(random, [sampling.width for sampling in samplings])
     for own, one in zip(lanes, samplings):
-        search = Searching(one.width, one.generated, one.limit, SAMPLE, finished=one.finished, done=one.done)
+        search = Searching(
+            one.width, one.generated, one.limit, SAMPLE,
+            finished=one.finished, done=one.done, detailed=one.detailed,
+        )  # fmt: skip
         _begin(slots, own, search, random)
         slots["seed"][own], slots["stream"][own] = one.seed, one.stream + np.arange(one.width)
         slots["top_k"][own], slots["top_p"][own], slots["temperature"][own] = one.top_k, one.top_p, one.temperature
@@ -769,6 +778,7 @@ def _sample_step_arguments(name: str, vocabulary: int, banned: int) -> Arguments
         "rows": used,
         "slots": slots,
         "history": random.integers(3, 19, (slots.size, 12)).astype(np.int32),
+        "details": _floats(random, slots.size, 12),
         "logits": logits,
         "banned": banned,
     }

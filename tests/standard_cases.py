@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from small_checkpoints import POSITIONS
 
 Settings = dict[str, Any]
+FAMILIES = ("marian", "bart", "m2m_100", "gpt2")
+MOST = POSITIONS  # tokens, what is fed included
+COMMITTED = 4  # hypotheses that are committed (make_convert_fixtures.py)
 
 SEARCHES: dict[str, Settings] = {
     "one beam": {"num_beams": 1},
@@ -57,3 +62,43 @@ def blocks(config: Any, count: int, lengths: tuple[int, ...] = (2, 3, 5, 7, 9, 1
         for block in made:
             block[:, -1] = config.end_id
     return made
+
+
+def committed_rows(config: Any) -> list[list[int]]:
+    """The rows that committed results are of."""
+    return [block[0].tolist() for block in blocks(config, 3, lengths=(3, 6, 10), seed=5)]
+
+
+def original(folder: Path) -> Any:
+    """The model of a directory as transformers has it, float32."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    made = transformers.AutoModelForSeq2SeqLM if config.is_encoder_decoder else transformers.AutoModelForCausalLM
+    return made.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def generated(
+    model: Any, block: np.ndarray, settings: Settings, prefix: list[int]
+) -> list[list[tuple[list[int], float]]]:
+    """generate's hypotheses for every row: what follows the row or the decoder's prefix, and the score."""
+    import torch
+
+    beams, gpt = settings["num_beams"], model.config.model_type == "gpt2"
+    end, ids = model.config.eos_token_id, torch.tensor(block)
+    given = {} if gpt or not prefix else {"decoder_input_ids": torch.tensor([prefix] * len(block))}
+    with torch.no_grad():
+        found = model.generate(
+            ids, attention_mask=torch.ones_like(ids), do_sample=False, num_return_sequences=beams,
+            return_dict_in_generate=True, output_scores=True,
+            **{"max_length": MOST, "pad_token_id": end if gpt else model.config.pad_token_id, **settings}, **given,
+        )  # fmt: skip
+    skipped = block.shape[1] if gpt else max(1, len(prefix)) + (settings.get("forced_bos_token_id") is not None)
+    scores = np.full(len(found.sequences), np.nan) if beams == 1 else found.sequences_scores.numpy()
+    hypotheses: list[tuple[list[int], float]] = []
+    for tokens, score in zip(found.sequences[:, skipped:].tolist(), scores.tolist()):
+        kept = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+        hypotheses.append((kept, score))
+    return [hypotheses[row * beams : (row + 1) * beams] for row in range(len(block))]

@@ -379,7 +379,11 @@ def test_length_penalty_of_one_search_is_not_the_others() -> None:
 
 def test_limit_of_a_request_stands_for_the_files_own() -> None:
     file = DecodingOptions(max_length=20)
-    assert file.with_changes({"max_new_tokens": 30}, LIMITS).max_length is None
+    config, _ = small_models.gpt(max_positions=99)
+    assert config.new_tokens(3, file.with_changes({"max_new_tokens": 30}, LIMITS)) == 30
+    assert config.new_tokens(3, file.with_changes({}, LIMITS)) == 17
+    least = DecodingOptions(STANDARD["sampling_method"], min_new_tokens=5)
+    assert least.with_changes({"min_length": 3}, LIMITS).min_new_tokens == 0
     assert DecodingOptions(max_new_tokens=5).with_changes({"max_length": 30}, LIMITS).max_new_tokens is None
     assert file.with_changes({}, LIMITS).max_length == 20
 

@@ -124,7 +124,7 @@ def vocabulary_scores(logits: Array, targets: Array, out: Array, **others: Any) 
 
 
 def vocabulary_search(banned: int, ids: Array, log_probabilities: Array, logits: Array, **others: Any) -> None:
-    state = {name: others.pop(name) for name in ("rows", "slots", "ancestors", "history")}
+    state = {name: others.pop(name) for name in ("rows", "slots", "ancestors", "history", "details")}
     vocabulary_logits(logits=logits, **others)
     top(logits, banned, ids, log_probabilities)
     beam_step(**state, ids=ids, log_probabilities=log_probabilities)
@@ -136,7 +136,7 @@ def target_log_probabilities(logits: Array, targets: Array, out: Array) -> None:
 
 
 def beam_step(
-    rows: Array, slots: Array, ancestors: Array, history: Array, ids: Array, log_probabilities: Array
+    rows: Array, slots: Array, ancestors: Array, history: Array, details: Array, ids: Array, log_probabilities: Array
 ) -> None:
     for first, slot in enumerate(rows):
         if slots[slot]["beam"] != 0 or slots[slot]["done"] or not slots[slot]["width"]:
@@ -148,22 +148,26 @@ def beam_step(
             beam = slots[slot]
             if beam["finished"]:
                 offer = (beam["score"] - record["diverse_lambda"], parent, record["end_id"], beam["log_probability"])
-                offers.append([(*offer, beam["score"])])
+                offers.append([(*offer, beam["score"], 0)])
                 continue
             offers.append([])
             for rank in range(record["width"]):
                 total = float(beam["log_probability"]) + log_probabilities[first + parent, rank]
                 score = total * reference.length_norm(int(record["generated"]) + 1, float(record["length_penalty"]))
                 choosing = score - float(record["diverse_lambda"]) * (rank + 1)
-                offers[-1].append((choosing, parent, ids[first + parent, rank], total, score))
+                chance = log_probabilities[first + parent, rank]
+                offers[-1].append((choosing, parent, ids[first + parent, rank], total, score, chance))
         if record["method"] == FAN_OUT and record["generated"] > 0:
             chosen = [ranked[0] for ranked in offers]
         else:
             every = sorted((offer for ranked in offers for offer in ranked), key=lambda offer: -offer[0])
             chosen = every[: record["width"]]
-        before = {slot: (history[slot].copy(), ancestors[slot].copy()) for slot in own}
-        for slot, (_, parent, token, total, score) in zip(own, chosen):
-            text, past = before[own[parent]]
+        before = {slot: (history[slot].copy(), ancestors[slot].copy(), details[slot].copy()) for slot in own}
+        for slot, (_, parent, token, total, score, chance) in zip(own, chosen):
+            text, past, chances = before[own[parent]]
+            if record["detailed"]:
+                details[slot, : record["generated"]] = chances[: record["generated"]]
+                details[slot, record["generated"]] = chance
             history[slot, : record["generated"]] = text[: record["generated"]]
             history[slot, record["generated"]] = token
             ancestors[slot, : record["length"] + 1] = past[: record["length"] + 1]
@@ -171,7 +175,7 @@ def beam_step(
         _advance(slots, own, [offer[2] for offer in chosen], record)
 
 
-def sample_step(rows: Array, slots: Array, history: Array, logits: Array, banned: int) -> None:
+def sample_step(rows: Array, slots: Array, history: Array, details: Array, logits: Array, banned: int) -> None:
     for first, slot in enumerate(rows):
         record = slots[slot].copy()
         if record["beam"] != 0 or record["done"] or not record["width"]:
@@ -190,7 +194,10 @@ def sample_step(rows: Array, slots: Array, history: Array, logits: Array, banned
                     for choice in np.flatnonzero(shares).tolist()
                 }
                 token = max(race, key=race.__getitem__)
-                beam["log_probability"] += reference.log_softmax(logits[row])[token]
+                chance = reference.log_softmax(logits[row])[token]
+                if beam["detailed"]:
+                    details[slot, step] = chance
+                beam["log_probability"] += chance
                 norm = reference.length_norm(step + 1, float(beam["length_penalty"]))
                 beam["score"] = beam["log_probability"] * norm
             history[slot, step] = token
@@ -461,7 +468,8 @@ def test_beam_step_prefers_the_lower_parent_among_equals() -> None:
     slots["generated"], slots["length"] = 1, 1
     rows = np.array([0, 1], np.int32)
     same = np.array([[-1, -1], [-1, -1]], np.float32)
-    ops.beam_step(rows, slots, np.zeros((2, 4), np.int32), history, np.array([[3, 4], [3, 4]], np.int32), same)
+    ancestors, details = np.zeros((2, 4), np.int32), np.zeros((2, 4), np.float32)
+    ops.beam_step(rows, slots, ancestors, history, details, np.array([[3, 4], [3, 4]], np.int32), same)
     assert history.tolist() == [[5, 3], [5, 4]]
 
 

@@ -75,7 +75,7 @@ def rules(sequence: Sequence, config: Config) -> tuple[np.ndarray, np.ndarray, n
     record = np.zeros(1, RULES)
     record["repetition_penalty"] = options.repetition_penalty
     record["no_repeat"] = options.no_repeat_ngram_size
-    record["least"] = max(0, options.min_length - len(context), options.min_new_tokens)
+    record["least"] = options.min_new_tokens or max(0, options.min_length - len(context))
     record["forced_end"] = -1 if options.forced_eos_token_id is None else options.forced_eos_token_id
     record["context"] = len(context)
     record["suppressed"], record["suppressed_first"] = len(options.suppress_tokens), len(options.begin_suppress_tokens)

@@ -97,8 +97,8 @@ def _step(model: Any, buffers: Buffers, count: int, mix: str, ops: ModuleType) -
     rows, logits, normalisations = state.rows[:count], state.logits[:count], state.normalisations[:count]
     best = state.ids[:count], state.log_probabilities[:count]
     candidates = state.candidate_ids[:count], state.candidate_log_probabilities[:count]
-    search = (rows, state.slots, cache.ancestors, state.history)
-    standard_search = (*search, state.details, state.pool, state.pool_details)
+    search = (rows, state.slots, cache.ancestors, state.history, state.details)
+    standard_search = (*search, state.pool, state.pool_details)
     rules = (rows, state.slots, state.rules, state.listed, state.contexts, state.history, logits, normalisations)
     vocabulary = (work.x, head.norm, head.output, head.epsilon, head.scale, work.normed, logits)
 
@@ -119,6 +119,6 @@ def _step(model: Any, buffers: Buffers, count: int, mix: str, ops: ModuleType) -
             ops.top(logits, head.banned, *candidates, normalisations)
             ops.beam_step(*search, *candidates)
             ops.standard_step(*standard_search, *candidates)
-        ops.sample_step(rows, state.slots, state.history, logits, head.banned)
+        ops.sample_step(rows, state.slots, state.history, state.details, logits, head.banned)
 
     return run

@@ -82,7 +82,7 @@ def _promising(scores: Array, wanted: int) -> Array:
 
 
 def beam_step(
-    rows: Array, slots: Array, ancestors: Array, history: Array, ids: Array, log_probabilities: Array
+    rows: Array, slots: Array, ancestors: Array, history: Array, details: Array, ids: Array, log_probabilities: Array
 ) -> None:
     """Advances every searching sequence by one token (lightseq_format.md 3.6).
 
@@ -90,7 +90,8 @@ def beam_step(
     for n tokens (1 where the penalty is negative), less diverse_lambda * (rank + 1) while choosing; a finished beam
     offers itself at its frozen score. The `width` best offers become the beams, best first; among equals the lower
     parent, then the better rank. The sequence is done when all beams have finished, or at `limit` tokens.
-    rows: [n]; history: int32 [slots, steps], the generated tokens; ids, log_probabilities: [n, at least width].
+    rows: [n]; history: int32 [slots, steps], the generated tokens; details: [slots, steps], their log-probabilities
+    where `detailed` (0 behind the end); ids, log_probabilities: [n, at least width].
     """
     for first, record in leaders(rows, slots, (SEARCH, FAN_OUT)):
         if record["done"]:
@@ -122,19 +123,23 @@ def beam_step(
 
         history[group, :step] = history[group[parents], :step]
         history[group, step] = tokens[parents, ranks]
+        if record["detailed"]:
+            details[group, :step] = details[group[parents], :step]
+            details[group, step] = np.where(finished[parents], 0, log_probabilities[first + parents, ranks])
         ancestors[group, : length + 1] = ancestors[group[parents], : length + 1]
         slots["log_probability"][group] = offers[parents, ranks]
         slots["score"][group] = scores[parents, ranks]
         advance(slots, group, tokens[parents, ranks], record)
 
 
-def sample_step(rows: Array, slots: Array, history: Array, logits: Array, banned: int) -> None:
+def sample_step(rows: Array, slots: Array, history: Array, details: Array, logits: Array, banned: int) -> None:
     """Draws the next token of every sampling sequence's rows.
 
     Scores are divided by the temperature; top_k keeps the k best (the lower id among equals), then top_p the
     smallest prefix of what is left that holds that share of its probability, at least one. The token with the
     largest score + Gumbel noise is drawn (philox.gumbel), which is a draw from the softmax of what is kept. Its
-    log-probability is the undivided model's. rows: [n]; logits: [n, vocabulary]; banned: an id never drawn, or -1.
+    log-probability is the undivided model's. rows: [n]; history, details as of beam_step; logits: [n, vocabulary];
+    banned: an id never drawn, or -1.
     """
     for first, record in leaders(rows, slots, (SAMPLE,)):
         if record["done"]:
@@ -147,7 +152,10 @@ def sample_step(rows: Array, slots: Array, history: Array, logits: Array, banned
             if not slots["finished"][slot]:
                 scores = logits[first + row]
                 tokens[row] = _draw(scores, slots[slot], step, banned)
-                slots["log_probability"][slot] += scores[tokens[row]] - log_sum_exp(scores)
+                chance = scores[tokens[row]] - log_sum_exp(scores)
+                if record["detailed"]:
+                    details[slot, step] = chance
+                slots["log_probability"][slot] += chance
                 slots["score"][slot] = slots["log_probability"][slot] * norm
         history[group, step] = tokens
         advance(slots, group, tokens, record)

@@ -377,7 +377,7 @@ def vocabulary_logits(
 
 def vocabulary_search(
     x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array, banned: int,
-    ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array,
+    ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array, details: Array,
 ) -> None:  # fmt: skip
     """One step of beam search from the last hidden states: vocabulary_logits, top, beam_step.
 
@@ -385,7 +385,7 @@ def vocabulary_search(
     """
     vocabulary_logits(x, norm, output, epsilon, scale, normed, logits)
     top(logits, banned, ids, log_probabilities)
-    beam_step(rows, slots, ancestors, history, ids, log_probabilities)
+    beam_step(rows, slots, ancestors, history, details, ids, log_probabilities)
 
 
 def vocabulary_standard_search(

@@ -298,15 +298,16 @@ class Cuda:
     def vocabulary_search(
         self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, normed: Array, logits: Array,
         banned: int, ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array,
+        details: Array,
     ) -> None:  # fmt: skip
         if not self._searches(len(x), output.weight):
             self._vocabulary_products(x, norm, output, epsilon, normed, logits)
             self._top(logits, output.bias, banned, ids, log_probabilities, scale)
-            self.beam_step(rows, slots, ancestors, history, ids, log_probabilities)
+            self.beam_step(rows, slots, ancestors, history, details, ids, log_probabilities)
             return
         best = ids.shape[1]
         tiles, statistics, choices = self._best_of_tiles(x, output, epsilon, scale, banned, best, rows, slots)
-        arguments = (rows, slots, ancestors, history, statistics, choices, tiles, best, history.shape[1])
+        arguments = (rows, slots, ancestors, history, details, statistics, choices, tiles, best, history.shape[1])
         self._launch("search", "vocabulary_beam_step", (len(rows),), 1024, arguments)
 
     def vocabulary_standard_search(
@@ -340,9 +341,10 @@ class Cuda:
         self._target_log_probabilities(logits, None, targets, out, 1.0)
 
     def beam_step(
-        self, rows: Array, slots: Array, ancestors: Array, history: Array, ids: Array, log_probabilities: Array
-    ) -> None:
-        arguments = (rows, slots, ancestors, history, ids, log_probabilities, ids.shape[1], history.shape[1])
+        self, rows: Array, slots: Array, ancestors: Array, history: Array, details: Array, ids: Array,
+        log_probabilities: Array,
+    ) -> None:  # fmt: skip
+        arguments = (rows, slots, ancestors, history, details, ids, log_probabilities, ids.shape[1], history.shape[1])
         self._launch("search", "beam_step", (len(rows),), 128, arguments)
 
     def standard_step(
@@ -355,10 +357,12 @@ class Cuda:
         )  # fmt: skip
         self._launch("standard_search", "standard_step", (len(rows),), 128, arguments)
 
-    def sample_step(self, rows: Array, slots: Array, history: Array, logits: Array, banned: int) -> None:
+    def sample_step(
+        self, rows: Array, slots: Array, history: Array, details: Array, logits: Array, banned: int
+    ) -> None:
         arrivals = self._room("arrivals", (len(rows),), np.int32)
         stride, vocabulary = _stride(logits), logits.shape[1]
-        arguments = (rows, slots, history, logits, stride, arrivals, vocabulary, banned, history.shape[1])
+        arguments = (rows, slots, history, details, logits, stride, arrivals, vocabulary, banned, history.shape[1])
         self._launch("sampling", "sample_step", (len(rows),), 1024, arguments)
 
     # How they are launched --------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ STRINGS: dict[str, type[np.generic]] = {"TYPE_STRING": np.object_}
 
 # Beside the ids, where a model has a tokenizer; the names that Triton's own clients for text use.
 TEXT_INPUT, TEXT_OUTPUT = "text_input", "text_output"
+DETAILS = "token_log_probabilities"  # an option, and the output that its answer is in
 Decode = Callable[[Iterable[int]], str]
 
 # Parameters of a request that are Triton's own affair: they never reach the options.
@@ -79,6 +80,7 @@ class Wire:
     batched      tensors have a first dimension of rows; without it a request is one row
     text_input   a request may give text in place of ids
     text_output  an answer may hold text beside the ids
+    details      an answer may hold the log-probability of every token
     """
 
     input: str
@@ -87,6 +89,7 @@ class Wire:
     batched: bool
     text_input: bool = False
     text_output: bool = False
+    details: bool = False
 
     def rows(self, ids: np.ndarray) -> list[np.ndarray]:
         """The rows of a request: ids is [rows, length], or [length] when not batched. The rows are views."""
@@ -122,6 +125,8 @@ class Wire:
             if changes:
                 raise RequestError(f"unknown option {', '.join(sorted(changes))}; scoring has no options")
             return changes
+        if changes.get(DETAILS) and not self.details:
+            raise RequestError(f"{DETAILS} needs an output of that name in the model's config.pbtxt, which has none")
         if self.form.hypotheses == BEST and changes.get("num_hypotheses", 1) != 1:
             raise RequestError(
                 f"num_hypotheses is {changes['num_hypotheses']!r}; this model's output {self.form.ids} holds 1"
@@ -135,6 +140,7 @@ class Wire:
 
         ids [rows, hypotheses, length] or [rows, length]; scores float32 [rows, hypotheses]; loss float32 [rows, 1].
         Rows are filled up with the end id to the longest. With decode also text, objects (str) [rows, hypotheses].
+        Where the request asked for them, also log-probabilities of the tokens, float32 in the shape of the ids.
         """
         form = self.form
         if form.task == SCORE:
@@ -148,9 +154,11 @@ class Wire:
         for r, row in enumerate(texts):
             for k, text in enumerate(row):
                 ids[r, k, : len(text)] = text
-        if form.hypotheses == BEST or (form.hypotheses == SOME and depth == 1):
-            ids = ids[:, 0]
         tensors = {str(form.ids): ids}
+        if self.details and any(one.token_log_probabilities is not None for one in outputs[0].hypotheses):
+            tensors[DETAILS] = _details(rows, outputs, ids.shape, config)
+        if form.hypotheses == BEST or (form.hypotheses == SOME and depth == 1):
+            tensors = {name: tensor[:, 0] for name, tensor in tensors.items()}
         if form.scores is not None:
             scores = [[hypothesis.score for hypothesis in output.hypotheses] for output in outputs]
             tensors[form.scores] = np.array(scores, np.float32)
@@ -169,8 +177,9 @@ class Wire:
 def read_wire(model_config: Mapping[str, Any], faults: list[str]) -> Wire | None:
     """The tensors that a config.pbtxt (as Triton's JSON) declares; `faults` grows by a line a fault, then None."""
     before = len(faults)
-    inputs, reads_text = _without(TEXT_INPUT, model_config.get("input", []), "input", faults)
-    outputs, writes_text = _without(TEXT_OUTPUT, model_config.get("output", []), "output", faults)
+    inputs, reads_text = _without(TEXT_INPUT, model_config.get("input", []), "input", STRINGS, faults)
+    outputs, writes_text = _without(TEXT_OUTPUT, model_config.get("output", []), "output", STRINGS, faults)
+    outputs, writes_details = _without(DETAILS, outputs, "output", FLOATS, faults)
     known = _known(inputs, INPUTS, "input", faults) & _known(outputs, OUTPUTS, "output", faults)
     names = {tensor["name"] for tensor in outputs}
     form = next((form for form in FORMS if form.names == names), None)
@@ -192,25 +201,29 @@ def read_wire(model_config: Mapping[str, Any], faults: list[str]) -> Wire | None
             for tensor in declared
             if not tensor.get("optional")
         ]
-    if writes_text and form is not None and form.task == SCORE:
-        faults.append(f"output {TEXT_OUTPUT} has no place in a model that scores; it needs an output of ids")
+    if form is not None and form.task == SCORE:
+        faults += [
+            f"output {name} has no place in a model that scores; it needs an output of ids"
+            for name, there in ((TEXT_OUTPUT, writes_text), (DETAILS, writes_details))
+            if there
+        ]
     if len(faults) > before:
         return None
     assert form is not None
     types = {tensor["name"]: tensor["data_type"] for tensor in outputs}
     ids_type = np.dtype(INTEGERS[types[form.ids]] if form.ids else np.int32)
     batched = model_config.get("max_batch_size", 0) > 0
-    return Wire(inputs[0]["name"], form, ids_type, batched, reads_text, writes_text)
+    return Wire(inputs[0]["name"], form, ids_type, batched, reads_text, writes_text, writes_details)
 
 
 def _without(
-    name: str, tensors: Sequence[Mapping[str, Any]], what: str, faults: list[str]
+    name: str, tensors: Sequence[Mapping[str, Any]], what: str, types: Mapping[str, Any], faults: list[str]
 ) -> tuple[list[Mapping[str, Any]], bool]:
-    """The tensors but the one of text, and whether there is one."""
+    """The tensors but the optional one of that name, and whether there is one."""
     for tensor in tensors:
         if tensor["name"] == name:
-            _check_type(tensor, STRINGS, what, faults)
-            if len(tensor["dims"]) != 1:
+            _check_type(tensor, types, what, faults)
+            if types is STRINGS and len(tensor["dims"]) != 1:
                 faults.append(f"{what} {name} has dims {tensor['dims']}; it must have one, [ 1 ] or [ -1 ]")
     rest = [tensor for tensor in tensors if tensor["name"] != name]
     return rest, len(rest) < len(tensors)
@@ -256,6 +269,23 @@ def _text(row: np.ndarray, hypothesis: Hypothesis, output: Output, config: Confi
     if output.cut and overwrites:
         text[-1:] = config.end_id
     return text
+
+
+def _details(
+    rows: Sequence[np.ndarray], outputs: Sequence[Output], shape: tuple[int, ...], config: Config
+) -> np.ndarray:
+    """Where the ids have a generated token, its log-probability; 0 elsewhere: a prompt, and behind the end."""
+    details = np.zeros(shape, np.float32)
+    for r, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+        start = 0
+        if isinstance(config, GptConfig):
+            columns = np.flatnonzero(row != config.padding_id)
+            start = int(columns[-1] - columns[0]) + 1
+        for k, hypothesis in enumerate(output.hypotheses):
+            found = hypothesis.token_log_probabilities
+            if found is not None:
+                details[r, k, start : start + len(found)] = found
+    return details
 
 
 def _ids_of_text(row: np.ndarray, hypothesis: Hypothesis, config: Config) -> list[int]:

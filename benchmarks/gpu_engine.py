@@ -18,6 +18,7 @@ from benchmarks.gpu_timing import device_seconds
 from lightseq_backend import ops
 from lightseq_backend.config import Config, EngineConfig, TransformerConfig
 from lightseq_backend.engine import Engine
+from lightseq_backend.engine.graphs import SEARCHING
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.request import SCORE, Request, Sequence
@@ -89,7 +90,7 @@ class Decoding:
 
     def step(self) -> None:
         """Queues the captured step."""
-        self.engine._steps.run(self.bucket, True, False)
+        self.engine._steps.run(self.bucket, SEARCHING)
 
     def history_entries(self, steps: int) -> int:
         """Different entries of one layer's cache that a step reads whose rows have `steps` steps behind them."""

@@ -232,7 +232,7 @@ class Operations:
         """Norm, product, the best ids and the beam step. Logits need not be written."""
         parts, head, work = self._parts, self._parts.model.head, self._parts.work
         linears, state, best = self._subject.chains["vocabulary"], parts.state, parts.ids
-        target = (parts.cache.ancestors, state.history)
+        target = (parts.cache.ancestors, state.history, state.details)
 
         def call(i: int) -> None:
             product = (
@@ -264,8 +264,9 @@ class Operations:
         parts = self._parts
 
         def call(i: int) -> None:
+            state = parts.state
             parts.ops.sample_step(
-                self._groups[0], parts.state.slots, parts.state.history, parts.logits, parts.model.head.banned
+                self._groups[0], state.slots, state.history, state.details, parts.logits, parts.model.head.banned
             )
 
         def before() -> None:

@@ -48,7 +48,7 @@ _DESCRIPTIONS = {
     HEALTH: "State of the server and its models, with their versions.",
 }
 _OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
-    "sampling_method": (str, "beam_search, topk_greedy, greedy, topk, topp or sample"),
+    "sampling_method": (str, "beam_search, standard_beam, topk_greedy, greedy, topk, topp or sample"),
     "beam_size": (int, "hypotheses a search carries"),
     "length_penalty": (float, "0 sums log-probabilities, 1 divides by (5 + length) / 6"),
     "diverse_lambda": (float, "keeps beams apart"),
@@ -58,6 +58,19 @@ _OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "seed": (int, "same seed, same text"),
     "max_new_tokens": (int, "at most so many tokens"),
     "num_hypotheses": (int, "hypotheses to return"),
+    "early_stopping": (str, "true, false or never: when a standard_beam ends"),
+    "max_length": (int, "at most so many tokens, with the prompt or the start token"),
+    "min_length": (int, "at least so many, counted in the same way"),
+    "min_new_tokens": (int, "at least so many new tokens"),
+    "no_repeat_ngram_size": (int, "no n-gram of that size occurs twice"),
+    "repetition_penalty": (float, "over 1: tokens that were there are less likely"),
+    "suppress_tokens": (str, "ids that are never chosen, [3, 4]"),
+    "begin_suppress_tokens": (str, "ids that do not come first"),
+    "bad_words_ids": (str, "words of ids that never come, [[3, 4], [5]]"),
+    "forced_bos_token_id": (int, "what a translation begins with: its language, say"),
+    "forced_eos_token_id": (int, "the last token where the limit cuts"),
+    "token_log_probabilities": (str, "true: with --json, what every token is worth"),
+    "decoder_prefix": (str, "ids that a translation begins with"),
 }
 
 

@@ -18,6 +18,7 @@ INTEGER_TYPES: dict[str, type[np.signedinteger[Any]]] = {"INT32": np.int32, "INT
 RowLike = Sequence[int] | str
 FLOAT_TYPES = ("FP16", "FP32", "FP64")
 TEXT_INPUT, TEXT_OUTPUT = "text_input", "text_output"  # Triton's own clients for text call them so
+DETAILS = "token_log_probabilities"  # an option, and the output that its answer is in
 
 
 @dataclass(frozen=True)
@@ -28,11 +29,13 @@ class Hypothesis:
            else filled up with end ids to the length of the longest hypothesis of the answer
     score  length-normalised log-probability; None where the model has no output for it
     text   what the codec makes of the ids
+    token_log_probabilities  where they were asked for: one an id, 0 for those of a prompt
     """
 
     ids: tuple[int, ...]
     score: float | None = None
     text: str | None = None
+    token_log_probabilities: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,10 +102,11 @@ class Signature:
         """Name and data type of the input that takes these rows: of ids, or of text where they are objects."""
         return (TEXT_INPUT, "BYTES") if rows.dtype == np.object_ else (self.input, self.datatype)
 
-    def outputs(self, rows: np.ndarray) -> list[str]:
-        """Names of the outputs that an answer to these rows has."""
+    def outputs(self, rows: np.ndarray, parameters: Mapping[str, Any]) -> list[str]:
+        """Names of the outputs that an answer to these rows, asked for with these parameters, has."""
         text = TEXT_OUTPUT if rows.dtype == np.object_ and self.ids else None
-        return [name for name in (self.ids, self.scores, text) if name is not None]
+        details = DETAILS if self.ids and parameters.get(DETAILS) in (True, "true") else None
+        return [name for name in (self.ids, self.scores, text, details) if name is not None]
 
 
 @dataclass(frozen=True)
@@ -129,7 +133,11 @@ def signature(task: str, model: str, metadata: Mapping[str, Any]) -> Signature:
     """
     inputs = [tensor for tensor in metadata["inputs"] if tensor["datatype"] in INTEGER_TYPES]
     ids = [tensor["name"] for tensor in metadata["outputs"] if tensor["datatype"] in INTEGER_TYPES]
-    scores = [tensor["name"] for tensor in metadata["outputs"] if tensor["datatype"] in FLOAT_TYPES]
+    scores = [
+        tensor["name"]
+        for tensor in metadata["outputs"]
+        if tensor["datatype"] in FLOAT_TYPES and tensor["name"] != DETAILS
+    ]
     wants_ids = task != SCORE
     if len(inputs) != 1 or len(ids) != wants_ids or (len(scores) > 1 if wants_ids else len(scores) != 1):
         needs = "one integer output and at most one of floats" if wants_ids else "one output, of floats"
@@ -175,10 +183,14 @@ def answers_of(call: Call, rows: list[Row], outputs: dict[str, Any], latency: fl
     if call.sends_text:
         return _text_answers(call, rows, outputs, scores, latency)
     answers: list[Answer | Failure] = []
-    for row, found in zip(rows, hypotheses_of(outputs[tensors.ids], scores, len(rows))):
+    details = details_of(outputs, outputs[tensors.ids])
+    for number, (row, found) in enumerate(zip(rows, hypotheses_of(outputs[tensors.ids], scores, len(rows)))):
         start = len(row.ids) if call.task == GENERATE else 0
         try:
-            texts = tuple(_hypothesis(ended(ids, start, codec.end_id), score, codec) for ids, score in found)
+            texts = tuple(
+                _hypothesis(ended(ids, start, codec.end_id), score, codec, details[number][k])
+                for k, (ids, score) in enumerate(found)
+            )
             answers.append(Answer(row.number, row.given, row.ids, texts, None, start, latency))
         except ClientError as error:  # the vocabulary is another model's
             answers.append(Failure(row.number, row.given, error))
@@ -250,6 +262,14 @@ def hypotheses_of(
     return [[(tuple(all_ids[row, k].tolist()), flat[row * count + k]) for k in range(count)] for row in range(rows)]
 
 
+def details_of(outputs: Mapping[str, np.ndarray], ids: np.ndarray) -> list[list[tuple[float, ...] | None]]:
+    """Log-probabilities of the tokens by row and hypothesis; None each where the answer has none."""
+    details, rows = outputs.get(DETAILS), len(ids)
+    if details is None:
+        return [[None] * (1 if ids.ndim == 2 else ids.shape[1])] * rows
+    return [[tuple(found) for found in row] for row in (details[:, None] if details.ndim == 2 else details).tolist()]
+
+
 def losses_of(losses: np.ndarray, rows: int) -> list[float]:
     """losses [rows, 1] or [rows]: one a row."""
     if losses.size != rows:
@@ -279,13 +299,19 @@ def _text_answers(
 ) -> list[Answer | Failure]:
     answers: list[Answer | Failure] = []
     found = hypotheses_of(outputs[str(call.tensors.ids)], scores, len(rows))
-    for row, ranked, texts in zip(rows, found, texts_of(outputs[TEXT_OUTPUT], len(rows))):
+    details = details_of(outputs, outputs[str(call.tensors.ids)])
+    for number, (row, ranked, texts) in enumerate(zip(rows, found, texts_of(outputs[TEXT_OUTPUT], len(rows)))):
         if len(texts) != len(ranked):
             raise RequestFailed(INTERNAL, f"the model answered {len(texts)} texts for {len(ranked)} hypotheses")
-        hypotheses = tuple(Hypothesis(ids, score, text) for (ids, score), text in zip(ranked, texts))
+        hypotheses = tuple(
+            Hypothesis(ids, score, text, details[number][k])
+            for k, ((ids, score), text) in enumerate(zip(ranked, texts))
+        )
         answers.append(Answer(row.number, row.given, (), hypotheses, None, 0, latency))
     return answers
 
 
-def _hypothesis(ids: tuple[int, ...], score: float | None, codec: Codec) -> Hypothesis:
-    return Hypothesis(ids, score, codec.decode(ids))
+def _hypothesis(
+    ids: tuple[int, ...], score: float | None, codec: Codec, details: tuple[float, ...] | None
+) -> Hypothesis:
+    return Hypothesis(ids, score, codec.decode(ids), None if details is None else details[: len(ids)])

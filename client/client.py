@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import random
 import threading
 import time
@@ -179,7 +180,9 @@ class Client:
                           handed out first
         options           travel as request parameters: sampling_method, beam_size, length_penalty,
                           diverse_lambda, top_k, top_p, temperature, seed, max_new_tokens,
-                          num_hypotheses. The server checks them. None means "not given".
+                          num_hypotheses, and those of Hugging Face's generate (early_stopping,
+                          no_repeat_ngram_size, bad_words_ids, ...), lists as lists. The server
+                          checks them. None means "not given".
         """
         if rows_per_request < 1:
             raise ValueError(f"rows_per_request is {rows_per_request}; it must be at least 1")
@@ -189,7 +192,11 @@ class Client:
         if isinstance(codec, ServerText) and not self.takes_text(task, name):
             raise ModelError(f"model {name} cannot {task} text: it has no text_input, or no text_output for the answer")
         pads = isinstance(codec, ServerText) or (codec.padding_id is not None and task != GENERATE)
-        parameters = {option: value for option, value in options.items() if value is not None}
+        parameters = {  # a parameter holds no list: its JSON travels
+            option: json.dumps(value) if isinstance(value, list | tuple) else value
+            for option, value in options.items()
+            if value is not None
+        }
         call = Call(task, name, tensors, codec, pads, parameters)
         return self._flow(call, enumerate(rows, 1), rows_per_request, ready)
 

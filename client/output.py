@@ -7,7 +7,7 @@ import math
 from array import array
 from typing import Any, TextIO
 
-from lightseq_client.answers import GENERATE, Answer, Failure
+from lightseq_client.answers import GENERATE, Answer, Failure, Hypothesis
 from lightseq_client.client import Health
 
 
@@ -64,12 +64,17 @@ class Json:
         else:
             if self._prompts and answer.ids:
                 fields["prompt_length"] = answer.prompt_length
-            fields["hypotheses"] = [
-                {"ids": found.ids, "score": _finite(found.score), **({"text": found.text} if self._shows_text else {})}
-                for found in answer.hypotheses
-            ]
+            fields["hypotheses"] = [self._hypothesis(found) for found in answer.hypotheses]
         fields["latency_ms"] = round(answer.latency * 1e3, 3)
         self._object(fields)
+
+    def _hypothesis(self, found: Hypothesis) -> dict[str, Any]:
+        fields: dict[str, Any] = {"ids": found.ids, "score": _finite(found.score)}
+        if self._shows_text:
+            fields["text"] = found.text
+        if found.token_log_probabilities is not None:
+            fields["token_log_probabilities"] = found.token_log_probabilities
+        return fields
 
     def failure(self, failure: Failure) -> None:
         self._object({"line": failure.number, "input": failure.given, "error": str(failure.error)})

@@ -79,7 +79,7 @@ class Grpc:
         async with _plain_failures():
             call = self._client.async_infer(model, [given], arrived, parameters=dict(parameters))
             try:
-                return _outputs(await done, tensors.outputs(rows))
+                return _outputs(await done, tensors.outputs(rows, parameters))
             except asyncio.CancelledError:
                 call.cancel()
                 raise
@@ -131,7 +131,8 @@ class Http:
         given.set_data_from_numpy(rows)
         async with _plain_failures():
             return _outputs(
-                await self._client.infer(model, [given], parameters=dict(parameters)), tensors.outputs(rows)
+                await self._client.infer(model, [given], parameters=dict(parameters)),
+                tensors.outputs(rows, parameters),
             )
 
     async def close(self) -> None:

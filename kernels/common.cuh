@@ -18,7 +18,7 @@ template <> __device__ __forceinline__ float from_float<float>(float x) { return
 template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
 
 // ops/slots.py SLOT, field by field (a test compares the two): one record a cache lane.
-enum Method { NOBODY = 0, SEARCH = 1, FAN_OUT = 2, SAMPLE = 3 };
+enum Method { NOBODY = 0, SEARCH = 1, FAN_OUT = 2, SAMPLE = 3, STANDARD = 4 };
 struct Slot {
     unsigned long long seed;
     unsigned int stream;
@@ -41,6 +41,12 @@ struct Slot {
     float diverse_lambda;
     float temperature;
     float top_p;
+    int detailed;
+    int ruled;
+    int counted;
+    int stopping;
+    int pool_length;
+    float pool_score;
 };
 
 // Sixteen bytes at a time, as floats: eight halves or four floats.

@@ -186,6 +186,7 @@ target_log_probabilities(const float* logits, int stride, const T* bias, const i
 // equals, and their log-probabilities; the banned id (or -1) counts in the normalisation.
 //   logits float [rows, vocabulary]   bias T [vocabulary] or null
 //   ids int32, log_probabilities float [rows, count], count <= 32
+//   normalisations float [rows] or null: a row's log sum exp, where it is a number, in place of that of z
 //   grid rows; block 1024; static shared memory 26 KiB; moves logits once; above 32768 ids reads them again from L2
 //   Each thread finds its largest; the count-th of these bounds what can be among the best. What reaches it is few,
 //   unless there are many equals: then the best are looked for one by one.
@@ -213,8 +214,8 @@ __device__ __forceinline__ void best_of_threads(Choice mine, int count, Choice (
 }
 
 template <typename Logits>
-__device__ __forceinline__ void find_best(const Logits& row, int* ids, float* log_probabilities, int vocabulary, int count,
-                                          int banned) {
+__device__ __forceinline__ void find_best(const Logits& row, int* ids, float* log_probabilities, int vocabulary,
+                                          int count, int banned, const float* normalisations) {
     __shared__ float scratch[32];
     __shared__ Choice lists[WARPS][MOST_BEST], found[MOST_BEST], promising[MOST_PROMISING], choices[32];
     __shared__ int promising_count;
@@ -228,6 +229,8 @@ __device__ __forceinline__ void find_best(const Logits& row, int* ids, float* lo
     });
     if (threadIdx.x == 0) promising_count = 0;
     float normalisation = running.total(scratch);
+    if (normalisations && normalisations[blockIdx.x] == normalisations[blockIdx.x])
+        normalisation = normalisations[blockIdx.x];
     best_of_threads(choice(most, threadIdx.x), count, lists, found);
     const float bound = choice_score(found[count - 1]);
     row.each([&](const float (&z)[4], int id) {
@@ -275,7 +278,7 @@ __device__ __forceinline__ void find_best(const Logits& row, int* ids, float* lo
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 top(const float* logits, int stride, const T* bias, int* ids, float* log_probabilities, int vocabulary, int count,
-    int banned, float scale) {
+    int banned, float scale, const float* normalisations) {
     launch_next();
     wait_for_previous();
     const float* own = logits + (long long)blockIdx.x * stride;
@@ -283,10 +286,102 @@ top(const float* logits, int stride, const T* bias, int* ids, float* log_probabi
     if (Held::fits(vocabulary)) {
         Held held;
         held.load(own, vocabulary, finish);
-        find_best(held, ids, log_probabilities, vocabulary, count, banned);
+        find_best(held, ids, log_probabilities, vocabulary, count, banned, normalisations);
     } else {
-        find_best(Read{own, vocabulary, finish}, ids, log_probabilities, vocabulary, count, banned);
+        find_best(Read{own, vocabulary, finish}, ids, log_probabilities, vocabulary, count, banned, normalisations);
     }
+}
+
+// Rules ---------------------------------------------------------------------------------------------------------------
+
+// ops/slots.py RULES, field by field.
+struct Rules {
+    float repetition_penalty;
+    int no_repeat, least, forced_end, context, suppressed, suppressed_first, words;
+};
+
+// What a row has read and generated. Negative tokens stand for padding.
+struct Past {
+    const int *context, *generated;
+    int read, size;
+    __device__ __forceinline__ int operator[](int i) const { return i < read ? context[i] : generated[i - read]; }
+    // Whether tokens [first, first + count) are those of a list.
+    template <typename List> __device__ __forceinline__ bool has(int first, const List& list, int count) const {
+        for (int i = 0; i < count; i++)
+            if ((*this)[first + i] != list(i)) return false;
+        return true;
+    }
+};
+
+// Every token of the past counts once: the threads read before any writes, and of later rounds those that are new.
+__device__ __forceinline__ void penalise(float* logits, const Past& past, float penalty, float shift) {
+    for (int first = 0; first < past.size; first += THREADS) {
+        const int i = first + threadIdx.x, token = i < past.size ? past[i] : -1;
+        bool fresh = token >= 0;
+        for (int j = 0; fresh && j < first; j++) fresh = past[j] != token;
+        float score = 0;
+        if (fresh) {
+            score = logits[token] - shift;
+            score = (score < 0 ? score * penalty : score / penalty) + shift;
+        }
+        __syncthreads();
+        if (fresh) logits[token] = score;
+        __syncthreads();
+    }
+}
+
+// apply_rules: changes the logits of rows that have rules, as ops/cpu.py apply_rules.
+//   rows int32 [n]   slots Slot, rules Rules [lanes]   listed int32 [lanes, room]
+//   contexts, history int32 [lanes, steps]
+//   logits float [n, vocabulary], rows `stride` apart   normalisations float [n]
+//   grid n; block 1024; static shared memory 128 bytes; of rows that have rules moves logits once, and what they change
+extern "C" __global__ void __launch_bounds__(THREADS)
+apply_rules(const int* rows, const Slot* slots, const Rules* rules, const int* listed, const int* contexts,
+            const int* history, float* logits, int stride, float* normalisations, int vocabulary, int steps, int room) {
+    __shared__ float scratch[32];
+    launch_next();
+    wait_for_previous();
+    const int lane = rows[blockIdx.x];
+    const Slot slot = slots[lane];
+    if (!slot.ruled || slot.done || slot.width <= 0) {
+        if (threadIdx.x == 0) normalisations[blockIdx.x] = __int_as_float(0x7fffffff);
+        return;
+    }
+    const long long lead = rows[blockIdx.x - slot.beam];
+    const Rules rule = rules[lead];
+    const int* list = listed + lead * room;
+    const Past past = {contexts + lead * steps, history + (long long)lane * steps, rule.context,
+                       rule.context + slot.generated};
+    float* own = logits + (long long)blockIdx.x * stride;
+    Running running;
+    for_row(own, vocabulary, Finish{nullptr, 1.f}, [&](const float (&z)[4], int) { running.add(z); });
+    const float normalisation = running.total(scratch);
+    if (threadIdx.x == 0) normalisations[blockIdx.x] = normalisation;
+    __syncthreads();
+
+    const bool alone = slot.method == SAMPLE || slot.width == 1;  // one row to a choice
+    if (rule.repetition_penalty != 1.f) penalise(own, past, rule.repetition_penalty, alone ? 0.f : normalisation);
+    const int tail = past.size + 1 - rule.no_repeat;  // where the tokens are that would begin the n-gram again
+    for (int i = threadIdx.x; rule.no_repeat > 0 && i < tail; i += THREADS) {
+        const int token = past[i + rule.no_repeat - 1];
+        if (token >= 0 && past.has(i, [&](int j) { return past[tail + j]; }, rule.no_repeat - 1))
+            own[token] = -INFINITE;
+    }
+    for (int number = threadIdx.x; number < rule.words; number += THREADS) {
+        const int* word = list + rule.suppressed + rule.suppressed_first;  // its length, then its ids
+        for (int i = 0; i < number; i++) word += 1 + *word;
+        const int before = *word - 1;
+        if (before <= past.size && past.has(past.size - before, [&](int j) { return word[1 + j]; }, before))
+            own[word[1 + before]] = -INFINITE;
+    }
+    if (threadIdx.x == 0 && slot.generated < rule.least) own[slot.end_id] = -INFINITE;
+    __syncthreads();
+    if (rule.forced_end >= 0 && slot.generated + 1 >= slot.limit)
+        for (int id = threadIdx.x; id < vocabulary; id += THREADS)
+            own[id] = id == rule.forced_end ? normalisation : -INFINITE;
+    __syncthreads();
+    const int suppressed = rule.suppressed + (slot.generated == 0 ? rule.suppressed_first : 0);
+    for (int i = threadIdx.x; i < suppressed; i += THREADS) own[list[i]] = -INFINITE;
 }
 
 // Drawing -------------------------------------------------------------------------------------------------------------
@@ -472,13 +567,14 @@ __device__ __forceinline__ void advance(const int* group, Slot* slots, int* hist
 
 // sample_step: draws the next token of every row of a sampling sequence, and closes the step of the sequence, as
 // ops/cpu.py sample_step.
-//   rows int32 [n], those of a sequence in the order of `beam`   slots Slot [lanes]   history int32 [lanes, steps]
+//   rows int32 [n], those of a sequence in the order of `beam`   slots Slot [lanes]
+//   history int32, details float [lanes, steps]
 //   logits float [n, vocabulary], vocabulary <= 2^18; banned: an id never drawn, or -1
 //   arrivals int32 [n]: zeros, and zeros again afterwards
 //   grid n; block 1024; static shared memory 17 KiB; reads logits once, and 2 to 12 times from L2
 extern "C" __global__ void __launch_bounds__(THREADS)
-sample_step(const int* rows, Slot* slots, int* history, const float* logits, int stride, int* arrivals, int vocabulary,
-            int banned, int steps) {
+sample_step(const int* rows, Slot* slots, int* history, float* details, const float* logits, int stride, int* arrivals,
+            int vocabulary, int banned, int steps) {
     __shared__ Histogram histogram;
     __shared__ float scratch[32];
     __shared__ Choice choices[32];
@@ -501,7 +597,8 @@ sample_step(const int* rows, Slot* slots, int* history, const float* logits, int
         float normalisation = log_sum_exp(row.logits, vocabulary, most, scratch);
         if (threadIdx.x == 0) {
             float norm = penalty >= 0 ? powf((6 + generated) / 6.f, -penalty) : 1.f;
-            float total = before.log_probability + (row.logits[token] - normalisation);
+            float chance = row.logits[token] - normalisation, total = before.log_probability + chance;
+            if (before.detailed) details[(long long)rows[blockIdx.x] * steps + generated] = chance;
             slot->log_probability = total;
             slot->score = total * norm;
         }

@@ -64,13 +64,15 @@ __device__ __forceinline__ void choose(const Sequence& sequence, const Best& bes
     }
 }
 
-// Beam b becomes the continuation of beam parents[b]: its past and the tokens that led there. A thread permutes one
-// step of all beams, so nothing is overwritten before it has been read.
+// Beam b becomes the continuation of beam parents[b]: its past and the tokens that led there, with what they were worth
+// where that is kept. A thread permutes one step of all beams, so nothing is overwritten before it has been read.
 __device__ __forceinline__ void inherit(const Sequence& sequence, const int* parents, int* ancestors, int* history,
-                                        int steps) {
+                                        float* details, int steps) {
     int width = sequence.record.width, generated = sequence.record.generated, length = sequence.record.length;
-    for (int i = threadIdx.x; i < generated + length + 1; i += blockDim.x) {
+    int texts = generated + length + 1, columns = texts + (sequence.record.detailed ? generated : 0);
+    for (int i = threadIdx.x; i < columns; i += blockDim.x) {
         int* column = i < generated ? history + i : ancestors + i - generated;
+        if (i >= texts) column = reinterpret_cast<int*>(details) + i - texts;
         int held[MAX_WIDTH];
 #pragma unroll
         for (int b = 0; b < MAX_WIDTH; b++) {
@@ -110,7 +112,7 @@ __device__ __forceinline__ bool begin(const int* rows, const Slot* slots, Sequen
 
 // The step itself, with what the rows would like best in shared memory.
 __device__ __forceinline__ void advance(Sequence& sequence, const Best& best, int* parents, int* ranks, Slot* slots,
-                                        int* ancestors, int* history, int steps) {
+                                        int* ancestors, int* history, float* details, int steps) {
     const Slot& record = sequence.record;
     if (threadIdx.x < 32) {
         int beam = threadIdx.x;
@@ -137,20 +139,24 @@ __device__ __forceinline__ void advance(Sequence& sequence, const Best& best, in
             slot->length += !done;
             slot->generated += 1;
             slot->done = done;
-            history[(long long)sequence.slots[beam] * steps + record.generated] = made.token;
+            long long place = (long long)sequence.slots[beam] * steps + record.generated;
+            history[place] = made.token;
+            if (record.detailed)
+                details[place] =
+                    sequence.finished[parents[beam]] ? 0 : best.log_probabilities[parents[beam]][ranks[beam]];
         }
     }
     __syncthreads();
-    inherit(sequence, parents, ancestors, history, steps);
+    inherit(sequence, parents, ancestors, history, details, steps);
 }
 
 // beam_step: advances every searching sequence by one token, as ops/cpu.py beam_step.
-//   rows int32 [n]   slots Slot [lanes]   ancestors, history int32 [lanes, steps]
+//   rows int32 [n]   slots Slot [lanes]   ancestors, history int32, details float [lanes, steps]
 //   ids int32, log_probabilities float [n, count], best first, count >= any width of the rows
 //   grid n; block 128; static shared memory 9 KiB; moves about width * (2 * width + 4 * length) words a sequence
 extern "C" __global__ void __launch_bounds__(128)
-beam_step(const int* rows, Slot* slots, int* ancestors, int* history, const int* ids, const float* log_probabilities,
-          int count, int steps) {
+beam_step(const int* rows, Slot* slots, int* ancestors, int* history, float* details, const int* ids,
+          const float* log_probabilities, int count, int steps) {
     __shared__ Sequence sequence;
     __shared__ Best best;
     __shared__ int parents[MAX_WIDTH], ranks[MAX_WIDTH];
@@ -166,7 +172,7 @@ beam_step(const int* rows, Slot* slots, int* ancestors, int* history, const int*
         best.log_probabilities[i / width][i % width] = log_probabilities[place];
     }
     __syncthreads();
-    advance(sequence, best, parents, ranks, slots, ancestors, history, steps);
+    advance(sequence, best, parents, ranks, slots, ancestors, history, details, steps);
 }
 
 // Merging what kernels/vocabulary.cu found in each tile of the vocabulary ---------------------------------------------
@@ -217,8 +223,8 @@ __device__ __forceinline__ void merge(const Choice* choices, int first, int stri
 //   The warps share the rows of a sequence evenly; those of a row share its tiles, then one merges what they found.
 constexpr int MERGING_WARPS = 32;
 extern "C" __global__ void __launch_bounds__(32 * MERGING_WARPS)
-vocabulary_beam_step(const int* rows, Slot* slots, int* ancestors, int* history, const float2* statistics,
-                     const Choice* choices, int tiles, int count, int steps) {
+vocabulary_beam_step(const int* rows, Slot* slots, int* ancestors, int* history, float* details,
+                     const float2* statistics, const Choice* choices, int tiles, int count, int steps) {
     __shared__ Sequence sequence;
     __shared__ Best best;
     __shared__ Choice found[MERGING_WARPS][MAX_WIDTH];
@@ -252,5 +258,40 @@ vocabulary_beam_step(const int* rows, Slot* slots, int* ancestors, int* history,
         });
     }
     __syncthreads();
-    advance(sequence, best, parents, ranks, slots, ancestors, history, steps);
+    advance(sequence, best, parents, ranks, slots, ancestors, history, details, steps);
+}
+
+// best_of_tiles: the best tokens of each row of a standard search, twice as many as its sequence has beams, and their
+// log-probabilities.
+//   rows int32 [n]   slots Slot [lanes]   statistics float2 [n, tiles]   choices Choice [n, tiles, count]
+//   ids int32, log_probabilities float [n, count], count <= MAX_WIDTH
+//   grid n; block 1024; static shared memory 9 KiB; moves n * tiles * (2 + 2 * count) words
+extern "C" __global__ void __launch_bounds__(32 * MERGING_WARPS)
+best_of_tiles(const int* rows, const Slot* slots, const float2* statistics, const Choice* choices, int* ids,
+              float* log_probabilities, int tiles, int count) {
+    __shared__ Choice found[MERGING_WARPS][MAX_WIDTH];
+    __shared__ float2 totals[MERGING_WARPS];
+    launch_next();
+    const Slot* slot = slots + rows[blockIdx.x];
+    const int wanted = least(count, 2 * slot->width);
+    const bool searches = slot->method == STANDARD && slot->width > 0 && !slot->done;
+    wait_for_previous();
+    if (!searches) return;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const long long row = blockIdx.x;
+    const float2 own = total(statistics + row * tiles, 32 * warp, 32 * MERGING_WARPS, tiles);
+    if (lane == 0) totals[warp] = own;
+    merge(choices + row * tiles * count, 32 * warp, 32 * MERGING_WARPS, tiles, count, wanted,
+          [&](int rank, Choice taken) {
+              if (lane == 0) found[warp][rank] = taken;
+          });
+    __syncthreads();
+    if (warp > 0) return;
+    const float2 all = total(totals, 0, 32, MERGING_WARPS);
+    const float normalisation = all.x + logf(all.y);
+    merge(found[0], 0, 32, MERGING_WARPS, MAX_WIDTH, wanted, [&](int rank, Choice taken) {
+        if (lane > 0) return;
+        ids[row * count + rank] = taken ? choice_id(taken) : 0;  // no numbers, no choice
+        log_probabilities[row * count + rank] = choice_score(taken) - normalisation;
+    });
 }

@@ -40,7 +40,10 @@ __device__ __forceinline__ void summarise(float* logits, int row, int tile, bool
     constexpr int NO_ID = 0x7fffffff;
     const float none = __int_as_float(0x7fffffff);
     int member = threadIdx.x % 8, wanted = there ? task.best : 0;
-    if (there && task.slots) wanted = min(wanted, task.slots[task.rows[row]].width);
+    if (there && task.slots) {
+        const Slot& slot = task.slots[task.rows[row]];
+        wanted = min(wanted, slot.method == STANDARD ? 2 * slot.width : slot.width);
+    }
     float4* groups = reinterpret_cast<float4*>(logits) + member;  // eight apart
     float4 values[TILE / 32];
     float best[TILE / 32], most, sum = 0;

@@ -72,7 +72,7 @@ template <int pending> __device__ __forceinline__ void warpgroup_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
 }
 
-// d += a . b: a 64 x 16, b 16 x (8 tiles), d[tile] as mma.m16n8k16's, warp w of the group having rows 16 w to 16 w + 15.
+// d += a . b: a 64 x 16, b 16 x (8 tiles), d[tile] as mma.m16n8k16's; warp w of the group has rows 16 w to 16 w + 15.
 #define FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 __device__ __forceinline__ void warpgroup_multiply(float (&d)[4][4], unsigned long long a, unsigned long long b) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -131,12 +131,12 @@ __device__ __forceinline__ float4 add(const float4& x, const float4& y) {
 }
 
 // out[r] = residual[r] + activation(x[r] . W + b); with NORM, x[r] . W stands for layer_norm(x[r]) . W
-//   x_map: of x half [rows, INNER], boxes of [ROWS, 64], swizzled by 128 bytes; W half, packed by warpgroup_launch.py as
-//   [wide / 64][INNER / 8][64][8]; bias half [wide] or null; residual half [rows, wide] or null, may be out; out half
-//   [rows, wide]; rows residual_stride and out_stride apart, multiples of 4; wide a multiple of 64
+//   x_map: of x half [rows, INNER], boxes of [ROWS, 64], swizzled by 128 bytes; W half, packed by warpgroup_launch.py
+//   as [wide / 64][INNER / 8][64][8]; bias half [wide] or null; residual half [rows, wide] or null, may be out; out
+//   half [rows, wide]; rows residual_stride and out_stride apart, multiples of 4; wide a multiple of 64
 //   NORM: as kernels/linear.cu has it, columns float [2][wide]
-//   grid (SPLIT * wide / 64, ceil(rows / ROWS)), cluster (SPLIT), block THREADS, shared memory as above; moves the weights
-//   once, x wide / 64 times (from L2). The order of a sum depends on INNER and SPLIT alone.
+//   grid (SPLIT * wide / 64, ceil(rows / ROWS)), cluster (SPLIT), block THREADS, shared memory as above; moves the
+//   weights once, x wide / 64 times (from L2). The order of a sum depends on INNER and SPLIT alone.
 extern "C" __global__ void __launch_bounds__(THREADS)
 warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, const float* columns, float epsilon,
                  const __half* bias, const __half* residual, int residual_stride, __half* out, int out_stride, int rows,

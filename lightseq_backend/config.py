@@ -1,25 +1,30 @@
-"""What a model is, how it decodes by default and how much room its engine gets: frozen, self-checking."""
+"""What a model is and how much room its engine gets: frozen, self-checking. How it decodes is in options.py."""
 
 from __future__ import annotations
 
 import math
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from lightseq_backend.errors import ConfigError, RequestError
-
-BEAM_SEARCH = "beam_search"
-TOPK_GREEDY = "topk_greedy"  # k best first tokens, each continued greedily (LightSeq)
-GREEDY = "greedy"  # beam search with one beam
-TOPK = "topk"
-TOPP = "topp"
-SAMPLE = "sample"  # the whole distribution, unless top_k or top_p narrow it
-SEARCH_METHODS = (BEAM_SEARCH, TOPK_GREEDY, GREEDY)
-SAMPLING_METHODS = (TOPK, TOPP, SAMPLE)
-METHODS = SEARCH_METHODS + SAMPLING_METHODS
+from lightseq_backend.errors import ConfigError
+from lightseq_backend.options import (  # noqa: F401 -- handed on: whoever asks for a configuration finds them here
+    BEAM_SEARCH,
+    GREEDY,
+    MAX_SEED,
+    METHODS,
+    OPTION_TYPES,
+    SAMPLE,
+    SAMPLING_METHODS,
+    SEARCH_METHODS,
+    STANDARD_BEAM,
+    TOPK,
+    TOPK_GREEDY,
+    TOPP,
+    DecodingLimits,
+    DecodingOptions,
+    Ids,
+)
 
 ACTIVATIONS = ("relu", "gelu", "gelu_erf", "silu")  # gelu is the tanh form, LightSeq's only one
-MAX_SEED = 2**63 - 1  # what a Triton request parameter can carry
 
 
 @dataclass(frozen=True)
@@ -53,145 +58,6 @@ def dialect_named(name: str) -> Dialect:
     if name not in DIALECTS:
         raise ConfigError(f"dialect is {name!r}; known dialects are {', '.join(DIALECTS)}")
     return DIALECTS[name]
-
-
-@dataclass(frozen=True)
-class DecodingOptions:
-    """How one request wants its text. Files give the defaults; `with_changes` applies a request's own.
-
-    top_k = 0 and top_p = 1 mean "do not narrow"; seed None means "any"; max_new_tokens None means
-    "as many as the model allows"; num_hypotheses None means "all beams", or one when sampling.
-    """
-
-    sampling_method: str = BEAM_SEARCH
-    beam_size: int = 4
-    length_penalty: float = 0.6
-    diverse_lambda: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    temperature: float = 1.0
-    seed: int | None = None
-    max_new_tokens: int | None = None
-    num_hypotheses: int | None = None
-
-    @property
-    def searches(self) -> bool:
-        return self.sampling_method in SEARCH_METHODS
-
-    @property
-    def width(self) -> int:
-        """Rows a sequence needs: its beams, or its independent samples."""
-        if self.sampling_method == GREEDY:
-            return 1
-        return self.beam_size if self.searches else self.num_hypotheses or 1
-
-    @property
-    def hypotheses(self) -> int:
-        """Hypotheses that go back to the caller."""
-        return self.num_hypotheses or self.width
-
-    def with_changes(self, changes: dict[str, object], limits: DecodingLimits) -> DecodingOptions:
-        """These options with a request's own settings; RequestError names each bad one with its limit."""
-        unknown = sorted(set(changes) - set(OPTION_TYPES))
-        if unknown:
-            raise RequestError(f"unknown option {', '.join(unknown)}; options are {', '.join(OPTION_TYPES)}")
-        values = {name: _typed(name, value) for name, value in changes.items()}
-        if values.get("sampling_method", self.sampling_method) not in METHODS:
-            raise RequestError(f"sampling_method is {values['sampling_method']!r}; methods are {', '.join(METHODS)}")
-        options = replace(self, **values)  # type: ignore[arg-type]
-        # What the file says of another method must not leak into the one that was asked for.
-        if options.sampling_method != TOPK and "top_k" not in values:
-            options = replace(options, top_k=0)
-        if options.sampling_method != TOPP and "top_p" not in values:
-            options = replace(options, top_p=1.0)
-        if options.sampling_method != BEAM_SEARCH and "diverse_lambda" not in values:
-            options = replace(options, diverse_lambda=0.0)
-        faults = [*_range_faults(options, set(values), limits), *_combination_faults(options, set(values))]
-        if faults:
-            raise RequestError("; ".join(faults))
-        return options
-
-
-@dataclass(frozen=True)
-class DecodingLimits:
-    """What a loaded model can be asked for: max_beam_size rows a sequence, ids below vocabulary."""
-
-    max_beam_size: int
-    vocabulary: int
-
-
-OPTION_TYPES: dict[str, type] = {
-    "sampling_method": str,
-    "beam_size": int,
-    "length_penalty": float,
-    "diverse_lambda": float,
-    "top_k": int,
-    "top_p": float,
-    "temperature": float,
-    "seed": int,
-    "max_new_tokens": int,
-    "num_hypotheses": int,
-}
-_SAMPLING_ONLY = ("top_k", "top_p", "temperature")
-
-
-def _typed(name: str, value: object) -> object:
-    wanted = OPTION_TYPES[name]
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        with suppress(OverflowError):
-            return float(value)
-    if wanted is int and isinstance(value, float) and value.is_integer():
-        return int(value)
-    if not isinstance(value, wanted) or isinstance(value, bool):
-        raise RequestError(f"{name} is {value!r}; it takes a value of type {wanted.__name__}")
-    return value
-
-
-def _range_faults(options: DecodingOptions, given: set[str], limits: DecodingLimits) -> list[str]:
-    """One sentence a value out of range. Only what the request gave, or what its method uses, is looked at."""
-    faults = []
-
-    def check(name: str, holds: bool, limit: str) -> None:
-        if not holds:
-            faults.append(f"{name} is {getattr(options, name)}; it must be {limit}")
-
-    beams = limits.max_beam_size
-    if options.searches or "beam_size" in given:
-        check("beam_size", 1 <= options.beam_size <= beams, f"from 1 to {beams}, this model's maximum")
-    check("length_penalty", -10 <= options.length_penalty <= 10, "from -10 to 10")
-    check("diverse_lambda", 0 <= options.diverse_lambda < math.inf, "a number from 0 up")
-    if options.sampling_method == TOPK or "top_k" in given:
-        check("top_k", 1 <= options.top_k <= limits.vocabulary, f"from 1 to {limits.vocabulary}, the vocabulary")
-    check("top_p", 0 < options.top_p <= 1, "over 0 and at most 1")
-    check("temperature", 1e-3 <= options.temperature <= 1e3, "from 0.001 to 1000")
-    if options.seed is not None:
-        check("seed", 0 <= options.seed <= MAX_SEED, f"from 0 to {MAX_SEED}")
-    if options.max_new_tokens is not None:
-        check("max_new_tokens", options.max_new_tokens >= 1, "at least 1")
-    if options.num_hypotheses is not None:
-        most, why = (options.beam_size, "the beam size") if options.searches else (beams, "this model's maximum")
-        most = 1 if options.sampling_method == GREEDY else most
-        check("num_hypotheses", 1 <= options.num_hypotheses <= most, f"from 1 to {most}, {why}")
-    return faults
-
-
-def _combination_faults(options: DecodingOptions, given: set[str]) -> list[str]:
-    """Options that the chosen method would ignore are refused, not dropped."""
-    method = options.sampling_method
-    faults = []
-    if options.searches:
-        faults += [
-            f"{name} needs a sampling method ({', '.join(SAMPLING_METHODS)}); this request uses {method}"
-            for name in _SAMPLING_ONLY
-            if name in given
-        ]
-    elif "beam_size" in given:
-        faults.append(f"beam_size needs a search ({', '.join(SEARCH_METHODS)}); this request uses {method}")
-    if method == GREEDY and "beam_size" in given and options.beam_size != 1:
-        faults.append(f"beam_size is {options.beam_size}; {GREEDY} has one beam")
-    if method != BEAM_SEARCH and options.diverse_lambda:
-        faults.append(f"diverse_lambda needs {BEAM_SEARCH}; this request uses {method}")
-    return faults
 
 
 @dataclass(frozen=True)
@@ -271,12 +137,20 @@ class TransformerConfig:
 
     def new_tokens(self, source_length: int, options: DecodingOptions) -> int:
         """Tokens that a source of that padded length may grow (lightseq_format.md 3.5); 0 is possible."""
-        if options.sampling_method in (TOPK_GREEDY, *SAMPLING_METHODS):
-            limit = self.max_positions - 1 - (self.forced_id is not None)
+        fed = len(self.prefix(options))
+        if options.standard or options.sampling_method in (TOPK_GREEDY, *SAMPLING_METHODS):
+            limit = self.max_positions - 1 - fed
         else:
             columns = min(self.max_positions, source_length + self.extra_decode_length)
-            limit = max(0, columns - self.dialect.spare_columns - (self.forced_id is not None))
-        return limit if options.max_new_tokens is None else min(limit, options.max_new_tokens)
+            limit = columns - self.dialect.spare_columns - fed
+        return max(0, _shortened(limit, options, 1 + fed))
+
+    def prefix(self, options: DecodingOptions) -> Ids:
+        """What the decoder is fed after the start id before it chooses: a request's own prefix or the forced token."""
+        if options.decoder_prefix:
+            return options.decoder_prefix
+        forced = self.forced_id if options.forced_bos_token_id is None else options.forced_bos_token_id
+        return () if forced is None else (forced,)
 
 
 @dataclass(frozen=True)
@@ -322,13 +196,22 @@ class GptConfig:
         return 1.0
 
     def new_tokens(self, prompt_length: int, options: DecodingOptions) -> int:
-        """Tokens that a prompt of that length may grow. A full context still gives one (lightseq_format.md 3.9)."""
+        """Tokens that a prompt of that length may grow. A full context still gives one (lightseq_format.md 3.9); with a
+        max_length that the prompt has reached there are none."""
         extra = self.extra_decode_length if self.extra_decode_length > 0 else self.max_positions
         limit = max(1, min(self.max_positions, prompt_length + extra) - prompt_length)
-        return limit if options.max_new_tokens is None else min(limit, options.max_new_tokens)
+        return _shortened(limit, options, prompt_length)
 
 
 Config = TransformerConfig | GptConfig
+
+
+def _shortened(limit: int, options: DecodingOptions, fed: int) -> int:
+    """The limit of new tokens as a request's own limits leave it, after so many tokens that were fed. Where there are
+    two, that of new tokens counts."""
+    if options.max_new_tokens is not None:
+        return min(limit, options.max_new_tokens)
+    return limit if options.max_length is None else min(limit, options.max_length - fed)
 
 
 def _architecture_faults(config: Config, sizes: tuple[str, ...]) -> list[str]:

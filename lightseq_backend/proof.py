@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 
 from lightseq_backend import ops, weights
-from lightseq_backend.config import GREEDY, Config, EngineConfig, GptConfig
+from lightseq_backend.config import BEAM_SEARCH, Config, EngineConfig, GptConfig
 from lightseq_backend.engine import Engine
 from lightseq_backend.engine.buffers import allocate
 from lightseq_backend.models.gpt import Gpt
@@ -133,8 +133,10 @@ class Probe:
         return np.array(logits[0])
 
     def greedy(self, ids: Sequence[int], steps: int) -> list[int]:
-        """What the engine generates with one beam, at most so many tokens."""
-        changes: dict[str, object] = {"sampling_method": GREEDY, "max_new_tokens": steps}
+        """What the engine generates with one beam, at most so many tokens. LightSeq's search has none of the rules that
+        the file may have as defaults."""
+        changes: dict[str, object] = {"sampling_method": BEAM_SEARCH, "beam_size": 1, "num_hypotheses": 1}
+        changes["max_new_tokens"] = steps
         tokens: list[int] = self._engine.answer([ids], changes=changes)[0].hypotheses[0].tokens.tolist()
         return tokens
 

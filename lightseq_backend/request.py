@@ -36,7 +36,7 @@ class Output:
     """The answer to one Request.
 
     hypotheses  best first; empty for a score request
-    steps       decode steps the sequence took
+    steps       decode steps the sequence took; after a standard search, tokens of the longest hypothesis
     cut         whether the step limit came before every beam (or sample) had ended
     loss        mean negative log-likelihood of the scored tokens, natural log (score requests)
     target_log_probabilities  float32 [n]: of each scored token, natural log (score requests)
@@ -147,7 +147,13 @@ def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptCon
             )
         return scored, 0
     prompt = tokens[columns[0] : columns[-1] + 1]
-    return prompt, config.new_tokens(prompt.size, request.options)
+    options = request.options
+    if options.decoder_prefix or options.forced_bos_token_id is not None:
+        raise RequestError("this model continues texts: its prompt is all that comes first")
+    limit = config.new_tokens(prompt.size, options)
+    if limit < 1:
+        raise RequestError(f"the prompt has {prompt.size} tokens; max_length {options.max_length} leaves none to add")
+    return prompt, limit
 
 
 def _decoded(request: Request, config: TransformerConfig) -> tuple[np.ndarray, int]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import standard_cases
 from small_checkpoints import CHECKPOINTS, FOLDER, save
 
 from lightseq_backend.export.huggingface import read
@@ -26,6 +27,8 @@ def main() -> None:
         shutil.rmtree(folder, ignore_errors=True)
         save(name, folder, half=True, **({"max_shard_size": "12KB"} if name == "bart" else {}))
         np.savez_compressed(folder / "expected.npz", **expected(folder))
+        if name in standard_cases.FAMILIES:
+            np.savez_compressed(folder / "standard.npz", **standard(folder))
 
 
 def expected(folder: Path) -> dict[str, Any]:
@@ -39,6 +42,24 @@ def expected(folder: Path) -> dict[str, Any]:
         if folder.name != "gpt2":
             values[f"encoder.{number}"] = original.encode(ids)
     return values
+
+
+def standard(folder: Path) -> dict[str, Any]:
+    """What generate finds with each of the settings: tokens [settings, rows, hypotheses, steps], -1 behind the last,
+    and scores [settings, rows, hypotheses]; there are as many hypotheses as MOST, empty beyond the beams."""
+    config = read(folder).config
+    model = standard_cases.original(folder)
+    all_settings = [*standard_cases.SEARCHES.values(), *standard_cases.RULES.values()]
+    rows = standard_cases.committed_rows(config)
+    most = standard_cases.COMMITTED
+    tokens = np.full((len(all_settings), len(rows), most, standard_cases.MOST), -1, np.int8)
+    scores = np.full(tokens.shape[:3], np.nan, np.float32)
+    for s, settings in enumerate(all_settings):
+        for r, row in enumerate(rows):
+            (found,) = standard_cases.generated(model, np.array([row]), settings, [])
+            for k, (text, score) in enumerate(found[:most]):
+                tokens[s, r, k, : len(text)], scores[s, r, k] = text, score
+    return {"tokens": tokens, "scores": scores}
 
 
 if __name__ == "__main__":

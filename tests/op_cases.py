@@ -16,7 +16,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightseq_backend.models.layers import Linear, Norm
-from lightseq_backend.ops.slots import FAN_OUT, SAMPLE, SEARCH, SLOT
+from lightseq_backend.ops.slots import (
+    EMPTY,
+    FAN_OUT,
+    RULES,
+    SAMPLE,
+    SEARCH,
+    SLOT,
+    STANDARD,
+    UNTIL_FULL,
+    UNTIL_NO_BETTER,
+    UNTIL_NONE_CAN_BE,
+)
 
 Array = np.ndarray
 Arguments = dict[str, Any]  # arrays, Norm, Linear, Table, numbers and strings, by parameter name
@@ -537,10 +548,10 @@ def _vocabulary() -> Iterator[Case]:
                 f"{shape} beams {width}" + (f" without {banned}" if banned >= 0 else ""),
                 "vocabulary_search",
                 partial(_vocabulary_search_arguments, shape, width, banned),
-                ("slots", "ancestors", "history"),
+                ("slots", "ancestors", "history", "details"),
                 elements=moved,
                 words=2 * rows * SLOT.itemsize // 4,
-                float32=frozenset({"logits", "log_probabilities"}),
+                float32=frozenset({"logits", "log_probabilities", "details"}),
                 folds=True,
             )
 
@@ -653,6 +664,7 @@ class Searching:
     finished: tuple[int, ...] = ()
     done: bool = False
     behind: float = 2.0
+    detailed: bool = False
 
 
 SEARCHES: dict[str, list[Searching]] = {
@@ -666,7 +678,8 @@ SEARCHES: dict[str, list[Searching]] = {
     "done": [Searching(4, done=True, finished=(0, 1, 2, 3)), Searching(2)],
     "fan out": [Searching(4, generated=0, method=FAN_OUT), Searching(4, method=FAN_OUT, finished=(3,))],
     "diverse": [Searching(4, diverse_lambda=0.7, finished=(1,)), Searching(3, diverse_lambda=2.0, generated=0)],
-    "many": [Searching(1 + i % 16, generated=i % 7, penalty=i / 10) for i in range(19)],
+    "detailed": [Searching(4, finished=(0, 2), detailed=True), Searching(3, generated=0, detailed=True), Searching(2)],
+    "many": [Searching(1 + i % 16, generated=i % 7, penalty=i / 10, detailed=i % 2 > 0) for i in range(19)],
 }
 
 
@@ -680,9 +693,9 @@ def _beam_step() -> Iterator[Case]:
             name,
             "beam_step",
             partial(_beam_step_arguments, name),
-            ("slots", "ancestors", "history"),
+            ("slots", "ancestors", "history", "details"),
             words=sum(2 * search.width**2 for search in searches) + texts + 2 * rows * SLOT.itemsize // 4,
-            float32=frozenset({"log_probabilities"}),
+            float32=frozenset({"log_probabilities", "details"}),
             tolerance=dict.fromkeys(TOLERANCE, tolerance),
         )
 
@@ -709,6 +722,7 @@ def _search_state(searches: list[Searching], random: np.random.Generator) -> Arg
         "slots": slots,
         "ancestors": random.integers(0, slots.size - 1, (slots.size, steps)).astype(np.int32),
         "history": random.integers(3, 31, (slots.size, steps)).astype(np.int32),
+        "details": _floats(random, slots.size, steps),
     }
 
 
@@ -724,6 +738,7 @@ def _begin(slots: Array, own: list[int], search: Searching, random: np.random.Ge
     slots["log_probability"][own] = totals
     slots["score"][own] = totals / 2 if search.behind < 100 else totals - 99
     slots["finished"][[own[beam] for beam in search.finished]] = 1
+    slots["detailed"][own] = search.detailed
 
 
 @dataclass(frozen=True)
@@ -740,6 +755,7 @@ class Sampling:
     stream: int = 0
     finished: tuple[int, ...] = ()
     done: bool = False
+    detailed: bool = False
 
 
 SAMPLINGS: dict[str, list[Sampling]] = {
@@ -748,6 +764,7 @@ SAMPLINGS: dict[str, list[Sampling]] = {
     "top_p": [Sampling(1, top_p=1e-6), Sampling(3, top_p=0.5), Sampling(2, top_p=0.95, top_k=7)],
     "temperature": [Sampling(2, temperature=0.001), Sampling(2, temperature=3.0), Sampling(2, temperature=1000.0)],
     "finished": [Sampling(3, finished=(1,)), Sampling(1, generated=6, limit=7), Sampling(2, done=True)],
+    "detailed": [Sampling(3, finished=(1,), detailed=True), Sampling(1)],
 }
 
 
@@ -759,9 +776,9 @@ def _sample_step() -> Iterator[Case]:
                 f"{name} of {vocabulary}",
                 "sample_step",
                 partial(_sample_step_arguments, name, vocabulary, banned),
-                ("slots", "history"),
+                ("slots", "history", "details"),
                 words=rows * (vocabulary + 2 * SLOT.itemsize // 4),
-                float32=frozenset({"logits"}),
+                float32=frozenset({"logits", "details"}),
                 tolerance=dict.fromkeys(TOLERANCE, TOLERANCE["float32"]),
             )
 
@@ -771,7 +788,10 @@ def _sample_step_arguments(name: str, vocabulary: int, banned: int) -> Arguments
     random = _seeded(name, len(samplings), vocabulary)
     slots, lanes, used = _seat(random, [sampling.width for sampling in samplings])
     for own, one in zip(lanes, samplings):
-        search = Searching(one.width, one.generated, one.limit, SAMPLE, finished=one.finished, done=one.done)
+        search = Searching(
+            one.width, one.generated, one.limit, SAMPLE,
+            finished=one.finished, done=one.done, detailed=one.detailed,
+        )  # fmt: skip
         _begin(slots, own, search, random)
         slots["seed"][own], slots["stream"][own] = one.seed, one.stream + np.arange(one.width)
         slots["top_k"][own], slots["top_p"][own], slots["temperature"][own] = one.top_k, one.top_p, one.temperature
@@ -782,8 +802,215 @@ def _sample_step_arguments(name: str, vocabulary: int, banned: int) -> Arguments
         "rows": used,
         "slots": slots,
         "history": random.integers(3, 19, (slots.size, 12)).astype(np.int32),
+        "details": _floats(random, slots.size, 12),
         "logits": logits,
         "banned": banned,
+    }
+
+
+@dataclass(frozen=True)
+class Standard:
+    """A sequence in the middle of a standard search. pooled: scores of the hypotheses it has, by place.
+
+    ends: beams that end first of all; behind: what the beams have lost so far, about.
+    """
+
+    width: int
+    generated: int = 3
+    limit: int = 99
+    penalty: float = 1.0
+    stopping: int = UNTIL_NO_BETTER
+    counted: int = 0
+    pooled: tuple[tuple[int, float], ...] = ()
+    ends: tuple[int, ...] = ()
+    done: bool = False
+    detailed: bool = True
+    behind: float = 2.0
+
+
+STANDARDS: dict[str, list[Standard]] = {
+    "one beam": [Standard(1, stopping=UNTIL_FULL), Standard(1, stopping=UNTIL_FULL, ends=(0,))],
+    "first step": [Standard(4, generated=0), Standard(16, generated=0, ends=(0,)), Standard(3, generated=0, counted=1)],
+    "some end": [Standard(4, ends=(0, 2)), Standard(5, ends=(0, 1, 2, 3, 4), penalty=0.0), Standard(2, ends=(1,))],
+    "full pool": [
+        Standard(3, pooled=((0, -0.4), (1, -5.0), (2, -0.3)), ends=(0, 1)),
+        Standard(2, pooled=((0, -90.0), (1, -80.0)), ends=(0, 1), penalty=2.0),
+    ],
+    "ends when full": [
+        Standard(2, pooled=((1, -0.9),), ends=(0,), stopping=UNTIL_FULL),
+        Standard(3, pooled=((2, -0.9),), ends=(0,), stopping=UNTIL_FULL),
+    ],
+    "ends when none is better": [
+        Standard(2, pooled=((0, -0.1), (1, -0.2)), behind=9.0),
+        Standard(2, pooled=((0, -0.1), (1, -0.2)), behind=9.0, stopping=UNTIL_NONE_CAN_BE, limit=12, counted=1),
+        Standard(2, pooled=((0, -0.1), (1, -0.2)), behind=9.0, stopping=UNTIL_NONE_CAN_BE, penalty=-1.0),
+    ],
+    "at the limit": [Standard(4, generated=6, limit=7, ends=(1,)), Standard(2, generated=4, limit=7, counted=2)],
+    "done": [Standard(4, done=True), Standard(2, detailed=False)],
+    "without details": [Standard(3, detailed=False, ends=(0, 1)), Standard(2, ends=(0, 1))],
+    "many": [
+        Standard(1 + i % 16, generated=i % 7, penalty=i / 10 - 0.5, stopping=i % 3, ends=(0, 1)[: i % 3])
+        for i in range(19)
+    ],
+}
+
+
+def _standard_step() -> Iterator[Case]:
+    for name, searches in STANDARDS.items():
+        rows = sum(search.width for search in searches)
+        texts = sum(search.width * 2 * (4 * search.generated + 2) for search in searches)
+        yield Case(
+            name,
+            "standard_step",
+            partial(_standard_step_arguments, name),
+            ("slots", "ancestors", "history", "details", "pool", "pool_details"),
+            words=sum(4 * search.width**2 for search in searches) + texts + 2 * rows * SLOT.itemsize // 4,
+            float32=frozenset({"log_probabilities", "details", "pool_details"}),
+            tolerance=dict.fromkeys(TOLERANCE, TOLERANCE["float32"]),
+        )
+
+
+def _standard_step_arguments(name: str) -> Arguments:
+    searches = STANDARDS[name]
+    random = _seeded(name, len(searches), 1)
+    state = _standard_state(searches, random)
+    count, rows = 2 * max(search.width for search in searches), state["rows"].size
+    ids = np.stack([3 + random.permutation(40)[:count] for _ in range(rows)]).astype(np.int32)
+    first = 0
+    for search in searches:
+        ids[[first + beam for beam in search.ends], 0] = 2
+        first += search.width
+    chances = -np.sort(random.exponential(3, (rows, count)).astype(np.float32), axis=1)
+    return {**state, "ids": ids, "log_probabilities": chances}
+
+
+def _standard_state(searches: Sequence[Standard], random: np.random.Generator) -> Arguments:
+    slots, lanes, used = _seat(random, [search.width for search in searches])
+    for own, search in zip(lanes, searches):
+        _begin(slots, own, Searching(search.width, search.generated, search.limit, STANDARD, search.penalty), random)
+        slots["score"][own] = 0
+        slots["log_probability"][own] -= search.behind if search.generated else 0
+        slots["stopping"][own], slots["counted"][own] = search.stopping, search.counted
+        slots["detailed"][own], slots["done"][own] = search.detailed, search.done
+        slots["pool_score"][own] = EMPTY
+        for place, score in search.pooled:
+            slots["pool_score"][own[place]], slots["pool_length"][own[place]] = score, 2
+    steps = 12
+    integers = {name: random.integers(3, 31, (slots.size, steps)).astype(np.int32) for name in ("history", "pool")}
+    floats = {name: _floats(random, slots.size, steps) for name in ("details", "pool_details")}
+    ancestors = random.integers(0, slots.size - 1, (slots.size, steps)).astype(np.int32)
+    return {"rows": used, "slots": slots, "ancestors": ancestors, **integers, **floats}
+
+
+def _vocabulary_standard_search() -> Iterator[Case]:
+    for shape in HEADS:
+        for width, banned in ((1, -1), (4, shape.wide - 3), (16, -1)):
+            rows = shape.rows + width
+            yield Case(
+                f"{shape} beams {width}" + (f" without {banned}" if banned >= 0 else ""),
+                "vocabulary_standard_search",
+                partial(_vocabulary_standard_search_arguments, shape, width, banned),
+                ("slots", "ancestors", "history", "details", "pool", "pool_details"),
+                elements=rows * shape.narrow + shape.narrow * shape.wide,
+                words=2 * rows * SLOT.itemsize // 4,
+                float32=frozenset({"logits", "log_probabilities", "details", "pool_details"}),
+                folds=True,
+            )
+
+
+def _vocabulary_standard_search_arguments(shape: Shape, width: int, banned: int) -> Arguments:
+    """At least shape.rows rows, of sequences that have that many beams, one of them narrower."""
+    widths = [width] * -(-shape.rows // width)
+    widths[-1] = max(1, width - 1)
+    state = _standard_state([Standard(own) for own in widths], _seeded(*shape[:3], width, 1))
+    head = _vocabulary_logits_arguments(shape._replace(rows=state["rows"].size))
+    return {**head, "banned": banned, **_room_for_best(state["rows"].size, 2 * width), **state}
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """A sequence whose rows have rules. context: what it has read; listed: suppressed, suppressed first, words."""
+
+    width: int = 2
+    method: int = STANDARD
+    generated: int = 4
+    limit: int = 99
+    context: tuple[int, ...] = (1,)
+    penalty: float = 1.0
+    no_repeat: int = 0
+    least: int = 0
+    forced_end: int = -1
+    suppressed: tuple[int, ...] = ()
+    first: tuple[int, ...] = ()
+    words: tuple[tuple[int, ...], ...] = ()
+    done: bool = False
+    ruled: bool = True
+
+
+LONG = tuple(3 + i * i % 7 for i in range(1100))  # more tokens than a block has threads
+RULED: dict[str, list[Ruled]] = {
+    "no rules": [Ruled(ruled=False), Ruled(1, done=True, penalty=2.0)],
+    "repetition": [Ruled(penalty=1.5), Ruled(3, penalty=0.5, context=(4, 4, -1, 5)), Ruled(1, penalty=1.5)],
+    "repetition when sampling": [Ruled(2, SAMPLE, penalty=3.0, context=(5, 6, 7))],
+    "long repetition": [Ruled(2, penalty=1.7, context=LONG, no_repeat=4)],
+    "n-grams": [Ruled(no_repeat=1), Ruled(4, no_repeat=2, context=(3, 4, 3)), Ruled(1, no_repeat=3, generated=9)],
+    "n-grams longer than the past": [Ruled(no_repeat=6), Ruled(no_repeat=5), Ruled(no_repeat=2**31 - 1)],
+    "words": [Ruled(words=((5,), (3, 4), (4, 3), (1, 3, 3, 3, 3, 8), (9, 9, 9, 9, 9, 9, 9))), Ruled(generated=0)],
+    "lengths": [Ruled(least=5), Ruled(least=4), Ruled(forced_end=7, limit=5), Ruled(forced_end=7, limit=6)],
+    "suppressed": [Ruled(suppressed=(0, 5, 18), first=(6, 7)), Ruled(generated=0, suppressed=(4,), first=(6, 7, 8))],
+    "all together": [
+        Ruled(3, penalty=1.3, no_repeat=2, least=9, forced_end=5, limit=5, suppressed=(4,), first=(6,), words=((3,),)),
+        Ruled(2, generated=0, penalty=0.9, least=1, first=(6,), words=((1, 7), (3,)), suppressed=(9, 10)),
+    ],
+}
+
+
+def _apply_rules() -> Iterator[Case]:
+    for name, sequences in RULED.items():
+        for vocabulary in (19, 1003):
+            yield Case(
+                f"{name} of {vocabulary}",
+                "apply_rules",
+                partial(_apply_rules_arguments, name, vocabulary),
+                ("logits", "normalisations"),
+                words=vocabulary * sum(one.width for one in sequences if one.ruled and not one.done),
+                float32=frozenset({"logits", "normalisations"}),
+                undefined={"normalisations": _without_rules(sequences)},
+                tolerance=dict.fromkeys(TOLERANCE, TOLERANCE["float32"]),
+            )
+
+
+def _without_rules(sequences: Sequence[Ruled]) -> Array:
+    """Which rows have none, those of nobody included."""
+    none = [not one.ruled or one.done for one in sequences for _ in range(one.width)]
+    return np.array([*none, *[True] * (-len(none) % 8)])
+
+
+def _apply_rules_arguments(name: str, vocabulary: int) -> Arguments:
+    sequences = RULED[name]
+    random = _seeded(name, len(sequences), vocabulary)
+    slots, lanes, used = _seat(random, [one.width for one in sequences])
+    steps, room = 1200, 40
+    contexts, listed = np.full((slots.size, steps), 2, np.int32), np.full((slots.size, room), 2, np.int32)
+    rules = np.zeros(slots.size, RULES)
+    for own, one in zip(lanes, sequences):
+        _begin(slots, own, Searching(one.width, one.generated, one.limit, one.method, done=one.done), random)
+        slots["ruled"][own] = one.ruled
+        numbers = [*one.suppressed, *one.first, *(number for word in one.words for number in (len(word), *word))]
+        contexts[own[0], : len(one.context)], listed[own[0], : len(numbers)] = one.context, numbers
+        rules[own[0]] = (
+            one.penalty, one.no_repeat, one.least, one.forced_end,
+            len(one.context), len(one.suppressed), len(one.first), len(one.words),
+        )  # fmt: skip
+    return {
+        "rows": used,
+        "slots": slots,
+        "rules": rules,
+        "listed": listed,
+        "contexts": contexts,
+        "history": random.integers(3, 6, (slots.size, steps)).astype(np.int32),
+        "logits": 4 * _floats(random, used.size, vocabulary),
+        "normalisations": np.zeros(used.size, np.float32),
     }
 
 
@@ -801,4 +1028,7 @@ FAMILIES: tuple[Callable[[], Iterator[Case]], ...] = (
     _target_log_probabilities,
     _beam_step,
     _sample_step,
+    _standard_step,
+    _vocabulary_standard_search,
+    _apply_rules,
 )

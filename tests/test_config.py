@@ -23,9 +23,11 @@ from lightseq_backend.config import (
 )
 from lightseq_backend.errors import ConfigError, RequestError
 
-LIMITS = DecodingLimits(max_beam_size=8, vocabulary=100)
+LIMITS = DecodingLimits(max_beam_size=8, vocabulary=100, candidates=12)
 FILE = DecodingOptions(beam_size=4, length_penalty=0.6)
 NAN, INFINITY = math.nan, math.inf
+
+STANDARD = {"sampling_method": "standard_beam"}
 
 # Option, value, what else the request says, and the words the message must hold.
 OUT_OF_RANGE: list[tuple[str, Any, dict[str, Any], str]] = [
@@ -59,6 +61,22 @@ OUT_OF_RANGE: list[tuple[str, Any, dict[str, Any], str]] = [
     ("num_hypotheses", 3, {"beam_size": 2}, "num_hypotheses is 3; it must be from 1 to 2, the beam size"),
     ("num_hypotheses", 9, {"sampling_method": "sample"}, "num_hypotheses is 9; it must be from 1 to 8"),
     ("num_hypotheses", 2, {"sampling_method": "greedy"}, "num_hypotheses is 2; it must be from 1 to 1"),
+    ("beam_size", 7, {"sampling_method": "standard_beam"}, "beam_size is 7; it must be from 1 to 6"),
+    ("max_length", 0, {}, "max_length is 0; it must be at least 1"),
+    ("min_length", -1, STANDARD, "min_length is -1; it must be from 0 to 2147483647"),
+    ("min_new_tokens", 2**31, STANDARD, "min_new_tokens is 2147483648; it must be from 0 to 2147483647"),
+    ("no_repeat_ngram_size", -2, STANDARD, "no_repeat_ngram_size is -2; it must be from 0"),
+    ("repetition_penalty", 0, STANDARD, "repetition_penalty is 0.0; it must be from 0.01 to 100"),
+    ("repetition_penalty", NAN, STANDARD, "repetition_penalty is nan; it must be from 0.01 to 100"),
+    ("suppress_tokens", [3, 100], STANDARD, "suppress_tokens has id 100; ids are 0 to 99"),
+    ("suppress_tokens", [1] * 1025, STANDARD, "take 1025 numbers (an id one, a word one more); there is room for 1024"),
+    ("begin_suppress_tokens", "[-1]", STANDARD, "begin_suppress_tokens has id -1; ids are 0 to 99"),
+    ("bad_words_ids", [[1, 2], [100]], STANDARD, "bad_words_ids has id 100; ids are 0 to 99"),
+    ("bad_words_ids", "[[1], []]", STANDARD, "bad_words_ids has a word without ids; it needs at least one"),
+    ("bad_words_ids", [[1] * 512] * 2, STANDARD, "take 1026 numbers"),
+    ("decoder_prefix", "[101]", {}, "decoder_prefix has id 101; ids are 0 to 99"),
+    ("forced_bos_token_id", 100, {}, "forced_bos_token_id has id 100; ids are 0 to 99"),
+    ("forced_eos_token_id", -1, STANDARD, "forced_eos_token_id has id -1; ids are 0 to 99"),
 ]
 
 
@@ -71,8 +89,10 @@ def test_option_out_of_range_is_refused_with_its_limit(
     assert message in str(refused.value)
 
 
-def test_table_has_every_numeric_option() -> None:
-    assert {name for name, *_ in OUT_OF_RANGE} == set(OPTION_TYPES) - {"sampling_method"}
+def test_table_has_every_option_of_numbers() -> None:
+    assert {name for name, *_ in OUT_OF_RANGE} == {
+        name for name, kind in OPTION_TYPES.items() if kind in (int, float, list)
+    }
 
 
 def _wrong_types() -> list[tuple[str, Any]]:
@@ -80,6 +100,8 @@ def _wrong_types() -> list[tuple[str, Any]]:
         int: [True, False, "4", 1.5, NAN, INFINITY, None, [4], b"4"],
         float: [True, "0.5", None, [0.5], {}],
         str: [1, True, None, 0.5, ["topk"], b"topk"],
+        bool: [1, 0, "yes", None, "True", [True]],
+        list: [3, "3", "[1", "[1.0]", [True], ["1"], [[[1]]], {"1": 1}, None, '["a"]'],
     }
     return [(name, value) for name, kind in OPTION_TYPES.items() for value in wrong[kind]]
 
@@ -128,6 +150,13 @@ def test_all_faults_are_named_at_once() -> None:
         ({"sampling_method": "greedy", "beam_size": 4}, "beam_size is 4; greedy has one beam"),
         ({"sampling_method": "sample", "diverse_lambda": 0.5}, "diverse_lambda needs beam_search"),
         ({"sampling_method": "topk_greedy", "diverse_lambda": 0.5}, "diverse_lambda needs beam_search"),
+        ({**STANDARD, "diverse_lambda": 0.5}, "diverse_lambda needs beam_search"),
+        ({**STANDARD, "top_k": 3}, "top_k needs a sampling method"),
+        ({"early_stopping": True}, "early_stopping needs standard_beam; this request uses beam_search"),
+        ({"early_stopping": "never", "sampling_method": "sample"}, "early_stopping needs standard_beam"),
+        ({"no_repeat_ngram_size": 2}, "no_repeat_ngram_size needs standard_beam, greedy or a sampling method"),
+        ({"sampling_method": "topk_greedy", "suppress_tokens": [3]}, "suppress_tokens needs standard_beam"),
+        ({"decoder_prefix": [3], "forced_bos_token_id": 4}, "both say what comes first"),
     ],
 )
 def test_options_that_the_method_would_ignore_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -324,3 +353,45 @@ def test_v0_dialect_is_that_of_2019() -> None:
 def test_logit_scale_undoes_what_the_embeddings_hold() -> None:
     assert _transformer().logit_scale == pytest.approx(0.25)
     assert _transformer(scaled_embedding=False).logit_scale == 1
+
+
+def test_lists_come_as_lists_or_as_json() -> None:
+    for given in ([[1, 2], [3]], ((1, 2), (3,)), "[[1, 2], [3]]"):
+        assert FILE.with_changes({**STANDARD, "bad_words_ids": given}, LIMITS).bad_words_ids == ((1, 2), (3,))
+    assert FILE.with_changes({**STANDARD, "suppress_tokens": "[]"}, LIMITS).suppress_tokens == ()
+
+
+@pytest.mark.parametrize(("given", "taken"), [(True, True), ("true", True), ("false", False), ("never", "never")])
+def test_early_stopping_takes_truth_and_never(given: Any, taken: Any) -> None:
+    assert FILE.with_changes({**STANDARD, "early_stopping": given}, LIMITS).early_stopping is taken or taken == "never"
+
+
+def test_length_penalty_of_one_search_is_not_the_others() -> None:
+    assert FILE.with_changes(STANDARD, LIMITS).length_penalty == 1.0
+    assert FILE.with_changes({**STANDARD, "length_penalty": 0.3}, LIMITS).length_penalty == 0.3
+    converted = DecodingOptions("standard_beam", 4, 2.0, early_stopping=True, no_repeat_ngram_size=3)
+    assert converted.with_changes({}, LIMITS) == converted
+    lightseq = converted.with_changes({"sampling_method": "beam_search"}, LIMITS)
+    assert (lightseq.length_penalty, lightseq.early_stopping, lightseq.no_repeat_ngram_size) == (0.6, False, 0)
+    greedy = converted.with_changes({"sampling_method": "greedy"}, LIMITS)
+    assert (greedy.standard, greedy.width, greedy.no_repeat_ngram_size) == (True, 1, 3)
+
+
+def test_limit_of_a_request_stands_for_the_files_own() -> None:
+    file = DecodingOptions(max_length=20)
+    config, _ = small_models.gpt(max_positions=99)
+    assert config.new_tokens(3, file.with_changes({"max_new_tokens": 30}, LIMITS)) == 30
+    assert config.new_tokens(3, file.with_changes({}, LIMITS)) == 17
+    least = DecodingOptions(STANDARD["sampling_method"], min_new_tokens=5)
+    assert least.with_changes({"min_length": 3}, LIMITS).min_new_tokens == 0
+    assert DecodingOptions(max_new_tokens=5).with_changes({"max_length": 30}, LIMITS).max_new_tokens is None
+    assert file.with_changes({}, LIMITS).max_length == 20
+
+
+def test_max_length_counts_what_is_fed() -> None:
+    config, _ = small_models.transformer(forced_id=4)
+    assert config.new_tokens(3, DecodingOptions("standard_beam", max_length=7)) == 5
+    assert config.new_tokens(3, DecodingOptions("standard_beam")) == config.max_positions - 2
+    assert config.new_tokens(3, DecodingOptions("standard_beam", decoder_prefix=(1, 2, 3), max_length=7)) == 3
+    gpt, _ = small_models.gpt()
+    assert gpt.new_tokens(3, DecodingOptions("standard_beam", max_length=7)) == 4

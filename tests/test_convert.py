@@ -16,7 +16,7 @@ import small_checkpoints
 
 from lightseq_backend import proof, weights
 from lightseq_backend.__main__ import main
-from lightseq_backend.config import BEAM_SEARCH, GREEDY, TOPK, TOPP
+from lightseq_backend.config import GREEDY, STANDARD_BEAM, TOPK, TOPP
 from lightseq_backend.errors import ConfigError, WeightError
 from lightseq_backend.export import directory, huggingface
 from lightseq_backend.weights.safetensors import read_tensors
@@ -337,10 +337,11 @@ def test_every_fault_is_named_at_once(checkpoint: Any) -> None:
     ("changes", "method", "notes"),
     [
         ({}, GREEDY, []),
-        ({"num_beams": 5, "length_penalty": 0.8}, BEAM_SEARCH, []),
+        ({"num_beams": 5, "length_penalty": 0.8}, STANDARD_BEAM, []),
         ({"do_sample": True, "top_k": 7}, TOPK, []),
         ({"do_sample": True, "top_p": 0.9}, TOPP, []),
-        ({"no_repeat_ngram_size": 3}, GREEDY, ["no_repeat_ngram_size is 3: this engine has no such option"]),
+        ({"no_repeat_ngram_size": 3}, GREEDY, []),
+        ({"typical_p": 0.9}, GREEDY, ["typical_p is 0.9: this engine has no such option"]),
         ({"eos_token_id": [36, 3]}, GREEDY, ["eos_token_id is [36, 3]: only 36 counts here"]),
     ],
 )
@@ -365,10 +366,28 @@ def test_first_token_may_be_forced(checkpoint: Any) -> None:
         huggingface.read(checkpoint("gpt2"), 9)
 
 
-def test_bad_word_is_never_generated_and_several_are_refused(checkpoint: Any) -> None:
-    assert huggingface.read(checkpoint("marian")).config.banned_id == 36
-    with pytest.raises(ConfigError, match=r"bad_words_ids is \[\[1, 2\]\]; only a single id is supported"):
-        huggingface.read(checkpoint("marian", generation=True, bad_words_ids=[[1, 2]]))
+def test_rules_of_the_directory_become_defaults_and_are_written(checkpoint: Any, tmp_path: Path) -> None:
+    rules = {
+        "early_stopping": "never", "max_length": 20, "min_length": 3, "no_repeat_ngram_size": 2,
+        "repetition_penalty": 1.5, "suppress_tokens": [7, 8], "begin_suppress_tokens": [9], "forced_eos_token_id": 2,
+    }  # fmt: skip
+    words = {"num_beams": 4, "num_return_sequences": 2, "bad_words_ids": [[3, 4], [1], [5]]}
+    source = checkpoint("bart", generation=True, **rules, **words, min_new_tokens=4, forced_bos_token_id=6)
+    config = weights.load(converted(source, tmp_path / "model"))[0]
+    for name, value in rules.items():
+        assert getattr(config.decoding, name) == (tuple(value) if isinstance(value, list) else value)
+    assert (config.decoding.sampling_method, config.decoding.beam_size) == (STANDARD_BEAM, 4)
+    assert (config.decoding.num_hypotheses, config.decoding.min_new_tokens) == (2, 3)
+    assert (config.banned_id, config.decoding.bad_words_ids) == (1, ((3, 4), (5,)))
+
+
+def test_bad_word_of_one_id_is_never_generated(checkpoint: Any) -> None:
+    config = huggingface.read(checkpoint("marian")).config
+    assert (config.banned_id, config.decoding.bad_words_ids) == (36, ())
+    gpt = huggingface.read(checkpoint("gpt2", generation=True, bad_words_ids=[[4], [5, 6]])).config
+    assert gpt.decoding.bad_words_ids == ((4,), (5, 6))
+    with pytest.raises(ConfigError, match="take 1025 numbers; there is room for 1024"):
+        huggingface.read(checkpoint("gpt2", generation=True, bad_words_ids=[[3] * 1024]))
 
 
 # What is read of the files -------------------------------------------------------------------------------------------

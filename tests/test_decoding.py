@@ -354,8 +354,8 @@ def _draw(scores: np.ndarray, stream: int, banned: int = -1, **settings: Any) ->
     slots["seed"], slots["stream"], slots["temperature"], slots["top_p"] = 12, stream, 1, 1
     for name, value in settings.items():
         slots[name] = value
-    history = np.zeros((1, 9), np.int32)
-    ops.sample_step(np.zeros(1, np.int32), slots, history, np.asarray(scores, np.float32)[None], banned)
+    history, details = np.zeros((1, 9), np.int32), np.zeros((1, 9), np.float32)
+    ops.sample_step(np.zeros(1, np.int32), slots, history, details, np.asarray(scores, np.float32)[None], banned)
     return int(history[0, 0])
 
 

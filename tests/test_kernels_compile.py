@@ -51,6 +51,7 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
         "norm.cu": precisions,
         "sampling.cu": [{"HALF": 1}],
         "search.cu": [{"HALF": 1}],
+        "standard_search.cu": [{"HALF": 1}],
         "vocabulary.cu": [
             dict(vocabulary_launch.plan(device, 32, 1024, 30016, bool(precision["HALF"])).definitions)
             for precision in precisions

@@ -45,7 +45,7 @@ def check(arguments: Arguments, expected: Arguments, names: tuple[str, ...], tol
             assert not np.isnan(result).any(), (name, field)
             infinite = np.isinf(truth)
             assert np.array_equal(result[infinite], truth[infinite]), (name, field)
-            error = np.abs(result - truth)[~infinite] / (1 + np.abs(truth[~infinite]))
+            error = np.abs(result[~infinite] - truth[~infinite]) / (1 + np.abs(truth[~infinite]))
             assert error.max(initial=0) <= tolerance, (name, field)
 
 
@@ -214,11 +214,14 @@ def test_vocabulary_looks_for_as_many_as_the_sequence_has_beams() -> None:
 
 
 def beam_step(
-    rows: Array, slots: Array, ancestors: Array, history: Array, ids: Array, log_probabilities: Array
+    rows: Array, slots: Array, ancestors: Array, history: Array, details: Array, ids: Array, log_probabilities: Array
 ) -> None:
     SEARCH_KERNELS.launch(
         "beam_step", len(rows), 128,
-        (rows, slots, ancestors, history, ids, log_probabilities, np.int32(ids.shape[1]), np.int32(history.shape[1])),
+        (
+            rows, slots, ancestors, history, details, ids, log_probabilities,
+            np.int32(ids.shape[1]), np.int32(history.shape[1]),
+        ),
     )  # fmt: skip
 
 
@@ -239,11 +242,13 @@ def test_beam_step_takes_thirty_two_beams_with_equals() -> None:
     slots["finished"][::5], slots["log_probability"], slots["score"] = 1, -(np.arange(32) // 8), -1.5
     random = np.random.default_rng(0)
     arguments["ancestors"], arguments["history"] = random.integers(0, 32, (2, 32, 12)).astype(np.int32)
+    arguments["details"] = random.standard_normal((32, 12), dtype=np.float32)
+    slots["detailed"] = 1
     arguments["ids"] = random.integers(0, 99, (32, 32)).astype(np.int32)
     arguments["log_probabilities"] = -np.sort(random.integers(0, 5, (32, 32)).astype(np.float32), axis=1)
     expected = wanted("beam_step", arguments)
     beam_step(**arguments)
-    check(arguments, expected, ("slots", "ancestors", "history"), TOLERANCE["float32"])
+    check(arguments, expected, ("slots", "ancestors", "history", "details"), TOLERANCE["float32"])
 
 
 def test_diverse_rounding_is_that_of_the_cpu_to_the_last_bit() -> None:
@@ -287,12 +292,12 @@ def test_vocabulary_beam_step_is_top_and_beam_step(name: str, wide: int) -> None
     cpu.top(logits, 7, arguments["ids"], arguments["log_probabilities"])
     expected = wanted("beam_step", arguments)
     statistics, choices = tiled(logits, best, 7)
-    state = [arguments[name] for name in ("rows", "slots", "ancestors", "history")]
+    state = [arguments[name] for name in ("rows", "slots", "ancestors", "history", "details")]
     SEARCH_KERNELS.launch(
         "vocabulary_beam_step", count, 1024,
         (*state, statistics, choices, np.int32(statistics.shape[1]), np.int32(best), np.int32(state[2].shape[1])),
     )  # fmt: skip
-    check(arguments, expected, ("slots", "ancestors", "history"), 5e-5)
+    check(arguments, expected, ("slots", "ancestors", "history", "details"), 5e-5)
 
 
 # Whole rows of logits ------------------------------------------------------------------------------------------------
@@ -336,11 +341,12 @@ def test_top_finishes_products() -> None:
 
 
 def top(
-    logits: Array, bias: Array | None, ids: Array, log_probabilities: Array, banned: int, scale: float = 1.0
-) -> None:
+    logits: Array, bias: Array | None, ids: Array, log_probabilities: Array, banned: int, scale: float = 1.0,
+    normalisations: Array | None = None,
+) -> None:  # fmt: skip
     numbers = (np.int32(number) for number in (logits.shape[1], ids.shape[1], banned))
     stride = np.int32(logits.strides[0] // 4)
-    arguments = (logits, stride, bias, ids, log_probabilities, *numbers, np.float32(scale))
+    arguments = (logits, stride, bias, ids, log_probabilities, *numbers, np.float32(scale), normalisations)
     SAMPLING_KERNELS.launch("top", len(logits), 1024, arguments)
 
 
@@ -382,12 +388,12 @@ def test_finish_logits_scales_and_adds_the_bias() -> None:
     assert np.isnan(logits.base[:, 1030:]).all()
 
 
-def sample_step(rows: Array, slots: Array, history: Array, logits: Array, banned: int) -> None:
+def sample_step(rows: Array, slots: Array, history: Array, details: Array, logits: Array, banned: int) -> None:
     arrivals = np.zeros(len(rows), np.int32)
     SAMPLING_KERNELS.launch(
         "sample_step", len(rows), 1024,
         (
-            rows, slots, history, logits, np.int32(logits.strides[0] // 4), arrivals,
+            rows, slots, history, details, logits, np.int32(logits.strides[0] // 4), arrivals,
             *(np.int32(number) for number in (logits.shape[1], banned, history.shape[1])),
         ),
     )  # fmt: skip
@@ -410,6 +416,7 @@ def samples(logits: Array, top_k: int = 0, top_p: float = 1.0, temperature: floa
     slots["seed"], slots["top_k"], slots["top_p"], slots["temperature"] = range(count), top_k, top_p, temperature
     return {
         "rows": np.arange(count, dtype=np.int32), "slots": slots, "history": np.zeros((count, 3), np.int32),
+        "details": np.zeros((count, 3), np.float32),
         "logits": logits, "banned": banned,
     }  # fmt: skip
 

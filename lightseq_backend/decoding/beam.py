@@ -23,25 +23,30 @@ def begin(sequence: Sequence, end_id: int, dialect: Dialect) -> np.ndarray:
     return records
 
 
-def finish(sequence: Sequence, records: np.ndarray, history: np.ndarray) -> Output:
-    """records: SLOT [beams]; history: int32 [beams, steps]. Beams already stand best first, unless the penalty is
-    negative: then the search ran on plain sums, and the mean over the tokens before the end decides."""
+def finish(sequence: Sequence, records: np.ndarray, history: np.ndarray, details: np.ndarray | None = None) -> Output:
+    """records: SLOT [beams]; history: int32 [beams, steps]; details: float32 [beams, steps]. Beams already stand best
+    first, unless the penalty is negative: then the search ran on plain sums, and the mean over the tokens before the
+    end decides."""
     options = sequence.request.options
     steps = int(records["generated"][0])
-    hypotheses = made_of(records, history[:, :steps], _scores(sequence, records, history))
+    hypotheses = made_of(records, history[:, :steps], _scores(sequence, records, history), details)
     if options.length_penalty < 0:
         hypotheses.sort(key=lambda one: -one.score)
     cut = not all(one.finished for one in hypotheses)
     return Output(tuple(hypotheses[: options.hypotheses]), steps, cut)
 
 
-def made_of(records: np.ndarray, tokens: np.ndarray, scores: list[float]) -> list[Hypothesis]:
-    """One hypothesis a record. tokens: int32 [records, 1 step or more], filled up with the end id behind the end."""
+def made_of(
+    records: np.ndarray, tokens: np.ndarray, scores: list[float], details: np.ndarray | None = None
+) -> list[Hypothesis]:
+    """One hypothesis a record. tokens: int32 [records, 1 step or more], filled up with the end id behind the end;
+    details: [records, as many steps or more], the log-probability of each."""
     ends = (tokens == records["end_id"][:, None]).argmax(axis=1) + 1
     finished = records["finished"].tolist()
+    lengths = [end if ended else tokens.shape[1] for end, ended in zip(ends.tolist(), finished)]
     return [
-        Hypothesis(row[:end] if ended else row, score, bool(ended))
-        for row, end, ended, score in zip(tokens, ends.tolist(), finished, scores, strict=True)
+        Hypothesis(row[:length], score, bool(ended), None if details is None else details[number, :length])
+        for number, (row, length, ended, score) in enumerate(zip(tokens, lengths, finished, scores, strict=True))
     ]
 
 

@@ -22,8 +22,8 @@ def begin(sequence: Sequence, end_id: int) -> np.ndarray:
     return records
 
 
-def finish(records: np.ndarray, history: np.ndarray) -> Output:
-    """records: SLOT [samples]; history: int32 [samples, steps]."""
+def finish(records: np.ndarray, history: np.ndarray, details: np.ndarray | None = None) -> Output:
+    """records: SLOT [samples]; history: int32 [samples, steps]; details: float32 [samples, steps]."""
     steps = int(records["generated"][0])
-    hypotheses = made_of(records, history[:, :steps], records["score"].tolist())
+    hypotheses = made_of(records, history[:, :steps], records["score"].tolist(), details)
     return Output(tuple(hypotheses), steps, cut=not all(one.finished for one in hypotheses))

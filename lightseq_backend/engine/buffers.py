@@ -43,7 +43,7 @@ class Buffers:
 
 
 def allocate(model: Any, config: EngineConfig, beams: int, ops: ModuleType) -> Buffers:
-    """Takes the block; ConfigError says what is missing and what would fit."""
+    """Takes the block; ConfigError says what is missing and what would fit. beams: of the widest search."""
 
     def plan(slots: int) -> dict[str, Plan]:
         return _plan(model, replace(config, slots=slots, max_beam_size=min(config.max_beam_size, slots)), beams, ops)
@@ -93,13 +93,20 @@ def _plan(model: Any, config: EngineConfig, beams: int, ops: ModuleType) -> dict
     vocabulary = -(-shape.vocabulary // ops.LOGITS_ALIGNMENT) * ops.LOGITS_ALIGNMENT
     return {
         "cache": model.cache_plan(lanes),
-        "state": DecodingState.plan(lanes, rows, logits, shape.max_positions, vocabulary, beams),
+        "state": DecodingState.plan(
+            lanes, rows, logits, shape.max_positions, vocabulary, beams, candidates(shape, beams, ops)
+        ),
         "work": {name: ((max(prompt_rows, rows), width), ops.FLOAT) for name, width in widths.items()},
         "passes": {
             "prompt": ((Pack.elements(prompt_rows),), np.dtype(np.int32)),
             "scored": ((prompt_rows,), np.dtype(np.float32)),
         },
     }
+
+
+def candidates(shape: Any, beams: int, ops: ModuleType) -> int:
+    """Best next tokens of a row that the widest standard search looks at: twice its beams, as far as there are any."""
+    return min(2 * beams, ops.MOST_CANDIDATES, shape.vocabulary - (shape.banned_id >= 0))
 
 
 def buckets(slots: int) -> list[int]:

@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 
 from lightseq_backend.config import DecodingLimits, DecodingOptions, EngineConfig, GptConfig
-from lightseq_backend.decoding import beam, sampling
+from lightseq_backend.decoding import methods, standard
 from lightseq_backend.engine import scoring
-from lightseq_backend.engine.buffers import allocate
-from lightseq_backend.engine.graphs import Passes, Steps
+from lightseq_backend.engine.buffers import allocate, candidates
+from lightseq_backend.engine.graphs import SEARCHING, Passes, Steps, mix_of
 from lightseq_backend.engine.scheduler import Scheduler
 from lightseq_backend.errors import ConfigError, Overloaded, RequestError
 from lightseq_backend.models.gpt import Gpt
@@ -41,13 +41,14 @@ class Engine:
         beams = min(config.max_beam_size, model.config.vocabulary - (model.config.banned_id >= 0))
         if beams > ops.MOST_BEAMS:
             raise ConfigError(f"max_beam_size is {config.max_beam_size}; a GPU searches with {ops.MOST_BEAMS} at most")
-        self.limits = DecodingLimits(beams, model.config.vocabulary)
+        self.limits = DecodingLimits(beams, model.config.vocabulary, candidates(model.config, beams, ops))
         ops.start()
         self._buffers = allocate(model, config, beams, ops)
         self._steps = Steps(model, self._buffers, config.slots, ops)
         self._passes = Passes(model, self._buffers, config.scores, ops)
         # What is read while serving, read once in full: that makes the room it takes.
-        ops.get(self._buffers.state.history)
+        for kept in ("history", "details", "pool", "pool_details"):
+            ops.get(getattr(self._buffers.state, kept))
         for largest in (self._buffers.state.slots, self._buffers.scored):
             ops.fetch(largest)()
         self._scheduler = Scheduler(config)
@@ -213,9 +214,9 @@ class Engine:
         # A prompt's last token is left to the first decode step, which then is like any other.
         held_back = int(isinstance(self.model.config, GptConfig))
         self._read(sequences, [one.tokens[: len(one.tokens) - held_back] for one in sequences])
-        if not isinstance(self.model.config, GptConfig) and self.model.config.forced_id is not None:
-            self._feed_start(sequences)
-        self._write_records(sequences, self._first_records)
+        self._feed_prefixes(sequences)
+        self._write_records(sequences, lambda one: methods.begin(one, self.model.config))
+        self._write_rules([one for one in sequences if one.request.options.ruled])
         self._active.extend(sequences)
         self._write_rows()
 
@@ -223,7 +224,7 @@ class Engine:
         """A source too short for a single token; and, as in LightSeq, a prompt that ends with the end id."""
         options, end_id = sequence.request.options, self.model.config.end_id
         if isinstance(self.model.config, GptConfig):
-            if sequence.tokens[-1] != end_id:
+            if sequence.tokens[-1] != end_id or options.standard:
                 return False
             hypothesis = Hypothesis(np.array([end_id], np.int32), 0.0, finished=True)
             output = Output((hypothesis,) * options.hypotheses, steps=1)
@@ -254,17 +255,32 @@ class Engine:
         self._ops.put(self._buffers.prompt[: memory.size], memory)
         return size
 
-    def _feed_start(self, sequences: list[Sequence]) -> None:
-        """The start token, where its successor is forced: a step that keeps keys and values, and chooses nothing."""
+    def _feed_prefixes(self, sequences: list[Sequence]) -> None:
+        """The start token and what is to follow it: steps that keep keys and values, and choose nothing."""
+        config = self.model.config
+        if isinstance(config, GptConfig):
+            return
+        fed = {id(one): (config.start_id, *config.prefix(one.request.options)) for one in sequences}
+        for step in range(max(map(len, fed.values())) - 1):
 
-        def records_of(sequence: Sequence) -> np.ndarray:
-            records = self._first_records(sequence)
-            records["method"], records["length"] = 0, 0
-            records["token"] = self.model.config.start_id  # type: ignore[union-attr]
-            return records
+            def records_of(sequence: Sequence, step: int = step) -> np.ndarray:
+                records = methods.begin(sequence, config)
+                records["method"], records["length"], records["token"] = 0, step, fed[id(sequence)][step]
+                return records
 
-        self._write_records(sequences, records_of)
-        self._steps.run(self._put_rows(sequences), searching=True, sampling=False)
+            longer = [one for one in sequences if len(fed[id(one)]) > step + 1]
+            self._write_records(longer, records_of)
+            self._steps.run(self._put_rows(longer), SEARCHING)
+
+    def _write_rules(self, sequences: list[Sequence]) -> None:
+        """What changes the scores of the sequences' rows."""
+        state = self._buffers.state
+        for sequence in sequences:
+            lead = sequence.slots[0]
+            rules, listed, context = standard.rules(sequence, self.model.config)
+            self._ops.put(state.rules[lead : lead + 1], rules)
+            self._ops.put(state.listed[lead], listed)
+            self._ops.put(state.contexts[lead, : len(context)], context)
 
     def _write_records(self, sequences: list[Sequence], records_of: Callable[[Sequence], np.ndarray]) -> None:
         """The records of the sequences' slots and, of prompts, in whose lane their past is; a transfer of each for
@@ -288,20 +304,6 @@ class Engine:
                 past = np.repeat(leads[start:end, None], ancestors.shape[1], axis=1)
                 self._ops.put(ancestors[run], past.astype(np.int32))
 
-    def _first_records(self, sequence: Sequence) -> np.ndarray:
-        config, options = self.model.config, sequence.request.options
-        if options.searches:
-            records = beam.begin(sequence, config.end_id, config.dialect)
-        else:
-            records = sampling.begin(sequence, config.end_id)
-        if isinstance(config, GptConfig):
-            records["token"], records["length"] = sequence.tokens[-1], len(sequence.tokens) - 1
-        else:
-            forced = config.forced_id is not None
-            records["token"], records["length"] = config.forced_id if forced else config.start_id, int(forced)
-            records["memory"], records["memory_length"] = sequence.slots[0], len(sequence.tokens)
-        return records
-
     def _write_rows(self) -> None:
         """Tells the device which slots the next steps work on."""
         self._rows = self._put_rows(self._active)
@@ -317,13 +319,12 @@ class Engine:
 
     def _burst(self) -> None:
         """Queues a burst of steps, then looks at how an earlier one ended while the device works on this one."""
-        searching = any(one.request.options.searches for one in self._active)
-        sampled = not all(one.request.options.searches for one in self._active)
+        mix = mix_of(one.request.options for one in self._active)
         # Nobody takes more steps than its limit: none is queued that no sequence can use.
         steps = min(self.config.burst, max(one.limit - one.queued for one in self._active))
         if steps > 0:
             for _ in range(steps):
-                self._steps.run(self._rows, searching, sampled)
+                self._steps.run(self._rows, mix)
             for one in self._active:
                 one.queued += steps
             self.counts["steps"] += steps
@@ -345,16 +346,12 @@ class Engine:
         else:
             self._reports.clear()  # of bursts that had nothing left to do
         slots = [slot for sequence in done for slot in sequence.slots]
-        first = min(slots)
-        history = self._ops.get(self._buffers.state.history[first : max(slots) + 1])
+        first, last, state = min(slots), max(slots), self._buffers.state
+        kept = {name: self._ops.get(getattr(state, name)[first : last + 1]) for name in methods.kept(done)}
         for sequence in done:
             own = np.array(sequence.slots)
-            self._retire(sequence, self._finish(sequence, records[own], history[own - first]))
-
-    def _finish(self, sequence: Sequence, records: np.ndarray, history: np.ndarray) -> Output:
-        if sequence.request.options.searches:
-            return beam.finish(sequence, records, history)
-        return sampling.finish(records, history)
+            lanes = {name: array[own - first] for name, array in kept.items()}
+            self._retire(sequence, methods.finish(sequence, records[own], lanes))
 
     def _score(self, sequences: list[Sequence]) -> None:
         """Log-probabilities of what all sequences were given, in one pass behind that over their sources."""

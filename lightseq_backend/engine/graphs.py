@@ -3,14 +3,34 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from types import ModuleType
 from typing import Any
 
-from lightseq_backend.config import GptConfig
+from lightseq_backend.config import DecodingOptions, GptConfig
 from lightseq_backend.engine.buffers import Buffers, buckets
 from lightseq_backend.models.pack import Pack
+
+# Mixes of methods that a step exists for. What is not needed is not done: none of the first four has rules.
+SEARCHING, SAMPLING, SEARCHING_AND_SAMPLING, STANDARD_SEARCHING, ANY = MIXES = (
+    "searching",
+    "sampling",
+    "searching and sampling",
+    "standard searching",
+    "any",
+)
+
+
+def mix_of(options: Iterable[DecodingOptions]) -> str:
+    """The mix that takes sequences with these options."""
+    ruled, methods = False, set()
+    for one in options:
+        ruled = ruled or one.ruled
+        methods.add(STANDARD_SEARCHING if one.standard else SEARCHING if one.searches else SAMPLING)
+    if ruled or len(methods) > 1:
+        return SEARCHING_AND_SAMPLING if methods == {SEARCHING, SAMPLING} and not ruled else ANY
+    return methods.pop()
 
 
 class Steps:
@@ -19,18 +39,16 @@ class Steps:
     def __init__(self, model: Any, buffers: Buffers, slots: int, ops: ModuleType):
         self.buckets = buckets(slots)
         self._graphs = {
-            (rows, searching, sampling): ops.capture(_step(model, buffers, rows, searching, sampling, ops))
-            for rows in self.buckets
-            for searching, sampling in ((True, False), (False, True), (True, True))
+            (rows, mix): ops.capture(_step(model, buffers, rows, mix, ops)) for rows in self.buckets for mix in MIXES
         }
 
     def bucket(self, rows: int) -> int:
         """The smallest number of rows a step exists for that is at least `rows`."""
         return self.buckets[bisect_left(self.buckets, rows)]
 
-    def run(self, rows: int, searching: bool, sampling: bool) -> None:
-        """One step over the first `rows` rows of the state; `rows` is one of the buckets."""
-        self._graphs[rows, searching, sampling]()
+    def run(self, rows: int, mix: str) -> None:
+        """One step over the first `rows` rows of the state; `rows` is one of the buckets, `mix` one of MIXES."""
+        self._graphs[rows, mix]()
 
 
 class Passes:
@@ -77,25 +95,33 @@ def _score(model: Any, buffers: Buffers, rows: int, ops: ModuleType) -> None:
         )  # fmt: skip
 
 
-def _step(
-    model: Any, buffers: Buffers, count: int, searching: bool, sampling: bool, ops: ModuleType
-) -> Callable[[], None]:
+def _step(model: Any, buffers: Buffers, count: int, mix: str, ops: ModuleType) -> Callable[[], None]:
     work, state, cache, head = buffers.work.first(count), buffers.state, buffers.cache, model.head
-    rows, logits = state.rows[:count], state.logits[:count]
-    ids, log_probabilities = state.ids[:count], state.log_probabilities[:count]
-    search = (rows, state.slots, cache.ancestors, state.history)
+    rows, logits, normalisations = state.rows[:count], state.logits[:count], state.normalisations[:count]
+    best = state.ids[:count], state.log_probabilities[:count]
+    candidates = state.candidate_ids[:count], state.candidate_log_probabilities[:count]
+    search = (rows, state.slots, cache.ancestors, state.history, state.details)
+    standard_search = (*search, state.pool, state.pool_details)
+    rules = (rows, state.slots, state.rules, state.listed, state.contexts, state.history, logits, normalisations)
     vocabulary = (work.x, head.norm, head.output, head.epsilon, head.scale, work.normed, logits)
 
     def run() -> None:
         model.step(rows, state.slots, work, cache)
-        if sampling:
-            ops.vocabulary_logits(*vocabulary)
-        if searching and sampling:
-            ops.top(logits, head.banned, ids, log_probabilities)
-            ops.beam_step(*search, ids, log_probabilities)
-        elif searching:
-            ops.vocabulary_search(*vocabulary, head.banned, ids, log_probabilities, *search)
-        if sampling:
-            ops.sample_step(rows, state.slots, state.history, logits, head.banned)
+        if mix == SEARCHING:
+            ops.vocabulary_search(*vocabulary, head.banned, *best, *search)
+            return
+        if mix == STANDARD_SEARCHING:
+            ops.vocabulary_standard_search(*vocabulary, head.banned, *candidates, *standard_search)
+            return
+        ops.vocabulary_logits(*vocabulary)
+        if mix == SEARCHING_AND_SAMPLING:
+            ops.top(logits, head.banned, *best)
+            ops.beam_step(*search, *best)
+        elif mix == ANY:
+            ops.apply_rules(*rules)
+            ops.top(logits, head.banned, *candidates, normalisations)
+            ops.beam_step(*search, *candidates)
+            ops.standard_step(*standard_search, *candidates)
+        ops.sample_step(rows, state.slots, state.history, state.details, logits, head.banned)
 
     return run

@@ -9,23 +9,23 @@ the record of a slot is ops/slots.py. `keys` and `values` are one layer's cache,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightseq_backend.ops.philox import gumbel
-from lightseq_backend.ops.product import choose_threads, divide, product, scratch
-from lightseq_backend.ops.slots import FAN_OUT, SAMPLE, SEARCH
-
-Array = np.ndarray[Any, Any]
+from lightseq_backend.ops.choice import FLOAT, Array, beam_step, target_log_probabilities, top
+from lightseq_backend.ops.choice import sample_step as sample_step
+from lightseq_backend.ops.product import choose_threads, product, scratch
+from lightseq_backend.ops.standard import apply_rules as apply_rules
+from lightseq_backend.ops.standard import standard_step
 
 NAME = "cpu"
 SCORED_ROWS = 32  # rows whose logits are held at the same time when texts are scored
 BURSTS_AHEAD = 1  # bursts queued before the end of the first is looked at: a GPU must not wait for the host
 MOST_BEAMS = 1 << 30  # of one search: no limit
+MOST_CANDIDATES = 1 << 30  # best tokens of one row
 LOGITS_ALIGNMENT = 1  # rows of logits begin at multiples of so many numbers
-FLOAT = np.dtype(np.float32)
 
 
 class Norm(NamedTuple):
@@ -375,25 +375,9 @@ def vocabulary_logits(
     product(normed, output.weight, logits, finish)
 
 
-def top(logits: Array, banned: int, ids: Array, log_probabilities: Array) -> None:
-    """The k best ids of each row, best first, the lower id first among equals, and their log-probabilities.
-
-    ids: int32 [rows, k], log_probabilities: [rows, k], k <= vocabulary. Id `banned` (or -1) is never chosen, but
-    counts in the normalisation, as in LightSeq; then k < vocabulary.
-    """
-
-    def share(rows: slice) -> None:
-        for row in range(rows.start, rows.stop):
-            scores = logits[row]
-            ids[row] = _best(scores, ids.shape[1], banned)
-            log_probabilities[row] = scores[ids[row]] - _log_sum_exp(scores)
-
-    divide(share, len(logits), 1 if logits.size < _WORTH_THREADS else None)
-
-
 def vocabulary_search(
     x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array, banned: int,
-    ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array,
+    ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array, details: Array,
 ) -> None:  # fmt: skip
     """One step of beam search from the last hidden states: vocabulary_logits, top, beam_step.
 
@@ -401,7 +385,21 @@ def vocabulary_search(
     """
     vocabulary_logits(x, norm, output, epsilon, scale, normed, logits)
     top(logits, banned, ids, log_probabilities)
-    beam_step(rows, slots, ancestors, history, ids, log_probabilities)
+    beam_step(rows, slots, ancestors, history, details, ids, log_probabilities)
+
+
+def vocabulary_standard_search(
+    x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array, banned: int,
+    ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array, details: Array,
+    pool: Array, pool_details: Array,
+) -> None:  # fmt: skip
+    """One step of the standard search from the last hidden states: vocabulary_logits, top, standard_step.
+
+    normed, logits, ids and log_probabilities are work space, which a device may leave unwritten.
+    """
+    vocabulary_logits(x, norm, output, epsilon, scale, normed, logits)
+    top(logits, banned, ids, log_probabilities)
+    standard_step(rows, slots, ancestors, history, details, pool, pool_details, ids, log_probabilities)
 
 
 def vocabulary_scores(
@@ -414,162 +412,3 @@ def vocabulary_scores(
     """
     vocabulary_logits(x, norm, output, epsilon, scale, normed, logits)
     target_log_probabilities(logits, targets, out)
-
-
-def target_log_probabilities(logits: Array, targets: Array, out: Array) -> None:
-    """out[r] = log softmax(logits[r])[targets[r]]. targets: int32 [rows]; out: [rows]."""
-    for row, scores in enumerate(logits):
-        out[row] = scores[targets[row]] - _log_sum_exp(scores)
-
-
-def _log_sum_exp(scores: Array) -> np.floating[Any]:
-    most = scores.max()
-    shifted = scratch("exponentials", scores.shape)
-    np.subtract(scores, most, out=shifted)
-    np.exp(shifted, out=shifted)
-    return np.log(shifted.sum()) + most
-
-
-_GROUP = 64
-_WORTH_THREADS = 1 << 17  # scores below which handing out work costs more than it saves
-
-
-def _best(scores: Array, count: int, banned: int) -> Array:
-    """Indices of the `count` largest but `banned`, descending, the lower index first among equals."""
-    candidates = _promising(scores, count + (banned >= 0))
-    candidates = candidates[candidates != banned]
-    return candidates[np.argsort(-scores[candidates], kind="stable")[:count]]
-
-
-def _promising(scores: Array, wanted: int) -> Array:
-    """Ascending indices of few scores, the `wanted` largest among them."""
-    groups = scores.size // _GROUP  # group g is g, g + groups, g + 2 * groups, ...: maxima over whole vectors
-    if groups > wanted:
-        # As many scores as wanted are at least `bound`, one in each of the groups with the largest maxima.
-        maxima = scores[: groups * _GROUP].reshape(_GROUP, groups).max(axis=0)
-        bound = np.partition(maxima, groups - wanted)[groups - wanted]
-        inside = np.flatnonzero(maxima >= bound) + np.arange(0, groups * _GROUP, groups)[:, None]
-        passing = np.concatenate([inside.ravel(), np.arange(groups * _GROUP, scores.size)])
-        passing = passing[scores[passing] >= bound]
-        if passing.size >= wanted:  # fails only where scores are not numbers
-            return np.sort(passing)
-    return np.arange(scores.size)
-
-
-# Decoding ------------------------------------------------------------------------------------------------------------
-
-
-def beam_step(
-    rows: Array, slots: Array, ancestors: Array, history: Array, ids: Array, log_probabilities: Array
-) -> None:
-    """Advances every searching sequence by one token (lightseq_format.md 3.6).
-
-    A live beam offers its best tokens at (log_probability + log p) * norm, norm = ((5 + n) / 6) ** -length_penalty
-    for n tokens (1 where the penalty is negative), less diverse_lambda * (rank + 1) while choosing; a finished beam
-    offers itself at its frozen score. The `width` best offers become the beams, best first; among equals the lower
-    parent, then the better rank. The sequence is done when all beams have finished, or at `limit` tokens.
-    rows: [n]; history: int32 [slots, steps], the generated tokens; ids, log_probabilities: [n, at least width].
-    """
-    for first, record in _leaders(rows, slots, (SEARCH, FAN_OUT)):
-        if record["done"]:
-            continue
-        width, step, length = int(record["width"]), int(record["generated"]), int(record["length"])
-        group = rows[first : first + width]
-        before = slots[group]
-        finished = before["finished"] != 0
-        norm = length_norm(step + 1, record["length_penalty"])
-        offers = before["log_probability"][:, None] + log_probabilities[first : first + width, :width]
-        tokens = ids[first : first + width, :width].copy()
-        offers[finished], tokens[finished] = -np.inf, record["end_id"]
-        offers[finished, 0] = before["log_probability"][finished]
-        scores = offers * norm
-        scores[finished, 0] = before["score"][finished]
-        if record["diverse_lambda"]:
-            # LightSeq tells the beams of its one long sort apart by multiples of -2000, which costs resolution:
-            # what it carries on is the rounded score.
-            apart = np.arange(width, dtype=FLOAT)[:, None] * FLOAT.type(-2000)
-            scores = (scores + apart) - apart
-            offers = np.where(finished[:, None], offers, scores / norm)
-
-        if record["method"] == FAN_OUT and step > 0:
-            parents, ranks = np.arange(width), np.zeros(width, np.intp)
-        else:
-            penalised = scores - record["diverse_lambda"] * np.arange(1, width + 1, dtype=FLOAT)
-            chosen = np.argsort(-penalised, axis=None, kind="stable")[:width]
-            parents, ranks = chosen // width, chosen % width
-
-        history[group, :step] = history[group[parents], :step]
-        history[group, step] = tokens[parents, ranks]
-        ancestors[group, : length + 1] = ancestors[group[parents], : length + 1]
-        slots["log_probability"][group] = offers[parents, ranks]
-        slots["score"][group] = scores[parents, ranks]
-        _advance(slots, group, tokens[parents, ranks], record)
-
-
-def sample_step(rows: Array, slots: Array, history: Array, logits: Array, banned: int) -> None:
-    """Draws the next token of every sampling sequence's rows.
-
-    Scores are divided by the temperature; top_k keeps the k best (the lower id among equals), then top_p the
-    smallest prefix of what is left that holds that share of its probability, at least one. The token with the
-    largest score + Gumbel noise is drawn (philox.gumbel), which is a draw from the softmax of what is kept. Its
-    log-probability is the undivided model's. rows: [n]; logits: [n, vocabulary]; banned: an id never drawn, or -1.
-    """
-    for first, record in _leaders(rows, slots, (SAMPLE,)):
-        if record["done"]:
-            continue
-        width, step = int(record["width"]), int(record["generated"])
-        group = rows[first : first + width]
-        norm = length_norm(step + 1, record["length_penalty"])
-        tokens = np.full(width, record["end_id"], np.int32)
-        for row, slot in enumerate(group.tolist()):
-            if not slots["finished"][slot]:
-                scores = logits[first + row]
-                tokens[row] = _draw(scores, slots[slot], step, banned)
-                slots["log_probability"][slot] += scores[tokens[row]] - _log_sum_exp(scores)
-                slots["score"][slot] = slots["log_probability"][slot] * norm
-        history[group, step] = tokens
-        _advance(slots, group, tokens, record)
-
-
-def length_norm(tokens: int, penalty: float) -> np.floating[Any]:
-    """((5 + tokens) / 6) ** -penalty (GNMT), 1 where the penalty is negative; float32."""
-    return FLOAT.type(((5 + tokens) / 6) ** -float(penalty)) if penalty >= 0 else FLOAT.type(1)
-
-
-def _leaders(rows: Array, slots: Array, methods: tuple[int, ...]) -> Iterator[tuple[int, Any]]:
-    """Where each sequence of those methods starts among the rows, and a copy of the record of its beam 0."""
-    records = slots[rows]
-    leads = np.isin(records["method"], methods) & (records["beam"] == 0) & (records["width"] > 0)
-    for first in np.flatnonzero(leads).tolist():
-        yield first, records[first]
-
-
-def _advance(slots: Array, group: Array, tokens: Array, record: Any) -> None:
-    """Feeds each slot its new token next, and closes the sequence when it is through.
-
-    The rest of a burst still runs over a closed sequence: its length stays, so that it stays inside its lane.
-    """
-    finished = (tokens == record["end_id"]).astype(np.int32)
-    done = bool(finished.all()) or record["generated"] + 1 >= record["limit"]
-    slots["token"][group] = tokens
-    slots["finished"][group] = finished
-    slots["length"][group] += not done
-    slots["generated"][group] += 1
-    slots["done"][group] = done
-
-
-def _draw(scores: Array, record: Any, step: int, banned: int) -> int:
-    scores = scores / record["temperature"]
-    kept = np.arange(scores.size)
-    kept = kept[kept != banned]
-    if 0 < record["top_k"] < kept.size:
-        kept = _best(scores, int(record["top_k"]), banned)
-    if record["top_p"] < 1:
-        kept = kept[np.argsort(-scores[kept], kind="stable")]
-        shares = np.exp(scores[kept] - scores[kept[0]], dtype=np.float64)
-        shares = np.cumsum(shares / shares.sum())
-        kept = kept[: int(np.searchsorted(shares, record["top_p"])) + 1]
-    noise = gumbel(int(record["seed"]), int(record["stream"]), step, kept)
-    race = scores[kept] + noise
-    winners = kept[race == race.max()]
-    return int(winners.min())

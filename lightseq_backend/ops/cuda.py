@@ -21,7 +21,7 @@ from lightseq_backend.errors import ConfigError
 from lightseq_backend.ops import device, linear_launch, vocabulary_launch, warpgroup_launch
 from lightseq_backend.ops.cublas import WORKSPACE, Cublas
 from lightseq_backend.ops.launch import Kernel, driver
-from lightseq_backend.ops.slots import SLOT
+from lightseq_backend.ops.slots import RULES, SLOT
 from lightseq_backend.ops.transfer import Transfers
 
 Array = Any
@@ -65,6 +65,7 @@ class Cuda:
     BURSTS_AHEAD = 2
     SCORED_ROWS = 512
     MOST_BEAMS = 32  # kernels/search.cu MAX_WIDTH, kernels/sampling.cu MOST_BEST
+    MOST_CANDIDATES = 32  # kernels/standard_search.cu CANDIDATES, and those two
     LOGITS_ALIGNMENT = _ALIGNED_COLUMNS
 
     def __init__(self, device_id: int = 0, precision: str = "fp16", early: bool = True):
@@ -147,12 +148,12 @@ class Cuda:
 
     def view(self, block: Any, offset: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """Records are bytes to CuPy: [lanes, bytes of a record]."""
-        if dtype == SLOT:
-            shape, dtype = (*shape, SLOT.itemsize), np.dtype(np.uint8)
+        if dtype in (SLOT, RULES):
+            shape, dtype = (*shape, dtype.itemsize), np.dtype(np.uint8)
         return cupy.ndarray(shape, dtype, block + offset)
 
     def put(self, destination: Array, source: np.ndarray) -> None:
-        if source.dtype == SLOT:
+        if source.dtype in (SLOT, RULES):
             source = np.ascontiguousarray(source).view(np.uint8).reshape(destination.shape)
         if destination.size:
             self._transfers.to_device(destination, np.ascontiguousarray(source, destination.dtype))
@@ -281,28 +282,51 @@ class Cuda:
                 (logits, _stride(logits), output.bias, rows, vocabulary, scale),
             )  # fmt: skip
 
-    def top(self, logits: Array, banned: int, ids: Array, log_probabilities: Array) -> None:
-        self._top(logits, None, banned, ids, log_probabilities, 1.0)
+    def apply_rules(
+        self, rows: Array, slots: Array, rules: Array, listed: Array, contexts: Array, history: Array, logits: Array,
+        normalisations: Array,
+    ) -> None:  # fmt: skip
+        arguments = (
+            rows, slots, rules, listed, contexts, history, logits, _stride(logits), normalisations,
+            logits.shape[1], history.shape[1], listed.shape[1],
+        )  # fmt: skip
+        self._launch("sampling", "apply_rules", (len(rows),), 1024, arguments)
+
+    def top(
+        self, logits: Array, banned: int, ids: Array, log_probabilities: Array, normalisations: Array | None = None
+    ) -> None:
+        self._top(logits, None, banned, ids, log_probabilities, 1.0, normalisations)
 
     def vocabulary_search(
         self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, normed: Array, logits: Array,
         banned: int, ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array,
+        details: Array,
     ) -> None:  # fmt: skip
         if not self._searches(len(x), output.weight):
             self._vocabulary_products(x, norm, output, epsilon, normed, logits)
             self._top(logits, output.bias, banned, ids, log_probabilities, scale)
-            self.beam_step(rows, slots, ancestors, history, ids, log_probabilities)
+            self.beam_step(rows, slots, ancestors, history, details, ids, log_probabilities)
             return
-        count, best = ids.shape
-        tiles = vocabulary_launch.tiles(output.weight.wide)
-        statistics = self._room("statistics", (count, tiles, 2), np.float32)
-        choices = self._room("choices", (count, tiles, best), np.uint64)
-        self._vocabulary(
-            x, output, epsilon, scale, rows=rows, slots=slots, statistics=statistics, choices=choices,
-            best=best, banned=banned,
-        )  # fmt: skip
-        arguments = (rows, slots, ancestors, history, statistics, choices, tiles, best, history.shape[1])
-        self._launch("search", "vocabulary_beam_step", (count,), 1024, arguments)
+        best = ids.shape[1]
+        tiles, statistics, choices = self._best_of_tiles(x, output, epsilon, scale, banned, best, rows, slots)
+        arguments = (rows, slots, ancestors, history, details, statistics, choices, tiles, best, history.shape[1])
+        self._launch("search", "vocabulary_beam_step", (len(rows),), 1024, arguments)
+
+    def vocabulary_standard_search(
+        self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, normed: Array, logits: Array,
+        banned: int, ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array,
+        details: Array, pool: Array, pool_details: Array,
+    ) -> None:  # fmt: skip
+        if self._searches(len(x), output.weight):
+            tiles, statistics, choices = self._best_of_tiles(
+                x, output, epsilon, scale, banned, ids.shape[1], rows, slots
+            )
+            arguments = (rows, slots, statistics, choices, ids, log_probabilities, tiles, ids.shape[1])
+            self._launch("search", "best_of_tiles", (len(rows),), 1024, arguments)
+        else:
+            self._vocabulary_products(x, norm, output, epsilon, normed, logits)
+            self._top(logits, output.bias, banned, ids, log_probabilities, scale)
+        self.standard_step(rows, slots, ancestors, history, details, pool, pool_details, ids, log_probabilities)
 
     def vocabulary_scores(
         self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, normed: Array, logits: Array,
@@ -319,15 +343,28 @@ class Cuda:
         self._target_log_probabilities(logits, None, targets, out, 1.0)
 
     def beam_step(
-        self, rows: Array, slots: Array, ancestors: Array, history: Array, ids: Array, log_probabilities: Array
-    ) -> None:
-        arguments = (rows, slots, ancestors, history, ids, log_probabilities, ids.shape[1], history.shape[1])
+        self, rows: Array, slots: Array, ancestors: Array, history: Array, details: Array, ids: Array,
+        log_probabilities: Array,
+    ) -> None:  # fmt: skip
+        arguments = (rows, slots, ancestors, history, details, ids, log_probabilities, ids.shape[1], history.shape[1])
         self._launch("search", "beam_step", (len(rows),), 128, arguments)
 
-    def sample_step(self, rows: Array, slots: Array, history: Array, logits: Array, banned: int) -> None:
+    def standard_step(
+        self, rows: Array, slots: Array, ancestors: Array, history: Array, details: Array, pool: Array,
+        pool_details: Array, ids: Array, log_probabilities: Array,
+    ) -> None:  # fmt: skip
+        arguments = (
+            rows, slots, ancestors, history, details, pool, pool_details, ids, log_probabilities,
+            ids.shape[1], history.shape[1],
+        )  # fmt: skip
+        self._launch("standard_search", "standard_step", (len(rows),), 128, arguments)
+
+    def sample_step(
+        self, rows: Array, slots: Array, history: Array, details: Array, logits: Array, banned: int
+    ) -> None:
         arrivals = self._room("arrivals", (len(rows),), np.int32)
         stride, vocabulary = _stride(logits), logits.shape[1]
-        arguments = (rows, slots, history, logits, stride, arrivals, vocabulary, banned, history.shape[1])
+        arguments = (rows, slots, history, details, logits, stride, arrivals, vocabulary, banned, history.shape[1])
         self._launch("sampling", "sample_step", (len(rows),), 1024, arguments)
 
     # How they are launched --------------------------------------------------------------------------------------------
@@ -402,6 +439,19 @@ class Cuda:
                 (out, linear.bias, rows, wide, _ACTIVATIONS[activation], 1.0),
             )  # fmt: skip
 
+    def _best_of_tiles(
+        self, x: Array, output: Any, epsilon: float, scale: float, banned: int, best: int, rows: Array, slots: Array
+    ) -> tuple[int, Array, Array]:
+        """How many tiles the vocabulary has, and of each row and tile the statistics and the best choices."""
+        count, tiles = len(x), vocabulary_launch.tiles(output.weight.wide)
+        statistics = self._room("statistics", (count, tiles, 2), np.float32)
+        choices = self._room("choices", (count, tiles, best), np.uint64)
+        self._vocabulary(
+            x, output, epsilon, scale, rows=rows, slots=slots, statistics=statistics, choices=choices,
+            best=best, banned=banned,
+        )  # fmt: skip
+        return tiles, statistics, choices
+
     def _vocabulary(
         self, x: Array, output: Any, epsilon: float, scale: float, *, rows: Array | None = None,
         slots: Array | None = None, logits: Array | None = None, statistics: Array | None = None,
@@ -430,10 +480,13 @@ class Cuda:
         self._cublas.product(normed, weight.plain, weight.transposed, logits, wide=wide)
 
     def _top(
-        self, logits: Array, bias: Array | None, banned: int, ids: Array, log_probabilities: Array, scale: float
-    ) -> None:
-        vocabulary, count = logits.shape[1], ids.shape[1]
-        arguments = (logits, _stride(logits), bias, ids, log_probabilities, vocabulary, count, banned, scale)
+        self, logits: Array, bias: Array | None, banned: int, ids: Array, log_probabilities: Array, scale: float,
+        normalisations: Array | None = None,
+    ) -> None:  # fmt: skip
+        arguments = (
+            logits, _stride(logits), bias, ids, log_probabilities, logits.shape[1], ids.shape[1], banned, scale,
+            normalisations,
+        )  # fmt: skip
         self._launch("sampling", "top", (len(logits),), 1024, arguments)
 
     def _target_log_probabilities(

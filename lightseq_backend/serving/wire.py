@@ -26,6 +26,8 @@ STRINGS: dict[str, type[np.generic]] = {"TYPE_STRING": np.object_}
 TEXT_INPUT, TEXT_OUTPUT = "text_input", "text_output"
 # Of a translation that is scored.
 TARGET_IDS, TARGET_TEXT = "target_ids", "target_text"
+# An option and the output that its answer is in; of a model that scores, an output alone.
+DETAILS = "token_log_probabilities"
 Decode = Callable[[Iterable[int]], str]
 
 # Parameters of a request that are Triton's own affair: they never reach the options.
@@ -72,8 +74,8 @@ FORMS = (
     Form("outputs_ids", None, GPT, SOME),
     Form("gpt_out", "gpt_scores", GPT),
     Form(None, "loss", GPT),
-    Form(None, "log_probability", GPT, each="token_log_probabilities"),
-    Form(None, "log_probability", TRANSFORMER, each="token_log_probabilities"),
+    Form(None, "log_probability", GPT, each=DETAILS),
+    Form(None, "log_probability", TRANSFORMER, each=DETAILS),
 )
 IDS = {form.ids for form in FORMS}
 OUTPUTS = sorted(set().union(*(form.names for form in FORMS)))
@@ -90,6 +92,7 @@ class Wire:
     text_input   a request may give text in place of ids
     text_output  an answer may hold text beside the ids
     target_text  a request may give the text of a target in place of its ids
+    details      an answer may hold the log-probability of every token
     """
 
     input: str
@@ -99,6 +102,7 @@ class Wire:
     text_input: bool = False
     text_output: bool = False
     target_text: bool = False
+    details: bool = False
 
     def rows(self, ids: np.ndarray, name: str) -> list[np.ndarray]:
         """The rows of an input of ids: [rows, length], or [length] when not batched. The rows are views."""
@@ -134,6 +138,8 @@ class Wire:
             if changes:
                 raise RequestError(f"unknown option {', '.join(sorted(changes))}; scoring has no options")
             return changes
+        if changes.get(DETAILS) and not self.details:
+            raise RequestError(f"{DETAILS} needs an output of that name in the model's config.pbtxt, which has none")
         if self.form.hypotheses == BEST and changes.get("num_hypotheses", 1) != 1:
             raise RequestError(
                 f"num_hypotheses is {changes['num_hypotheses']!r}; this model's output {self.form.ids} holds 1"
@@ -147,7 +153,8 @@ class Wire:
 
         ids [rows, hypotheses, length] or [rows, length]; scores float32 [rows, hypotheses]; loss or log-probability
         float32 [rows, 1], its parts [rows, tokens]. Rows are filled up with the end id to the longest, parts with 0.
-        With decode also text, objects (str) [rows, hypotheses].
+        With decode also text, objects (str) [rows, hypotheses]. Where the request asked for them, also
+        log-probabilities of the tokens, float32 in the shape of the ids.
         """
         form = self.form
         if form.task == SCORE:
@@ -161,9 +168,11 @@ class Wire:
         for r, row in enumerate(texts):
             for k, text in enumerate(row):
                 ids[r, k, : len(text)] = text
-        if form.hypotheses == BEST or (form.hypotheses == SOME and depth == 1):
-            ids = ids[:, 0]
         tensors = {str(form.ids): ids}
+        if self.details and any(one.token_log_probabilities is not None for one in outputs[0].hypotheses):
+            tensors[DETAILS] = _details(rows, outputs, ids.shape, config)
+        if form.hypotheses == BEST or (form.hypotheses == SOME and depth == 1):
+            tensors = {name: tensor[:, 0] for name, tensor in tensors.items()}
         if form.scores is not None:
             scores = [[hypothesis.score for hypothesis in output.hypotheses] for output in outputs]
             tensors[form.scores] = np.array(scores, np.float32)
@@ -182,11 +191,14 @@ class Wire:
 def read_wire(model_config: Mapping[str, Any], faults: list[str]) -> Wire | None:
     """The tensors that a config.pbtxt (as Triton's JSON) declares; `faults` grows by a line a fault, then None."""
     before = len(faults)
-    inputs, reads_text = _without(TEXT_INPUT, model_config.get("input", []), "input", faults)
-    inputs, reads_target_text = _without(TARGET_TEXT, inputs, "input", faults)
+    inputs, reads_text = _without(TEXT_INPUT, model_config.get("input", []), "input", STRINGS, faults)
+    inputs, reads_target_text = _without(TARGET_TEXT, inputs, "input", STRINGS, faults)
     targets = [tensor for tensor in inputs if tensor["name"] == TARGET_IDS]
     inputs = [tensor for tensor in inputs if tensor["name"] != TARGET_IDS]
-    outputs, writes_text = _without(TEXT_OUTPUT, model_config.get("output", []), "output", faults)
+    outputs, writes_text = _without(TEXT_OUTPUT, model_config.get("output", []), "output", STRINGS, faults)
+    writes_details = False
+    if any(tensor["name"] in IDS for tensor in outputs):  # beside ids; a model that scores has it of its own
+        outputs, writes_details = _without(DETAILS, outputs, "output", FLOATS, faults)
     known = _known(inputs, INPUTS, "input", faults) & _known(outputs, OUTPUTS, "output", faults)
     names = {tensor["name"] for tensor in outputs}
     forms = [form for form in FORMS if form.names == names]
@@ -213,17 +225,17 @@ def read_wire(model_config: Mapping[str, Any], faults: list[str]) -> Wire | None
     types = {tensor["name"]: tensor["data_type"] for tensor in outputs}
     ids_type = np.dtype(INTEGERS[types[form.ids]] if form.ids else np.int32)
     batched = model_config.get("max_batch_size", 0) > 0
-    return Wire(inputs[0]["name"], form, ids_type, batched, reads_text, writes_text, reads_target_text)
+    return Wire(inputs[0]["name"], form, ids_type, batched, reads_text, writes_text, reads_target_text, writes_details)
 
 
 def _without(
-    name: str, tensors: Sequence[Mapping[str, Any]], what: str, faults: list[str]
+    name: str, tensors: Sequence[Mapping[str, Any]], what: str, types: Mapping[str, Any], faults: list[str]
 ) -> tuple[list[Mapping[str, Any]], bool]:
-    """The tensors but the one of text, and whether there is one."""
+    """The tensors but the optional one of that name, and whether there is one."""
     for tensor in tensors:
         if tensor["name"] == name:
-            _check_type(tensor, STRINGS, what, faults)
-            if len(tensor["dims"]) != 1:
+            _check_type(tensor, types, what, faults)
+            if types is STRINGS and len(tensor["dims"]) != 1:
                 faults.append(f"{what} {name} has dims {tensor['dims']}; it must have one, [ 1 ] or [ -1 ]")
     rest = [tensor for tensor in tensors if tensor["name"] != name]
     return rest, len(rest) < len(tensors)
@@ -301,6 +313,20 @@ def prompt_of(row: np.ndarray, config: Config) -> np.ndarray:
     """What the text of an answer begins with: a GPT's row without padding around it, nothing of a source."""
     columns = np.flatnonzero(row != config.padding_id) if isinstance(config, GptConfig) else np.zeros(0, np.intp)
     return row[columns[0] : columns[-1] + 1] if columns.size else row[:0]
+
+
+def _details(
+    rows: Sequence[np.ndarray], outputs: Sequence[Output], shape: tuple[int, ...], config: Config
+) -> np.ndarray:
+    """Where the ids have a generated token, its log-probability; 0 elsewhere: a prompt, and behind the end."""
+    details = np.zeros(shape, np.float32)
+    for r, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+        start = len(prompt_of(row, config))
+        for k, hypothesis in enumerate(output.hypotheses):
+            found = hypothesis.token_log_probabilities
+            if found is not None:
+                details[r, k, start : start + len(found)] = found
+    return details
 
 
 def ids_of_text(row: np.ndarray, hypothesis: Hypothesis, config: Config) -> list[int]:

@@ -165,18 +165,22 @@ def _typed(made: type, values: dict[str, Any], prefix: str, faults: list[str]) -
             if not _fits(value, str(field.type)):
                 faults.append(f"{prefix}{name} is {value!r}; it must be {_wanted(str(field.type))}")
                 continue
-            kept[name] = value
+            kept[name] = _as_tuples(value)
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             faults.append(f"{prefix}{name} is missing")
     return kept
 
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-_JSON_TYPES = {"Dialect": "str", "DecodingOptions": "dict"}
+_JSON_TYPES = {"Dialect": "str", "DecodingOptions": "dict", "Ids": "list of ids", "tuple[Ids, ...]": "list of lists"}
 
 
 def _wanted(annotation: str) -> str:
     return " | ".join(_JSON_TYPES.get(part, part) for part in annotation.split(" | "))
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def _fits(value: Any, annotation: str) -> bool:
@@ -185,6 +189,10 @@ def _fits(value: Any, annotation: str) -> bool:
             return True
         if part == "dict" and isinstance(value, dict):
             return True
+        if part == "list of ids" and isinstance(value, list):
+            return all(_fits(id_, "int") for id_ in value)
+        if part == "list of lists" and isinstance(value, list):
+            return all(_fits(ids, "Ids") for ids in value)
         if part in _TYPES and isinstance(value, _TYPES[part]) and (part == "bool") == isinstance(value, bool):
             return True
     return False

@@ -156,6 +156,38 @@ def test_random_requests_equal_the_cpu(kind: str, precision: str) -> None:
     assert differing <= (0 if precision == "fp32" else 0.03 * 2 * len(rows))
 
 
+STANDARD: dict[str, Any] = {"sampling_method": "standard_beam", "beam_size": 4}
+RULES: dict[str, Any] = {
+    "early_stopping": "never", "no_repeat_ngram_size": 2, "repetition_penalty": 1.2, "min_new_tokens": 3,
+    "suppress_tokens": [5], "bad_words_ids": [[6], [7, 8]], "forced_eos_token_id": 9,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slots", [32, 96])  # 96: the vocabulary is cuBLAS's
+@pytest.mark.parametrize("rules", [{}, RULES], ids=["plain", "rules"])
+@pytest.mark.parametrize("kind", ["transformer", "gpt"])
+def test_standard_search_equals_the_cpu(kind: str, rules: dict[str, Any], slots: int) -> None:
+    """In full precision, but for hypotheses that nearly tie; with the log-probability of every token."""
+    of_kind = {"transformer": {"target_vocabulary": 67, "end_bias": 3.0}, "gpt": {"vocabulary": 67, "padding_id": 67}}
+    sizes: dict[str, Any] = of_kind[kind]
+    config, arrays = getattr(small_models, kind)(5, max_positions=24, **sizes)
+    gpu, cpu = (engine(config, arrays, device, slots=slots, queue=200) for device in ("cuda", "cpu"))
+    rows, differing = random_rows(config, 150), 0
+    for changes in ({**STANDARD, **rules}, {**STANDARD, **rules, "beam_size": 16, "early_stopping": True}):
+        changes["token_log_probabilities"] = True
+        for one, other in zip(gpu.answer(rows, changes=changes), cpu.answer(rows, changes=changes), strict=True):
+            scores = [[found.score for found in output.hypotheses] for output in (one, other)]
+            assert np.allclose(*scores, rtol=1e-3)
+            if texts([one]) != texts([other]):
+                differing += 1
+                continue
+            for found, wanted in zip(one.hypotheses, other.hypotheses, strict=True):
+                np.testing.assert_allclose(
+                    found.token_log_probabilities, wanted.token_log_probabilities, rtol=1e-3, atol=1e-3
+                )
+    assert differing <= 0.02 * 2 * len(rows)
+
+
 def test_samples_do_not_depend_on_the_batch() -> None:
     config, arrays = small_models.gpt()
     gpu = engine(config, arrays, "cuda")

@@ -16,10 +16,14 @@ OPERATIONS = (
     *("embed_tokens", "embed_rows", "layer_norm", "linear", "norm_linear", "linear_residual", "packed_attention"),
     *("decode_attention", "cross_attention", "store", "vocabulary_logits", "top", "vocabulary_scores"),
     *("vocabulary_search", "target_log_probabilities", "beam_step", "sample_step"),
+    *("vocabulary_standard_search", "standard_step", "apply_rules"),
 )
 CASES = [case for operation in OPERATIONS for case in op_cases.cases(operation)]
 WORK_SPACE = {"vocabulary_logits": {"normed"}}  # which a device may leave
-ORDER = {"token", "finished", "done", "length"}  # what follows from the order of near ties
+SEARCHES = {"vocabulary_search", "vocabulary_standard_search"}
+# What follows from the order of near ties.
+ORDER = {"token", "finished", "done", "length"}
+ORDERED = {"ancestors", "history", "details", "pool", "pool_details"}
 
 
 @functools.cache
@@ -34,8 +38,8 @@ def test_operation_equals_the_specification(case: op_cases.Case, precision: str)
     gpu.start()
     expected, found = op_cases.run(cpu, case), op_cases.run(gpu, case)
     tolerance = case.tolerance[gpu.FLOAT.name]
-    orders = case.op != "vocabulary_search" or precision == "fp32"  # half precision orders near ties otherwise
-    for name in set(expected) - WORK_SPACE.get(case.op, set()) - (set() if orders else {"ancestors", "history"}):
+    orders = case.op not in SEARCHES or precision == "fp32"  # half precision orders near ties otherwise
+    for name in set(expected) - WORK_SPACE.get(case.op, set()) - (set() if orders else ORDERED):
         wanted, array = case.meaningful(name, expected[name]), case.meaningful(name, found[name])
         parts = [part for part in wanted.dtype.names or (...,) if orders or part not in ORDER]
         for part in parts:

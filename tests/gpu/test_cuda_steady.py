@@ -32,6 +32,9 @@ CHANGES: tuple[dict[str, Any], ...] = (
     {"sampling_method": "topk", "top_k": 5, "seed": 1},
     {"sampling_method": "topp", "top_p": 0.8, "seed": 2, "num_hypotheses": 3},
     {"sampling_method": "sample", "seed": 3, "temperature": 1.5},
+    {"sampling_method": "standard_beam", "beam_size": 4, "early_stopping": True},
+    {"sampling_method": "standard_beam", "beam_size": 3, "no_repeat_ngram_size": 2, "bad_words_ids": [[4], [5, 6]]},
+    {"sampling_method": "greedy", "repetition_penalty": 1.3, "token_log_probabilities": True},
 )
 
 

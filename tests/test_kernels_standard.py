@@ -131,6 +131,27 @@ def test_vocabulary_looks_for_twice_as_many_as_a_standard_search_has_beams() -> 
         assert not few[row, :, count:].any()
 
 
+CHAINS = [case for case in op_cases.cases("vocabulary_standard_search") if case.build()["logits"].size < 12_000]
+
+
+@pytest.mark.parametrize("case", CHAINS, ids=str)
+def test_vocabulary_standard_search_is_three_kernels(case: Case) -> None:
+    arguments = case.build()
+    expected = wanted("vocabulary_standard_search", arguments)
+    state = {name: arguments[name] for name in ("rows", "slots")}
+    head = {name: arguments[name] for name in ("x", "norm", "output", "epsilon", "scale", "banned")}
+    best = arguments["ids"].shape[1]
+    group = min(32, -(-len(arguments["x"]) // 8) * 8)
+    statistics, choices = vocabulary("float32", **head, best=best, group=group, **state)
+    found = arguments["ids"], arguments["log_probabilities"]
+    numbers = (np.int32(statistics.shape[1]), np.int32(best))
+    SEARCH_KERNELS.launch(
+        "best_of_tiles", len(state["rows"]), 1024, (*state.values(), statistics, choices, *found, *numbers)
+    )
+    standard_step(**{name: arguments[name] for name in ("rows", *OUTPUTS, "ids", "log_probabilities")})
+    check(arguments, expected, case.outputs, 1e-4)
+
+
 @pytest.mark.parametrize("wide", [70, 5000, 150_000])
 def test_best_of_tiles_is_top(wide: int) -> None:
     random, best = np.random.default_rng(1), 32

@@ -193,6 +193,31 @@ def test_prefix_and_forced_first_token_are_those_of_generate(family: str, beams:
 
 
 @needs_torch
+@pytest.mark.parametrize("name", ["four beams", "all together"])
+@pytest.mark.parametrize("family", ["bart", "gpt2"])
+def test_log_probabilities_are_the_transition_scores_of_transformers(family: str, name: str, folder: Path) -> None:
+    import torch
+
+    model, engine = pair(family, True, folder)
+    settings, compared = {**SEARCHES, **RULES}[name], 0
+    for block in standard_cases.blocks(engine.model.config, 12):
+        rows = torch.tensor(block)
+        with torch.no_grad():
+            found = model.generate(
+                rows, attention_mask=torch.ones_like(rows), num_return_sequences=4, max_length=MOST,
+                return_dict_in_generate=True, output_scores=True, output_logits=True,  # for the indices of the beams
+                pad_token_id=model.config.pad_token_id or model.config.eos_token_id, **settings,
+            )  # fmt: skip
+        wanted = model.compute_transition_scores(found.sequences, found.scores, found.beam_indices).numpy()
+        changes = {**standard_cases.options(settings, MOST), "token_log_probabilities": True}
+        outputs = engine.answer(block.tolist(), changes=changes)
+        for one, scores in zip([one for output in outputs for one in output.hypotheses], wanted, strict=True):
+            np.testing.assert_allclose(one.token_log_probabilities, scores[: len(one.tokens)], rtol=NEAR, atol=NEAR)
+            compared += 1
+    assert compared >= 48
+
+
+@needs_torch
 def test_trained_texts_end_by_themselves(folder: Path) -> None:
     """Else a comparison would say little of the pool of finished hypotheses."""
     for family in FAMILIES:

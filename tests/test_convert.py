@@ -18,7 +18,7 @@ from lightseq_backend import proof, weights
 from lightseq_backend.__main__ import main
 from lightseq_backend.config import BEAM_SEARCH, GREEDY, TOPK, TOPP
 from lightseq_backend.errors import ConfigError, WeightError
-from lightseq_backend.export import directory, huggingface
+from lightseq_backend.export import arrays, directory, huggingface
 from lightseq_backend.weights.safetensors import read_tensors
 
 FAMILIES = sorted(small_checkpoints.CHECKPOINTS)
@@ -439,10 +439,10 @@ def test_tables_are_stored_once(tmp_path: Path) -> None:
 
 
 def test_sinusoids_are_those_of_the_formulas() -> None:
-    table = huggingface.interleaved_sinusoids(9, 6)
+    table = arrays.interleaved_sinusoids(9, 6)
     assert table[7, 1] == pytest.approx(np.sin(7 / 10000 ** (2 / 6)))
     assert table[7, 3 + 2] == pytest.approx(np.cos(7 / 10000 ** (4 / 6)))
-    table = huggingface.fairseq_sinusoids(9, 7)
+    table = arrays.fairseq_sinusoids(9, 7)
     assert table[5, 1] == pytest.approx(np.sin(5 / 100), rel=1e-5)
     assert table[5, 3 + 2] == pytest.approx(np.cos(5 / 10000), rel=1e-5)
     assert not table[:, 6].any()

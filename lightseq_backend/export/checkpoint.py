@@ -120,6 +120,9 @@ class Arrays:
         self.asked.update(names)
         return found
 
-    def left_over(self, known: Callable[[str], bool]) -> list[str]:
-        """Arrays that nobody asked for and `known` does not excuse."""
-        return sorted(name for name in self._arrays if name not in self.asked and not known(name))
+    def finish(self, source: Path, known: Callable[[str], bool]) -> None:
+        """WeightError with every fault so far, and every array that nobody asked for and `known` does not excuse."""
+        left = sorted(name for name in self._arrays if name not in self.asked and not known(name))
+        self.faults += [f"{name} has no place in such a model" for name in left]
+        if self.faults:
+            raise WeightError("\n  ".join([f"{source} cannot be converted:", *self.faults]))

@@ -13,7 +13,7 @@ from pathlib import Path
 from lightseq_backend import text
 from lightseq_backend.config import GptConfig
 from lightseq_backend.errors import ConfigError
-from lightseq_backend.export.huggingface import Model
+from lightseq_backend.export.model import Model
 from lightseq_backend.weights import save
 
 MODEL = "from lightseq_backend.serving.model import TritonPythonModel as TritonPythonModel\n"

@@ -410,7 +410,7 @@ def test_faulty_arrays_are_named(checkpoint: Any) -> None:
         huggingface.read(source)
     assert str(caught.value).splitlines()[1:] == [
         "  encoder.layers.0.fc1.bias is missing",
-        "  decoder.layers.1.fc2.weight is [2, 3]; config.json makes it [16, 20]",
+        "  decoder.layers.1.fc2.weight is [2, 3]; the settings make it [16, 20]",
         "  encoder.layers.0.adapter.weight has no place in such a model",
     ]
 

@@ -200,3 +200,26 @@ def test_inspect_shows_our_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().out
     assert "first_norm" in shown
     assert "encoder.0.attention_qkv.weight" in shown
+
+
+def test_halves_are_kept_as_halves_and_loaded_as_float32(tmp_path: Path) -> None:
+    config, arrays = small_models.transformer(2)
+    halves = {name: array.astype(np.float16) for name, array in arrays.items() if name != "target.tokens"}
+    halves["output.bias"] = arrays["output.bias"]
+    path = tmp_path / "a.safetensors"
+    weights.save(path, config, halves)
+    kinds = {name: array.dtype for name, array in read_tensors(path).items()}
+    assert kinds.pop("output.bias") == np.float32
+    assert set(kinds.values()) == {np.dtype(np.float16)}
+    back = weights.load(path)[1]
+    assert {array.dtype for array in back.values()} == {np.dtype(np.float32)}
+    assert all((back[name] == array).all() for name, array in halves.items())
+    assert np.shares_memory(back["target.tokens"], back["output.weight"])
+
+
+def test_halves_become_float32_in_lightseqs_format(tmp_path: Path) -> None:
+    config, arrays = small_models.transformer(2)
+    halves = {name: array.astype(np.float16) for name, array in arrays.items()}
+    weights.save(tmp_path / "a.pb", config, halves)
+    back = weights.load(tmp_path / "a.pb")[1]
+    assert all((back[name] == array).all() for name, array in halves.items())

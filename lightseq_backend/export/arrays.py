@@ -93,7 +93,7 @@ def tables(
     def table(name: str, rows: int, factor: float) -> np.ndarray:
         if (name, factor) not in made:  # tables that are shared stay so
             array = source.take(name, rows, hidden)
-            made[name, factor] = array if factor == 1 else array * np.float32(factor)
+            made[name, factor] = array if factor == 1 else scaled(array, factor)
         return made[name, factor]
 
     return {
@@ -101,6 +101,17 @@ def tables(
         "target.tokens": table(of_target, config.target_vocabulary, scale),
         "output.weight": table(of_output, config.target_vocabulary, scale if tied else 1.0).T,
     }
+
+
+def scaled(array: np.ndarray, factor: float) -> np.ndarray:
+    """array * factor: as halves where those stay exact, else float32."""
+    exact = math.frexp(factor)[0] == 0.5 and factor >= 1
+    if array.dtype == np.float16 and exact:
+        with np.errstate(over="ignore"):
+            halves = array * np.float16(factor)
+        if np.isfinite(halves.max()) and np.isfinite(halves.min()):
+            return halves
+    return np.multiply(array, np.float32(factor), dtype=np.float32)
 
 
 def learned_positions(config: TransformerConfig, source: Arrays, offset: int) -> dict[str, np.ndarray]:
@@ -143,7 +154,7 @@ def _norm(source: Arrays, ours: str, theirs: str, width: int) -> dict[str, np.nd
 def _linear(source: Arrays, ours: str, theirs: str, narrow: int, wide: int) -> dict[str, np.ndarray]:
     """torch.nn.Linear keeps [out, in]; kernels here are [in, out]."""
     return {
-        f"{ours}.weight": np.ascontiguousarray(source.take(f"{theirs}.weight", wide, narrow).T),
+        f"{ours}.weight": source.take(f"{theirs}.weight", wide, narrow).T,
         f"{ours}.bias": source.take(f"{theirs}.bias", wide),
     }
 

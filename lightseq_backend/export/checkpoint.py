@@ -76,7 +76,7 @@ def _read_pickle(path: Path) -> dict[str, np.ndarray]:
 
 
 class Arrays:
-    """A checkpoint's arrays by name, float32. What is absent or of a wrong shape becomes a fault, a line each.
+    """A checkpoint's arrays by name. What is absent or of a wrong shape becomes a fault, a line each.
 
     What has been asked for is remembered, so that what nobody wanted can be named.
     """
@@ -92,16 +92,18 @@ class Arrays:
         return name in self._arrays
 
     def take(self, name: str, *shape: int) -> np.ndarray:
-        """The array of that name, float32; zeros and a fault where it cannot be had."""
+        """The array of that name: float16 as it is, all else float32; zeros and a fault where it cannot be had."""
         self.asked.add(name)
         array = self._arrays.get(name)
         if array is None:
             self.faults.append(f"{name} is missing")
         elif array.shape != shape:
-            self.faults.append(f"{name} is {list(array.shape)}; config.json makes it {list(shape)}")
+            self.faults.append(f"{name} is {list(array.shape)}; the settings make it {list(shape)}")
         elif not np.issubdtype(array.dtype, np.floating):
             self.faults.append(f"{name} is {array.dtype}; it must hold floats")
         else:
+            if array.dtype == np.float16:
+                return array
             if name not in self._made:  # the same memory each time, so that what is shared stays shared
                 self._made[name] = np.asarray(array, np.float32)
             return self._made[name]
@@ -115,7 +117,7 @@ class Arrays:
         """`first`, where `key` of config.json says that all names are one array; a fault for each that differs."""
         found = self.first(*names)
         for name in names:
-            if name in self and not np.array_equal(self._arrays[name], self._arrays[found]):
+            if name in self and not _equal(self._arrays[name], self._arrays[found]):
                 self.faults.append(f"{name} is not {found}, though {key} says so")
         self.asked.update(names)
         return found
@@ -126,3 +128,11 @@ class Arrays:
         self.faults += [f"{name} has no place in such a model" for name in left]
         if self.faults:
             raise WeightError("\n  ".join([f"{source} cannot be converted:", *self.faults]))
+
+
+def _equal(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays are the same, looked at by a few rows at a time: tables are large."""
+    if a.shape != b.shape:
+        return False
+    step = 4096
+    return all(np.array_equal(a[row : row + step], b[row : row + step]) for row in range(0, len(a), step))

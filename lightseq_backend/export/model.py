@@ -11,7 +11,7 @@ from lightseq_backend.config import Config
 
 @dataclass(frozen=True)
 class Model:
-    """A configuration, and arrays under the names of weights/layout.py.
+    """A configuration, and arrays under the names of weights/layout.py, float32 or float16.
 
     notes: what of the source's generation settings this engine does not have, a line each
     """

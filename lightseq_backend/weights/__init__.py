@@ -16,7 +16,7 @@ FilePath = str | os.PathLike[str]
 def load(path: FilePath, dialect: str = "head", kind: str | None = None) -> tuple[Config, dict[str, np.ndarray]]:
     """The configuration and the arrays of a weight file: one of LightSeq's, or .safetensors with its .json beside it.
 
-    The latter says everything itself, its dialect too, and its arrays stay mapped. Of LightSeq's files:
+    The latter says everything itself, its dialect too, and what it has in float32 stays mapped. Of LightSeq's files:
 
     dialect  the release whose reading of the file holds, see config.DIALECTS
     kind     "transformer" or "gpt"; None takes it from the content: only a Transformer has the top-level
@@ -45,9 +45,9 @@ def save(path: FilePath, config: Config, arrays: dict[str, np.ndarray]) -> None:
     """Write a weight file that `load` reads back to the same configuration and arrays: in our format if its name ends
     in .safetensors, else in LightSeq's.
 
-    arrays: float32, named as `load` names them; the transposed views may be there or not. Nothing but the array
-    being written is copied, and only if it is not contiguous; files over 2 GiB are fine here, though not for
-    protobuf's own runtime. The file appears under its name when it is whole.
+    arrays: float32 or float16, named as `load` names them; the transposed views may be there or not. LightSeq's formats
+    make all float32. Nothing but the array being written is copied, and only if it is not contiguous; files over 2 GiB
+    are fine here, though not for protobuf's own runtime. The file appears under its name when it is whole.
 
     WeightError names every array that is missing, superfluous or of a wrong shape or dtype, or else every
     setting that LightSeq's format cannot hold (a temperature, say).

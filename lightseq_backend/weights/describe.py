@@ -19,9 +19,8 @@ PRECISIONS = {"fp32": (4, 4), "fp16": (2, 2), "int8": (1, 2)}
 def describe(path: FilePath, dialect: str = "head", kind: str | None = None) -> list[str]:
     """Configuration, tensors, number of parameters and the memory they take, one line each. Errors as in `load`."""
     if os.fspath(path).endswith(safetensors.SUFFIX):
-        config, arrays = safetensors.load(path, kind)
-        shared = safetensors.load_config(path)[1]
-        tensors = [(name, name, array.shape) for name, array in arrays.items() if name not in shared]
+        config, stored, _ = safetensors.examine(path, kind)
+        tensors = [(name, name, array.shape) for name, array in stored.items()]
     else:
         contents = protobuf.examine(path, dialect_named(dialect), kind)
         config, tensors = contents.config, [(each.entry.path, each.entry.name, each.shape) for each in contents.tensors]

@@ -249,9 +249,9 @@ def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def array_faults(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> list[str]:
-    """What is wrong with an array of that name that must be float32 and of that shape."""
+    """What is wrong with an array of that name that must be float32, or float16, and of that shape."""
     if array is None:
         return [f"{name} is missing"]
-    if array.shape != shape or array.dtype != np.float32:
+    if array.shape != shape or array.dtype not in (np.float32, np.float16):
         return [f"{name} is {array.dtype} {list(array.shape)}; it must be float32 {list(shape)}"]
     return []

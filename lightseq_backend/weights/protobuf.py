@@ -260,7 +260,7 @@ def _pieces(
     for part in parts:
         field = top[part[0][0].part]
         heads = [_float_head(field.message_type, entry, arrays) for entry, arrays in part]
-        floats = sum(array.nbytes for _, arrays in part for array in arrays)
+        floats = sum(4 * array.size for _, arrays in part for array in arrays)
         yield wire.tag(field.number, wire.BYTES) + wire.varint(sum(map(len, heads)) + floats)
         for head, (entry, arrays) in zip(heads, part):
             yield head
@@ -270,7 +270,7 @@ def _pieces(
 
 def _float_head(descriptor: Any, entry: Entry, arrays: list[np.ndarray]) -> bytes:
     number = descriptor.fields_by_name[entry.tensor.field].number
-    return wire.tag(number, wire.BYTES) + wire.varint(sum(array.nbytes for array in arrays))
+    return wire.tag(number, wire.BYTES) + wire.varint(sum(4 * array.size for array in arrays))
 
 
 def _join(entry: Entry, arrays: list[np.ndarray]) -> np.ndarray:

@@ -19,9 +19,10 @@ import numpy as np
 from lightseq_backend.config import Config, DecodingOptions, GptConfig, TransformerConfig, dialect_named
 from lightseq_backend.errors import ConfigError, WeightError
 from lightseq_backend.weights.layout import GPT, TRANSFORMER, array_faults, layout_of, shapes_of
-from lightseq_backend.weights.wire import MappedFile
+from lightseq_backend.weights.wire import MappedFile, aligned_empty
 
 FilePath = str | os.PathLike[str]
+Shared = dict[str, tuple[str, bool]]  # an array that is another one: name -> (the other, transposed)
 SUFFIX = ".safetensors"
 CLASSES: dict[str, type[Config]] = {TRANSFORMER: TransformerConfig, GPT: GptConfig}
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
@@ -35,25 +36,42 @@ def config_path(path: FilePath) -> Path:
 
 
 def load(path: FilePath, kind: str | None = None) -> tuple[Config, dict[str, np.ndarray]]:
-    """The configuration and the mapped arrays, float32. WeightError with every fault on a line of its own."""
+    """The configuration and the arrays, float32: mapped, or copies of what the file keeps as halves.
+
+    WeightError with every fault on a line of its own.
+    """
+    config, stored, shared = examine(path, kind)
+    for name, array in stored.items():
+        if array.dtype == np.float16:
+            stored[name] = aligned_empty(array.size).reshape(array.shape)
+            stored[name][...] = array
+    return config, with_shared(stored, shared)
+
+
+def examine(path: FilePath, kind: str | None = None) -> tuple[Config, dict[str, np.ndarray], Shared]:
+    """The configuration, the arrays as they are stored, mapped, and those that are another one. Errors as in `load`."""
     config, shared = load_config(path)
     faults = []
     if kind is not None and kind != layout_of(config).kind:
         faults.append(f"this is a {layout_of(config).kind} file, not a {kind} file")
-    arrays = read_tensors(path)
-    for name, (of, transposed) in shared.items():
-        if name in arrays or of not in arrays:
-            faults.append(f"{name} is said to be {of}, but the file {'has' if name in arrays else 'lacks'} it")
-        else:
-            arrays[name] = arrays[of].T if transposed else arrays[of]
-    faults += _array_faults(config, arrays)
+    stored = read_tensors(path)
+    for name, (of, _) in shared.items():
+        if name in stored or of not in stored:
+            faults.append(f"{name} is said to be {of}, but the file {'has' if name in stored else 'lacks'} it")
+    if not faults:
+        faults = _array_faults(config, with_shared(stored, shared))
     if faults:
         raise _unusable(path, faults)
-    return config, arrays
+    return config, stored, shared
 
 
-def load_config(path: FilePath) -> tuple[Config, dict[str, tuple[str, bool]]]:
-    """The configuration of a weight file, and its arrays that are another one: name -> (the other, transposed)."""
+def with_shared(stored: Mapping[str, np.ndarray], shared: Shared) -> dict[str, np.ndarray]:
+    """All arrays: the stored ones, and the views of them."""
+    return {**stored, **{name: stored[of].T if transposed else stored[of] for name, (of, transposed) in shared.items()}}
+
+
+def load_config(path: FilePath) -> tuple[Config, Shared]:
+    """The configuration of a weight file, and its arrays that are another one."""
     beside = config_path(path)
     try:
         values = json.loads(beside.read_text())
@@ -69,7 +87,8 @@ def load_config(path: FilePath) -> tuple[Config, dict[str, tuple[str, bool]]]:
 
 
 def save(path: FilePath, config: Config, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes both files; each appears when it is whole. Arrays that are the same memory are written once.
+    """Writes both files; each appears when it is whole. Arrays that are the same memory are written once, and float16
+    as such.
 
     WeightError names every array that is missing, superfluous or of a wrong shape or dtype; the transposed views of a
     layout may be left out.
@@ -125,7 +144,7 @@ def _tensor(file: MappedFile, start: int, name: str, entry: Any) -> np.ndarray:
     return (array.astype("<u4") << 16).view("<f4") if kind == "BF16" else array
 
 
-def _read_config(values: dict[str, Any], faults: list[str]) -> tuple[Config | None, dict[str, tuple[str, bool]]]:
+def _read_config(values: dict[str, Any], faults: list[str]) -> tuple[Config | None, Shared]:
     if values.get("kind") not in CLASSES:
         faults.append(f"kind is {values.get('kind')!r}; kinds are {', '.join(CLASSES)}")
         return None, {}
@@ -145,7 +164,7 @@ def _read_config(values: dict[str, Any], faults: list[str]) -> tuple[Config | No
     return config, shared
 
 
-def _read_shared(values: Any, faults: list[str]) -> dict[str, tuple[str, bool]]:
+def _read_shared(values: Any, faults: list[str]) -> Shared:
     try:
         return {name: (str(entry["of"]), bool(entry["transposed"])) for name, entry in values.items()}
     except (AttributeError, KeyError, TypeError):
@@ -196,12 +215,10 @@ def _array_faults(config: Config, arrays: Mapping[str, np.ndarray]) -> list[str]
     return faults + [f"{name} is no array of such a model" for name in sorted(set(arrays) - set(wanted))]
 
 
-def _told_apart(
-    arrays: Mapping[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, bool]]]:
-    """What must be written, and what is another array's memory: name -> (the other, transposed)."""
+def _told_apart(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Shared]:
+    """What must be written, and what is another array's memory."""
     stored: dict[str, np.ndarray] = {}
-    shared: dict[str, tuple[str, bool]] = {}
+    shared: Shared = {}
     seen: dict[tuple[Any, ...], str] = {}
     # Token tables first: they are looked up by rows, so those are what should lie together.
     for name in sorted(arrays, key=lambda name: (name.endswith("output.weight"), name)):
@@ -223,13 +240,14 @@ def _pieces(arrays: dict[str, np.ndarray]) -> Iterator[bytes | memoryview]:
     header, offset = {}, 0
     for name in names:
         end = offset + arrays[name].nbytes
-        header[name] = {"dtype": "F32", "shape": list(arrays[name].shape), "data_offsets": [offset, end]}
+        kind = "F16" if arrays[name].dtype == np.float16 else "F32"
+        header[name] = {"dtype": kind, "shape": list(arrays[name].shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % _ALIGNMENT)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        yield np.ascontiguousarray(arrays[name], "<f4").data.cast("B")
+        yield np.ascontiguousarray(arrays[name], arrays[name].dtype.newbyteorder("<")).data.cast("B")
 
 
 def _write(path: FilePath, pieces: Iterator[bytes | memoryview]) -> None:

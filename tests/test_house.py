@@ -30,6 +30,7 @@ BESIDE = {"lightseq_backend.weights", "lightseq_backend.export", "lightseq_backe
 # Who may import what comes from outside, by the first word of its name.
 ONLY_IN = {
     "cupy": ("lightseq_backend.ops.cuda", "lightseq_backend.ops.launch", "lightseq_backend.ops.transfer"),
+    "h5py": ("lightseq_backend.weights",),
     "torch": ("lightseq_backend.export",),
     "transformers": ("lightseq_backend.export",),
     "triton_python_backend_utils": ("lightseq_backend.serving",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -93,7 +93,7 @@ class Sizes:
             return None
         return tuple(factor * self.values[letter] for factor, letter in axes)
 
-    def infer(self, letter: str, entries: list[Entry], counts: dict[str, int]) -> None:
+    def infer(self, letter: str, entries: list[Entry], counts: Mapping[str, int]) -> None:
         """Set `letter` to what most tensors say: then a single wrong tensor is one fault and not dozens.
 
         Of two values with equal support the one that comes first in the file wins; LightSeq looks there.

@@ -18,15 +18,14 @@ import numpy as np
 
 from lightseq_backend.config import Config, DecodingOptions, GptConfig, TransformerConfig, dialect_named
 from lightseq_backend.errors import ConfigError, WeightError
+from lightseq_backend.weights.files import ALIGNMENT, MappedFile, aligned_empty, write_file
 from lightseq_backend.weights.layout import GPT, TRANSFORMER, array_faults, layout_of, shapes_of
-from lightseq_backend.weights.wire import MappedFile, aligned_empty
 
 FilePath = str | os.PathLike[str]
 Shared = dict[str, tuple[str, bool]]  # an array that is another one: name -> (the other, transposed)
 SUFFIX = ".safetensors"
 CLASSES: dict[str, type[Config]] = {TRANSFORMER: TransformerConfig, GPT: GptConfig}
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
-_ALIGNMENT = 64
 _MOST_HEADER = 100 << 20  # bytes; the limit of the format's own library
 
 
@@ -100,8 +99,8 @@ def save(path: FilePath, config: Config, arrays: Mapping[str, np.ndarray]) -> No
     stored, shared = _told_apart(arrays)
     values = {"kind": layout_of(config).kind, **dataclasses.asdict(config), "dialect": config.dialect.name}
     values["shared"] = {name: {"of": of, "transposed": transposed} for name, (of, transposed) in shared.items()}
-    _write(path, _pieces(stored))
-    _write(config_path(path), iter([json.dumps(values, indent=2).encode() + b"\n"]))
+    write_file(path, _pieces(stored))
+    write_file(config_path(path), iter([json.dumps(values, indent=2).encode() + b"\n"]))
 
 
 def read_tensors(path: FilePath) -> dict[str, np.ndarray]:
@@ -236,7 +235,7 @@ def _told_apart(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray]
 
 def _pieces(arrays: dict[str, np.ndarray]) -> Iterator[bytes | memoryview]:
     # What would leave those behind it unaligned comes last.
-    names = sorted(arrays, key=lambda name: arrays[name].nbytes % _ALIGNMENT != 0)
+    names = sorted(arrays, key=lambda name: arrays[name].nbytes % ALIGNMENT != 0)
     header, offset = {}, 0
     for name in names:
         end = offset + arrays[name].nbytes
@@ -244,21 +243,10 @@ def _pieces(arrays: dict[str, np.ndarray]) -> Iterator[bytes | memoryview]:
         header[name] = {"dtype": kind, "shape": list(arrays[name].shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
         yield np.ascontiguousarray(arrays[name], arrays[name].dtype.newbyteorder("<")).data.cast("B")
-
-
-def _write(path: FilePath, pieces: Iterator[bytes | memoryview]) -> None:
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
-    try:
-        with open(partial, "wb") as file:
-            file.writelines(pieces)
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
 
 
 def _unusable(path: FilePath, faults: list[str]) -> WeightError:

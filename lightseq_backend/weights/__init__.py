@@ -11,8 +11,7 @@ from lightseq_backend.errors import ConfigError
 from lightseq_backend.weights import hdf5, protobuf, safetensors
 
 FilePath = str | os.PathLike[str]
-FORMATS = {"safetensors": safetensors.SUFFIX, "protobuf": ".pb", "hdf5": hdf5.SUFFIX}
-SUFFIXES = tuple(FORMATS.values())
+SUFFIXES = (safetensors.SUFFIX, ".pb", hdf5.SUFFIX)
 
 
 def load(path: FilePath, dialect: str = "head", kind: str | None = None) -> tuple[Config, dict[str, np.ndarray]]:

@@ -6,7 +6,6 @@ and the arrays end to end, and what is read stays mapped.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,15 +15,15 @@ from typing import Any
 
 import numpy as np
 
-from lightseq_backend.config import Config, DecodingOptions, GptConfig, TransformerConfig, dialect_named
-from lightseq_backend.errors import ConfigError, WeightError
+from lightseq_backend.config import Config
+from lightseq_backend.errors import WeightError
+from lightseq_backend.weights import description
 from lightseq_backend.weights.files import ALIGNMENT, MappedFile, aligned_empty, write_file
-from lightseq_backend.weights.layout import GPT, TRANSFORMER, array_faults, layout_of, shapes_of
+from lightseq_backend.weights.layout import TRANSFORMER, array_faults, layout_of, shapes_of
 
 FilePath = str | os.PathLike[str]
 Shared = dict[str, tuple[str, bool]]  # an array that is another one: name -> (the other, transposed)
 SUFFIX = ".safetensors"
-CLASSES: dict[str, type[Config]] = {TRANSFORMER: TransformerConfig, GPT: GptConfig}
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
 _MOST_HEADER = 100 << 20  # bytes; the limit of the format's own library
 
@@ -78,11 +77,21 @@ def load_config(path: FilePath) -> tuple[Config, Shared]:
         raise _unusable(path, [f"its configuration {beside} cannot be read: {error.strerror}"]) from None
     except ValueError as error:
         raise _unusable(beside, [f"it is no JSON: {error}"]) from None
+    if not isinstance(values, dict):
+        raise _unusable(beside, ["it is no JSON object"])
     faults: list[str] = []
-    config, shared = _read_config(values, faults) if isinstance(values, dict) else (None, {})
-    if config is None:
-        raise _unusable(beside, faults or ["it is no JSON object"])
+    shared = _read_shared(values.pop("shared", {}), faults)
+    config = description.read(values, _is_tied(values.get("kind"), shared), faults)
+    if config is None or faults:
+        raise _unusable(beside, faults)
     return config, shared
+
+
+def _is_tied(kind: Any, shared: Shared) -> bool:
+    """Whether the output projection and the tokens that go in are one array."""
+    table, output = ("target.tokens" if kind == TRANSFORMER else "tokens"), "output.weight"
+    roots = [shared.get(name, (name, False))[0] for name in (table, output)]
+    return roots[0] == roots[1]
 
 
 def save(path: FilePath, config: Config, arrays: Mapping[str, np.ndarray]) -> None:
@@ -97,7 +106,7 @@ def save(path: FilePath, config: Config, arrays: Mapping[str, np.ndarray]) -> No
     if faults:
         raise WeightError("\n".join(faults))
     stored, shared = _told_apart(arrays)
-    values = {"kind": layout_of(config).kind, **dataclasses.asdict(config), "dialect": config.dialect.name}
+    values = description.write(config, _is_tied(layout_of(config).kind, shared))
     values["shared"] = {name: {"of": of, "transposed": transposed} for name, (of, transposed) in shared.items()}
     write_file(path, _pieces(stored))
     write_file(config_path(path), iter([json.dumps(values, indent=2).encode() + b"\n"]))
@@ -143,69 +152,12 @@ def _tensor(file: MappedFile, start: int, name: str, entry: Any) -> np.ndarray:
     return (array.astype("<u4") << 16).view("<f4") if kind == "BF16" else array
 
 
-def _read_config(values: dict[str, Any], faults: list[str]) -> tuple[Config | None, Shared]:
-    if values.get("kind") not in CLASSES:
-        faults.append(f"kind is {values.get('kind')!r}; kinds are {', '.join(CLASSES)}")
-        return None, {}
-    made = CLASSES[values["kind"]]
-    shared = _read_shared(values.get("shared", {}), faults)
-    given = {name: value for name, value in values.items() if name not in ("kind", "shared")}
-    settings = _typed(made, given, "", faults)
-    if "decoding" in settings:
-        settings["decoding"] = DecodingOptions(**_typed(DecodingOptions, settings["decoding"], "decoding.", faults))
-    try:
-        if "dialect" in settings:
-            settings["dialect"] = dialect_named(settings["dialect"])
-        config = None if faults else made(**settings)
-    except ConfigError as error:
-        faults += str(error).splitlines()
-        return None, {}
-    return config, shared
-
-
 def _read_shared(values: Any, faults: list[str]) -> Shared:
     try:
         return {name: (str(entry["of"]), bool(entry["transposed"])) for name, entry in values.items()}
     except (AttributeError, KeyError, TypeError):
         faults.append(f"shared is {values!r}; it must say which array each is `of` and whether it is `transposed`")
         return {}
-
-
-def _typed(made: type, values: dict[str, Any], prefix: str, faults: list[str]) -> dict[str, Any]:
-    """The values that are fields of a dataclass and of their types; whatever else there is goes to `faults`."""
-    fields = {field.name: field for field in dataclasses.fields(made)}
-    for name in sorted(set(values) - set(fields)):
-        faults.append(f"{prefix}{name} is no setting of such a model")
-    kept = {}
-    for name, field in fields.items():
-        if name in values:
-            value = values[name]
-            if not _fits(value, str(field.type)):
-                faults.append(f"{prefix}{name} is {value!r}; it must be {_wanted(str(field.type))}")
-                continue
-            kept[name] = value
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            faults.append(f"{prefix}{name} is missing")
-    return kept
-
-
-_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-_JSON_TYPES = {"Dialect": "str", "DecodingOptions": "dict"}
-
-
-def _wanted(annotation: str) -> str:
-    return " | ".join(_JSON_TYPES.get(part, part) for part in annotation.split(" | "))
-
-
-def _fits(value: Any, annotation: str) -> bool:
-    for part in _wanted(annotation).split(" | "):
-        if part == "None" and value is None:
-            return True
-        if part == "dict" and isinstance(value, dict):
-            return True
-        if part in _TYPES and isinstance(value, _TYPES[part]) and (part == "bool") == isinstance(value, bool):
-            return True
-    return False
 
 
 def _array_faults(config: Config, arrays: Mapping[str, np.ndarray]) -> list[str]:

@@ -134,7 +134,7 @@ class Probe:
 
     def greedy(self, ids: Sequence[int], steps: int) -> list[int]:
         """What the engine generates with one beam, at most so many tokens."""
-        changes: dict[str, object] = {"sampling_method": GREEDY, "max_new_tokens": steps}
+        changes: dict[str, object] = {"sampling_method": GREEDY, "beam_size": 1, "max_new_tokens": steps}
         tokens: list[int] = self._engine.answer([ids], changes=changes)[0].hypotheses[0].tokens.tolist()
         return tokens
 

@@ -22,7 +22,7 @@ LAYERS = [
     {"lightseq_backend.ops"},
     {"lightseq_backend.models", "lightseq_backend.decoding"},
     {"lightseq_backend.engine"},
-    {"lightseq_backend.serving", "lightseq_backend.local", "lightseq_backend.proof"},
+    {"lightseq_backend.serving", "lightseq_backend.local", "lightseq_backend.proof", "lightseq_backend.conversion"},
     {"lightseq_backend.__main__"},
 ]
 # Beside them: they know the ground layer, and serving and the command line know them.

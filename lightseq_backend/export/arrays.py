@@ -114,14 +114,9 @@ def scaled(array: np.ndarray, factor: float) -> np.ndarray:
     return np.multiply(array, np.float32(factor), dtype=np.float32)
 
 
-def learned_positions(config: TransformerConfig, source: Arrays, offset: int) -> dict[str, np.ndarray]:
-    """Both tables of positions. offset: rows in front that are never used, since padding once had positions."""
-    return {
-        f"{side}.positions": source.take(
-            f"{stack}.embed_positions.weight", config.max_positions + offset, config.hidden
-        )[offset:]
-        for side, stack in (("source", "encoder"), ("target", "decoder"))
-    }
+def learned_positions(source: Arrays, stack: str, rows: int, width: int, offset: int) -> np.ndarray:
+    """A stack's table. offset: rows in front that no token uses, since positions were counted behind padding's id."""
+    return source.take(f"{stack}.embed_positions.weight", offset + rows, width)[offset:]
 
 
 def interleaved_sinusoids(rows: int, width: int) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ def read_arrays(source: Path) -> dict[str, np.ndarray]:
     """All arrays of a directory, as they are stored: mapped where the file can be. WeightError names missing files."""
     arrays: dict[str, np.ndarray] = {}
     for path in _files(source):
-        arrays |= read_tensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        arrays |= read_tensors(path) if path.suffix == ".safetensors" else tensors_of(load_pickle(path))
     return arrays
 
 
@@ -59,20 +61,40 @@ def _files(source: Path) -> list[Path]:
     raise WeightError(f"{source} has no weights; looked for {', '.join(name for pair in FILES for name in pair)}")
 
 
-def _read_pickle(path: Path) -> dict[str, np.ndarray]:
+def load_pickle(path: Path, *allowed: type) -> Any:
+    """What torch.save wrote, mapped where that can be; no code of the file's is run. allowed: classes beyond tensors
+    and plain containers. ConfigError without PyTorch, WeightError where the file cannot be read or holds more."""
     try:
         import torch
     except ImportError:
         raise ConfigError(f"{path} is PyTorch's format: install torch to read it, or save it as safetensors") from None
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # what torch raises depends on what is wrong
-        raise WeightError(f"{path} cannot be read: {error}") from None
+        raise WeightError(f"{path} cannot be read: {_reason(error)}") from None
+
+
+def tensors_of(state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The tensors among some values, as arrays that share their memory; NumPy has no bfloat16, so that becomes
+    float32."""
+    import torch
+
     return {
         name: (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-        for name, tensor in tensors.items()
+        for name, tensor in state.items()
         if isinstance(tensor, torch.Tensor)
     }
+
+
+def _reason(error: Exception) -> str:
+    """What PyTorch says, without its advice to run the code after all."""
+    found = re.search(r"GLOBAL (\S+)", str(error))
+    if found:
+        return f"it pickles {found[1]}, which might run code; nothing but tensors is loaded"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = "" if not lines or lines[0].startswith("Weights only") else f": {lines[0]}"
+    return f"it is cut short, damaged or no file of PyTorch's ({type(error).__name__}{said})"
 
 
 class Arrays:

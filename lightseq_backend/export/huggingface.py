@@ -292,7 +292,10 @@ def _encoder_decoder_arrays(
 
 def _positions(config: TransformerConfig, family: Family, source: Arrays) -> dict[str, np.ndarray]:
     if family.positions == "learned":
-        return arrays.learned_positions(config, source, 2)
+        return {
+            f"{side}.positions": arrays.learned_positions(source, stack, config.max_positions, config.hidden, 2)
+            for side, stack in (("source", "encoder"), ("target", "decoder"))
+        }
     if family.positions == "halves":
         table = arrays.interleaved_sinusoids(config.max_positions, config.hidden)
     else:

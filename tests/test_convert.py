@@ -167,6 +167,13 @@ def test_convert_compares_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @needs_torch
+def test_model_with_beams_by_default_is_compared_as_well(checkpoint: Any, tmp_path: Path) -> None:
+    source = checkpoint("marian", generation=True, num_beams=5)
+    assert main(["convert", str(source), str(tmp_path / "model")]) == 0
+    assert weights.load(tmp_path / "model" / "transformer.safetensors")[0].decoding.beam_size == 5
+
+
+@needs_torch
 def test_model_that_differs_is_not_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,7 +311,11 @@ def test_empty_target_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("gpt2", {"model_type": "llama"}, "model_type is 'llama'; this converts gpt2, marian, bart, mbart, m2m_100"),
+        (
+            "gpt2",
+            {"model_type": "llama"},
+            "model_type is 'llama'; this converts gpt2, marian, bart, mbart, m2m_100, pegasus",
+        ),
         ("gpt2", {"activation_function": "mish"}, "activation_function is 'mish'; supported are relu, gelu"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; only False"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
@@ -433,6 +444,16 @@ def test_tables_are_stored_once(tmp_path: Path) -> None:
     stored = read_tensors(converted(small_checkpoints.FOLDER / "marian", tmp_path / "model"))
     assert len({"source.tokens", "target.tokens", "output.weight"} & set(stored)) == 1
     assert len({"source.positions", "target.positions"} & set(stored)) == 1
+
+
+def test_sinusoids_that_a_file_leaves_out_are_computed(checkpoint: Any) -> None:
+    source = checkpoint("pegasus")
+    kept = huggingface.read(source).arrays
+    rewrite(source, lambda stored: [stored.pop(name) for name in list(stored) if "embed_positions" in name])
+    made = huggingface.read(source).arrays
+    for side in ("source", "target"):
+        assert not np.array_equal(kept[f"{side}.positions"], made[f"{side}.positions"])
+        np.testing.assert_array_equal(made[f"{side}.positions"], arrays.interleaved_sinusoids(28, 16))
 
 
 # Positions -----------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Hugging Face directories: GPT-2, MarianMT, BART, mBART and M2M100 or NLLB, from their settings to ours."""
+"""Hugging Face directories: GPT-2, MarianMT, BART, mBART, M2M100 or NLLB and Pegasus, from their settings to ours."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ HEAD = "lm_head.weight"
 class Family:
     """One kind of encoder-decoder checkpoint.
 
-    positions        of a size, offset by what: "learned" (two rows in front), "halves" (Marian), "fairseq" (M2M100)
+    positions        "learned" (two rows in front), "halves" (Marian, Pegasus) or "fairseq" (M2M100)
     post_norm        LayerNorms stand behind the sublayers
     embedding_norm   layernorm_embedding is there
     fixed            settings that must be as here where config.json has them
@@ -59,7 +59,11 @@ FAMILIES = {
     "bart": Family("learned", True, True, {"normalize_before": False, "normalize_embedding": True}),
     "mbart": Family("learned", False, True, {"normalize_before": True, "normalize_embedding": True}),
     "m2m_100": Family("fairseq", False, False, {"normalize_before": True}),
-}
+    "pegasus": Family(
+        "halves", False, False,
+        {"normalize_before": True, "normalize_embedding": False, "add_final_layer_norm": True},
+    ),
+}  # fmt: skip
 GPT2_FIXED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -291,9 +295,11 @@ def _encoder_decoder_arrays(
 
 
 def _positions(config: TransformerConfig, family: Family, source: Arrays) -> dict[str, np.ndarray]:
-    if family.positions == "learned":
+    # A file may keep Marian's and Pegasus's sinusoids, and transformers then takes them from there.
+    if family.positions == "learned" or (family.positions == "halves" and "encoder.embed_positions.weight" in source):
+        offset = 2 if family.positions == "learned" else 0
         return {
-            f"{side}.positions": arrays.learned_positions(source, stack, config.max_positions, config.hidden, 2)
+            f"{side}.positions": arrays.learned_positions(source, stack, config.max_positions, config.hidden, offset)
             for side, stack in (("source", "encoder"), ("target", "decoder"))
         }
     if family.positions == "halves":

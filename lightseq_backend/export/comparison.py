@@ -43,7 +43,8 @@ class Comparison:
         shown += [f"{name}: only in the {'first' if side == 1 else 'second'}" for name, side in self.only]
         shown += [f"{name}: {list(here)}, {list(there)}" for name, (here, there) in self.shapes.items()]
         shown += [
-            f"{name}: apart by {each.absolute:.3g}, as a share {each.relative:.3g}" for name, each in beyond.items()
+            f"{name}: largest difference {each.absolute:.3g}, as a share of the value {each.relative:.3g}"
+            for name, each in beyond.items()
         ]
         largest = max((each.absolute for each in self.arrays.values()), default=0.0)
         shown.append(

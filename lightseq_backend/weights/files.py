@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,17 @@ class MappedFile:
 
 
 def write_file(path: FilePath, pieces: Iterable[bytes | memoryview]) -> None:
-    """Whoever reads meanwhile finds the old file or the new one, never half of one."""
+    with replacing(path) as partial, open(partial, "wb") as file:
+        file.writelines(pieces)
+
+
+@contextmanager
+def replacing(path: FilePath) -> Iterator[str]:
+    """A name to write to, which becomes `path` if all goes well and else is gone: whoever reads meanwhile finds the old
+    file or the new one, never half of one."""
     partial = f"{os.fspath(path)}.{os.getpid()}.partial"
     try:
-        with open(partial, "wb") as file:
-            file.writelines(pieces)
+        yield partial
         os.replace(partial, path)
     finally:
         if os.path.exists(partial):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ import numpy as np
 from lightseq_backend.config import Config, Dialect
 from lightseq_backend.errors import ConfigError, WeightError
 from lightseq_backend.weights import lightseq
-from lightseq_backend.weights.files import aligned_empty
+from lightseq_backend.weights.files import aligned_empty, replacing
 from lightseq_backend.weights.layout import GPT, KINDS, LAYOUTS, TRANSFORMER, Layout, entries, layers_of, layout_of
 from lightseq_backend.weights.schema import message_type
 from lightseq_backend.weights.settings import read_config, write_config
@@ -81,20 +82,44 @@ def write(path: FilePath, config: Config, arrays: Mapping[str, np.ndarray]) -> N
         parts = lightseq.parts_to_write(config, arrays)
     except WeightError as error:
         raise lightseq.unusable("cannot be written", path, error) from None
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
-    try:
-        with h5py.File(partial, "w") as file:
+    with replacing(path) as partial, _Sink(partial, "w+") as sink:
+        with h5py.File(sink, "w") as file:
             for part in parts:
+                sink.check()
                 for entry, pieces in part:
                     file[_dataset_name(entry.path)] = np.asarray(lightseq.join(entry, pieces), np.float32)
             for field, value in _conf_values(conf, layout_of(config).kind):
                 file[f"model_conf/{field}"] = value
             for field, count in layers_of(config).items():
                 file[f"model_conf/n_{field}"] = np.int32(count)
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
+        sink.check()
+
+
+class _Sink(io.FileIO):
+    """A file that keeps the first error of a write for `check`: HDF5's library crashes where a write fails."""
+
+    _error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        size = len(view)
+        try:
+            while view:
+                view = view[super().write(view) :]
+        except OSError as error:
+            self._error = self._error or error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self._error = self._error or error
+            return size or 0
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
 
 
 @contextmanager

@@ -228,6 +228,15 @@ def test_every_fault_of_the_arrays_is_named() -> None:
     }
 
 
+def test_output_under_its_older_name_is_found() -> None:
+    settings, arrays, _ = committed("post")
+    older = dict(arrays)
+    older["decoder.embed_out"] = older.pop("decoder.output_projection.weight")
+    expected = fairseq.convert(settings, arrays, Path("model.pt")).arrays
+    made = fairseq.convert(settings, older, Path("model.pt")).arrays
+    assert all((made[name] == array).all() for name, array in expected.items())
+
+
 def test_settings_are_found_in_both_places_flat_or_not() -> None:
     nested = {"encoder": {"layers": 3}, "activation_fn": "relu"}
     for checkpoint in ({"args": nested}, {"args": None, "cfg": {"model": nested}}):

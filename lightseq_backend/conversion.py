@@ -12,8 +12,7 @@ from lightseq_backend.errors import ConfigError
 if TYPE_CHECKING:
     from lightseq_backend.export.model import Model
 
-SAFETENSORS = ".safetensors"
-FORMATS = {"safetensors": SAFETENSORS, "protobuf": ".pb", "hdf5": ".hdf5"}
+FORMATS = {"safetensors": ".safetensors", "protobuf": ".pb", "hdf5": ".hdf5"}
 
 
 def add_convert_arguments(command: argparse.ArgumentParser) -> None:
@@ -38,8 +37,10 @@ def add_convert_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def convert(options: argparse.Namespace) -> None:
+    from lightseq_backend import text
     from lightseq_backend.export import directory, sources
 
+    _check_reading(options)
     with directory.new_directory(options.target) as partial:
         model = sources.read(options.source, options.forced_id, options.dialect, options.kind)
         tokenizer = None if options.ids_only else sources.directory_of(options.source)
@@ -47,6 +48,8 @@ def convert(options: argparse.Namespace) -> None:
         weights = directory.write(partial, name, model, tokenizer, FORMATS[options.format])
         for note in model.notes:
             print(f"not converted: {note}")
+        if tokenizer and not text.files_of(partial):
+            print(f"{tokenizer} has no tokenizer of a known kind: the model takes and gives ids")
         if not options.no_check:
             check = _check_original if sources.is_huggingface(options.source) else _check_arrays
             check(options.source, weights, model)
@@ -66,10 +69,10 @@ def compare(options: argparse.Namespace) -> int:
     """0 where the two are the same within the tolerance, 1 where they are not."""
     from lightseq_backend.export import comparison, sources
 
-    models = [
-        sources.read(path, dialect=_dialect(path, options.dialect), kind=options.kind)
-        for path in (options.first, options.second)
-    ]
+    models = []
+    for path in (options.first, options.second):
+        reading = {"dialect": options.dialect, "kind": options.kind} if sources.is_lightseqs(path) else {}
+        models.append(sources.read(path, **reading))
     result = comparison.compare(*models)
     print("\n".join(result.lines(options.tolerance)))
     return 0 if result.holds(options.tolerance) else 1
@@ -80,16 +83,23 @@ def _add_reading(command: argparse.ArgumentParser) -> None:
     command.add_argument("--kind", choices=("transformer", "gpt"), help="what LightSeq's file is; found by default")
 
 
-def _dialect(path: Path, dialect: str) -> str:
-    """Our own files say it themselves."""
-    return "head" if path.suffix == SAFETENSORS else dialect
+def _check_reading(options: argparse.Namespace) -> None:
+    """ConfigError where --dialect or --kind would be of no use."""
+    from lightseq_backend.export import sources
+
+    if sources.is_lightseqs(options.source):
+        return
+    for name, plain in (("dialect", "head"), ("kind", None)):
+        if getattr(options, name) != plain:
+            raise ConfigError(f"--{name} is for LightSeq's files; {options.source} says itself what it is")
 
 
 def _check_arrays(source: Path, weights: Path, model: Model) -> None:
     """Reads back what was written; ConfigError where that is not what was read from the source."""
     from lightseq_backend.export import comparison, sources
 
-    written = comparison.compare(model, sources.read(weights, dialect=_dialect(weights, model.config.dialect.name)))
+    dialect = model.config.dialect.name if sources.is_lightseqs(weights) else "head"
+    written = comparison.compare(model, sources.read(weights, dialect=dialect))
     if not written.holds():
         raise ConfigError("\n  ".join(["what was written is not what was read; nothing was kept", *written.lines()]))
     print(f"read back: all {len(written.arrays)} arrays and all settings are what {source} was read as")

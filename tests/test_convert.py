@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import repositories
 import small_checkpoints
+import weight_files
 
-from lightseq_backend import proof, weights
+from lightseq_backend import local, proof, weights
 from lightseq_backend.__main__ import main
 from lightseq_backend.config import BEAM_SEARCH, GREEDY, TOPK, TOPP
 from lightseq_backend.errors import ConfigError, WeightError
@@ -233,6 +234,16 @@ def test_converted_models_are_served(tmp_path: Path, serve: Any) -> None:
             answer = repositories.ask(client, family, given, [ids], max_new_tokens=len(wanted))[gives].ravel().tolist()
             text = answer[len(ids) :] if family == "gpt2" else answer
             assert text[: len(wanted)] == wanted
+
+
+def test_hdf5_file_is_served(tmp_path: Path, serve: Any) -> None:
+    pytest.importorskip("h5py")
+    source = weight_files.golden("t01_base.pb")
+    assert main(["convert", str(source), str(tmp_path / "old"), "--format", "hdf5", "--ids-only"]) == 0
+    expected = local.build(source).answer([[5, 6, 7]])[0].hypotheses[0].tokens.tolist()
+    with repositories.grpc(serve(tmp_path).grpc) as client:
+        answer = repositories.ask(client, "old", "source_ids", [[5, 6, 7]])["target_ids"][0, 0].tolist()
+    assert answer[: len(expected)] == expected
 
 
 # Directories ---------------------------------------------------------------------------------------------------------

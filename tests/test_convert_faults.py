@@ -81,7 +81,7 @@ SHARD = "model-00002-of-00002.safetensors"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove("config.json"), "has neither config.json (Hugging Face) nor a .pt file (fairseq)"),
+        (remove("config.json"), "has neither config.json (Hugging Face) nor a .pt file (fairseq), and none of the"),
         (remove(SHARD), f"lacks shards that model.safetensors.index.json names: {SHARD}"),
         (remove("model.safetensors.index.json"), "has no weights; looked for model.safetensors, "),
         (cut(SHARD, 0.6), "the file is cut short"),
@@ -129,6 +129,30 @@ def test_tokenizer_that_has_other_ends_is_refused(tmp_path: Path, capsys: pytest
     said = refusal(source, tmp_path / "model", capsys)
     assert "has end id 1; the model's is 2" in said
     assert "has padding id 0; the model's is 1" in said
+
+
+@pytest.mark.parametrize(
+    ("there", "missing"),
+    [
+        (("source.spm", "vocab.json"), "target.spm"),
+        (("source.spm",), "target.spm, vocab.json"),
+        (("merges.txt",), "vocab.json"),
+        (("target.vocab.txt",), "source.vocab.txt"),
+    ],
+)
+def test_file_that_a_tokenizer_lacks_is_named(
+    there: tuple[str, ...], missing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = copy("marian", tmp_path)
+    for name in there:
+        (source / name).touch()
+    assert f"has a part of a tokenizer and lacks {missing};" in refusal(source, tmp_path / "model", capsys)
+    assert main(["convert", str(source), str(tmp_path / "model"), "--no-check", "--ids-only"]) == 0
+
+
+def test_model_without_a_tokenizer_is_said_to_take_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", str(copy("marian", tmp_path)), str(tmp_path / "model"), "--no-check"]) == 0
+    assert "has no tokenizer of a known kind: the model takes and gives ids" in capsys.readouterr().out
 
 
 @needs_torch

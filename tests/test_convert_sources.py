@@ -19,7 +19,7 @@ from lightseq_backend import proof, weights
 from lightseq_backend.__main__ import main
 from lightseq_backend.config import Config, TransformerConfig
 from lightseq_backend.errors import ConfigError, WeightError
-from lightseq_backend.export import arrays_file, sources
+from lightseq_backend.export import arrays, arrays_file, sources
 from lightseq_backend.weights.safetensors import config_path
 
 Arrays = dict[str, np.ndarray]
@@ -168,6 +168,7 @@ def test_converted_arrays_generate_what_the_reference_does(tmp_path: Path) -> No
 
 def lightseqs(path: Path, kind: str = "transformer") -> tuple[Path, Config, Arrays]:
     config, arrays = small_models.transformer(2) if kind == "transformer" else small_models.gpt(2)
+    path.parent.mkdir(exist_ok=True)
     weights.save(path, config, arrays)
     return path, config, arrays
 
@@ -237,6 +238,38 @@ def test_source_of_no_kind_is_refused_with_the_kinds(tmp_path: Path) -> None:
         sources.read(tmp_path / "a.onnx")
     with pytest.raises(ConfigError, match="nothing is forced there"):
         sources.read(lightseqs(tmp_path / "gpt.pb", "gpt")[0], forced_id=3)
+
+
+def test_model_directory_is_a_source_as_its_weights_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, config, _ = lightseqs(tmp_path / "one" / "transformer.pb")
+    assert main(["convert", str(path.parent), str(tmp_path / "two")]) == 0
+    assert main(["compare", str(path.parent), str(tmp_path / "two")]) == 0
+    assert sources.read(tmp_path / "two").config == config
+    assert main(["convert", str(path.parent), str(tmp_path / "old"), "--dialect", "v0"]) == 0
+    capsys.readouterr()
+    code, lines = compared(capsys, path.parent, tmp_path / "old")
+    assert (code, "dialect: 'head', 'v0'" in lines) == (1, True)
+    assert compared(capsys, path.parent, tmp_path / "old", "--dialect", "v0")[0] == 0
+    lightseqs(path.parent / "gpt.pb", "gpt")
+    with pytest.raises(ConfigError, match="2 of the files that a model directory's weights are called"):
+        sources.read(path.parent)
+
+
+def test_reading_of_lightseqs_files_is_refused_for_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = small_checkpoints.FOLDER / "gpt2"
+    for option in (("--dialect", "v0"), ("--kind", "gpt")):
+        assert main(["convert", str(source), str(tmp_path / "model"), *option]) == 2
+        assert f"{option[0]} is for LightSeq's files" in capsys.readouterr().err
+
+
+def test_halves_are_scaled_as_halves_where_that_is_exact() -> None:
+    halves = np.array([1.5, -3, 6e-8], np.float16)
+    made = arrays.scaled(halves, 32)
+    assert (made.dtype, made.tolist()) == (np.float16, (halves.astype(np.float32) * 32).tolist())
+    for array, factor in ((halves, 512**0.5), (np.array([3000], np.float16), 32), (halves.astype(np.float32), 32)):
+        made = arrays.scaled(array, factor)
+        assert made.dtype == np.float32
+        np.testing.assert_array_equal(made, array.astype(np.float32) * np.float32(factor))
 
 
 # Comparing -----------------------------------------------------------------------------------------------------------

@@ -96,6 +96,9 @@ def write(
     if suffix != safetensors.SUFFIX and model.config.dialect.name != "head":
         parameters["dialect"] = model.config.dialect.name  # those files leave that open
     tokenizer = text.files_of(source) if source else []
+    missing = text.missing_files(source) if source else []
+    if missing:
+        raise ConfigError(f"{source} has a part of a tokenizer and lacks {', '.join(missing)}; --ids-only does without")
     if tokenizer and model.source_language:
         parameters["source_language"] = model.source_language
     for path in tokenizer:

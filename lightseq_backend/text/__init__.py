@@ -53,6 +53,16 @@ def files_of(directory: Path) -> list[Path]:
     return []
 
 
+def missing_files(directory: Path) -> list[str]:
+    """What the tokenizer lacks that a directory holds in part: of the set that it holds most of. None where it holds a
+    whole one, or nothing of any."""
+    if files_of(directory):
+        return []
+    parts = [[file for file in files if not any(directory.glob(file))] for files in KINDS]
+    begun = [(len(files) - len(missing), missing) for files, missing in zip(KINDS, parts) if len(missing) < len(files)]
+    return max(begun, default=(0, []), key=lambda part: part[0])[1]
+
+
 def _check_fits(tokenizer: Tokenizer, config: Config, what: str) -> None:
     faults = []
     sides = [("", tokenizer.target_size, config.vocabulary)]

@@ -35,6 +35,7 @@ ONLY_IN = {
     "transformers": ("lightseq_backend.export",),
     "triton_python_backend_utils": ("lightseq_backend.serving",),
     "sentencepiece": ("lightseq_backend.text",),
+    "subword_nmt": ("lightseq_backend.text",),
     "tokenizers": ("lightseq_backend.text",),
     "tritonclient": ("lightseq_client",),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,9 @@ def add_convert_arguments(command: argparse.ArgumentParser) -> None:
         metavar="ID",
         help="the decoder's first token: a multilingual model's target language",
     )
+    command.add_argument(
+        "--source-language", metavar="LANGUAGE", help="the source's, where a tokenizer of several must be told"
+    )
     command.add_argument("--ids-only", action="store_true", help="leave the tokenizer out: ids in, ids out")
     command.add_argument("--no-check", action="store_true", help="do not compare the result with its source")
     _add_reading(command)
@@ -43,6 +47,8 @@ def convert(options: argparse.Namespace) -> None:
     _check_reading(options)
     with directory.new_directory(options.target) as partial:
         model = sources.read(options.source, options.forced_id, options.dialect, options.kind)
+        if options.source_language:
+            model = replace(model, source_language=options.source_language)
         tokenizer = None if options.ids_only else sources.directory_of(options.source)
         name = options.name or options.target.resolve().name
         weights = directory.write(partial, name, model, tokenizer, FORMATS[options.format])

@@ -104,6 +104,19 @@ def test_convert_takes_dictionaries_and_names_the_sources(tmp_path: Path) -> Non
 
 
 @needs_torch
+def test_source_language_is_asked_for_and_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    saved(source / "model.pt", small_fairseq.checkpoint("post", old=False, source_lang=None))
+    for language, size in (("de", 37), ("en", 41)):
+        (source / f"dict.{language}.txt").write_text("".join(f"{language}{i} 9\n" for i in range(4, size)))
+    assert main(["convert", str(source), str(tmp_path / "model")]) == 2
+    assert "source_language must name the source's language" in capsys.readouterr().err
+    assert main(["convert", str(source), str(tmp_path / "model"), "--source-language", "de"]) == 0
+    assert 'key: "source_language" value { string_value: "de" }' in (tmp_path / "model" / "config.pbtxt").read_text()
+
+
+@needs_torch
 def test_dictionary_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     saved(tmp_path / "model.pt", small_fairseq.checkpoint("pre", old=False))
     (tmp_path / "dict.txt").write_text("".join(f"w{i} 9\n" for i in range(40)))

@@ -116,6 +116,20 @@ def test_written_file_has_all_that_lightseq_asks_for(kind: str, model: Any, tmp_
         assert ("use_gelu" in conf) == (kind == "transformer")
 
 
+def test_lightseqs_loader_can_read_the_scalars(tmp_path: Path) -> None:
+    """It asks HDF5's library for C's types: bool, int and float, of whatever is stored."""
+    config, arrays = small_models.transformer(1, post_norm=True)
+    weights.save(tmp_path / "a.hdf5", config, arrays)
+    types = {bool: h5py.h5t.NATIVE_UINT8, int: h5py.h5t.NATIVE_INT32, float: h5py.h5t.NATIVE_FLOAT}
+    wanted: dict[str, Any] = {"is_post_ln": True, "use_gelu": False, "beam_size": 4, "length_penalty": 0.6}
+    with h5py.File(tmp_path / "a.hdf5") as file:
+        for name, value in wanted.items():
+            kind = types[type(value)]
+            read = np.zeros((), kind.dtype)
+            file[f"model_conf/{name}"].id.read(h5py.h5s.ALL, h5py.h5s.ALL, read, kind)
+            assert read == kind.dtype.type(value)
+
+
 def test_server_side_commands_read_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, arrays = small_models.transformer(2)
     weights.save(tmp_path / "a.pb", config, arrays)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from lightseq_backend import bulk
-from lightseq_backend.config import DIALECTS, Config
+from lightseq_backend import bulk, conversion
+from lightseq_backend.config import DIALECTS
 from lightseq_backend.errors import ConfigError, RequestError, WeightError
 
 Commands = argparse._SubParsersAction
@@ -32,6 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_inspect(commands)
     _add_run(commands)
     _add_convert(commands)
+    _add_compare(commands)
     bulk.add_commands(commands)
     _add_serve(commands)
     return parser
@@ -73,48 +73,15 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _add_convert(commands: Commands) -> None:
-    command = commands.add_parser("convert", help="make a model directory of a Hugging Face one, and compare the two")
-    command.add_argument("source", metavar="SOURCE", type=Path, help="a directory with config.json and weights")
-    command.add_argument("target", metavar="TARGET", type=Path, help="for example model_repository/NAME; new or empty")
-    command.add_argument("--name", help="the model's name; TARGET's last part by default")
-    command.add_argument(
-        "--forced-id",
-        type=int,
-        metavar="ID",
-        help="the decoder's first token: a multilingual model's target language",
-    )
-    command.add_argument("--ids-only", action="store_true", help="leave the tokenizer out: ids in, ids out")
-    command.add_argument("--no-check", action="store_true", help="do not run the original for comparison")
-    command.set_defaults(command=_convert)
+    command = commands.add_parser("convert", help="make a model directory of another library's model, and check it")
+    conversion.add_convert_arguments(command)
+    command.set_defaults(command=conversion.convert)
 
 
-def _convert(options: argparse.Namespace) -> None:
-    from lightseq_backend.export import directory, huggingface
-
-    with directory.new_directory(options.target) as partial:
-        model = huggingface.read(options.source, options.forced_id)
-        tokenizer = None if options.ids_only else options.source
-        weights = directory.write(partial, options.name or options.target.resolve().name, model, tokenizer)
-        for note in model.notes:
-            print(f"not converted: {note}")
-        if not options.no_check:
-            _check(options.source, weights, model.config)
-    print(f"{options.target} is ready to be served")
-
-
-def _check(source: Path, weights: Path, config: Config) -> None:
-    """Prints how far a converted model is from its original; ConfigError where that is too far."""
-    from lightseq_backend import proof
-    from lightseq_backend.export.original import Original, missing_packages
-
-    missing = missing_packages()
-    if missing:
-        print(f"not compared with the original: {' and '.join(missing)} would have to be installed")
-        return
-    comparison = proof.compare(weights, Original(source, config))
-    print("\n".join(comparison.lines()))
-    if not comparison.holds:
-        raise ConfigError("the converted model differs from its original; nothing was kept")
+def _add_compare(commands: Commands) -> None:
+    command = commands.add_parser("compare", help="say how two models differ; exit code 0: not at all, 1: they do")
+    conversion.add_compare_arguments(command)
+    command.set_defaults(command=conversion.compare)
 
 
 def _add_serve(commands: Commands) -> None:

@@ -21,7 +21,7 @@ INFERENCES = 10
 SLOTS = 64
 UNBOUNDED = 1 << 30  # rows that may wait: who feeds an engine of his own bounds them himself
 _OPS = {"cpu": "cpu", "gpu": "cuda"}
-_STEMS, _SUFFIXES = ("transformer", "gpt"), (".pb", ".safetensors")
+_STEMS, _SUFFIXES = ("transformer", "gpt"), (".pb", ".hdf5", ".safetensors")
 
 
 def build(

@@ -39,11 +39,15 @@ CHECKPOINTS: dict[str, tuple[str, str, dict[str, Any]]] = {
         {**_SIZES, "decoder_start_token_id": 5, "scale_embedding": True},
     ),
     "m2m_100": ("M2M100Config", "M2M100ForConditionalGeneration", _SIZES),
+    "pegasus": (
+        "PegasusConfig", "PegasusForConditionalGeneration",
+        {**_SIZES, "activation_function": "relu", "scale_embedding": True},
+    ),
 }  # fmt: skip
 
 
 QUERY_SCALE = 3
-SEEDS = {"gpt2": 1, "marian": 4, "bart": 4, "mbart": 5, "m2m_100": 3}  # their texts vary
+SEEDS = {"gpt2": 1, "marian": 4, "bart": 4, "mbart": 5, "m2m_100": 3, "pegasus": 3}  # their texts vary
 
 
 def build(name: str, **changes: Any) -> Any:

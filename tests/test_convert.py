@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import repositories
 import small_checkpoints
+import weight_files
 
-from lightseq_backend import proof, weights
+from lightseq_backend import local, proof, weights
 from lightseq_backend.__main__ import main
 from lightseq_backend.config import GREEDY, STANDARD_BEAM, TOPK, TOPP
 from lightseq_backend.errors import ConfigError, WeightError
-from lightseq_backend.export import directory, huggingface
+from lightseq_backend.export import arrays, directory, huggingface
 from lightseq_backend.weights.safetensors import read_tensors
 
 FAMILIES = sorted(small_checkpoints.CHECKPOINTS)
@@ -93,7 +94,7 @@ def test_expected_texts_vary(family: str) -> None:
 
 
 def test_fixtures_are_small() -> None:
-    assert sum(path.stat().st_size for path in small_checkpoints.FOLDER.rglob("*") if path.is_file()) < 200_000
+    assert sum(path.stat().st_size for path in small_checkpoints.FOLDER.rglob("*") if path.is_file()) < 300_000
 
 
 # Numbers, beside the original ----------------------------------------------------------------------------------------
@@ -167,6 +168,13 @@ def test_convert_compares_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @needs_torch
+def test_model_with_beams_by_default_is_compared_as_well(checkpoint: Any, tmp_path: Path) -> None:
+    source = checkpoint("marian", generation=True, num_beams=5)
+    assert main(["convert", str(source), str(tmp_path / "model")]) == 0
+    assert weights.load(tmp_path / "model" / "transformer.safetensors")[0].decoding.beam_size == 5
+
+
+@needs_torch
 def test_model_that_differs_is_not_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -226,6 +234,16 @@ def test_converted_models_are_served(tmp_path: Path, serve: Any) -> None:
             answer = repositories.ask(client, family, given, [ids], max_new_tokens=len(wanted))[gives].ravel().tolist()
             text = answer[len(ids) :] if family == "gpt2" else answer
             assert text[: len(wanted)] == wanted
+
+
+def test_hdf5_file_is_served(tmp_path: Path, serve: Any) -> None:
+    pytest.importorskip("h5py")
+    source = weight_files.golden("t01_base.pb")
+    assert main(["convert", str(source), str(tmp_path / "old"), "--format", "hdf5", "--ids-only"]) == 0
+    expected = local.build(source).answer([[5, 6, 7]])[0].hypotheses[0].tokens.tolist()
+    with repositories.grpc(serve(tmp_path).grpc) as client:
+        answer = repositories.ask(client, "old", "source_ids", [[5, 6, 7]])["target_ids"][0, 0].tolist()
+    assert answer[: len(expected)] == expected
 
 
 # Directories ---------------------------------------------------------------------------------------------------------
@@ -304,7 +322,11 @@ def test_empty_target_is_taken(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "changes", "message"),
     [
-        ("gpt2", {"model_type": "llama"}, "model_type is 'llama'; this converts gpt2, marian, bart, mbart, m2m_100"),
+        (
+            "gpt2",
+            {"model_type": "llama"},
+            "model_type is 'llama'; this converts gpt2, marian, bart, mbart, m2m_100, ",
+        ),
         ("gpt2", {"activation_function": "mish"}, "activation_function is 'mish'; supported are relu, gelu"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True; only False"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention is True"),
@@ -429,7 +451,7 @@ def test_faulty_arrays_are_named(checkpoint: Any) -> None:
         huggingface.read(source)
     assert str(caught.value).splitlines()[1:] == [
         "  encoder.layers.0.fc1.bias is missing",
-        "  decoder.layers.1.fc2.weight is [2, 3]; config.json makes it [16, 20]",
+        "  decoder.layers.1.fc2.weight is [2, 3]; the settings make it [16, 20]",
         "  encoder.layers.0.adapter.weight has no place in such a model",
     ]
 
@@ -454,14 +476,24 @@ def test_tables_are_stored_once(tmp_path: Path) -> None:
     assert len({"source.positions", "target.positions"} & set(stored)) == 1
 
 
+def test_sinusoids_that_a_file_leaves_out_are_computed(checkpoint: Any) -> None:
+    source = checkpoint("pegasus")
+    kept = huggingface.read(source).arrays
+    rewrite(source, lambda stored: [stored.pop(name) for name in list(stored) if "embed_positions" in name])
+    made = huggingface.read(source).arrays
+    for side in ("source", "target"):
+        assert not np.array_equal(kept[f"{side}.positions"], made[f"{side}.positions"])
+        np.testing.assert_array_equal(made[f"{side}.positions"], arrays.interleaved_sinusoids(28, 16))
+
+
 # Positions -----------------------------------------------------------------------------------------------------------
 
 
 def test_sinusoids_are_those_of_the_formulas() -> None:
-    table = huggingface.interleaved_sinusoids(9, 6)
+    table = arrays.interleaved_sinusoids(9, 6)
     assert table[7, 1] == pytest.approx(np.sin(7 / 10000 ** (2 / 6)))
     assert table[7, 3 + 2] == pytest.approx(np.cos(7 / 10000 ** (4 / 6)))
-    table = huggingface.fairseq_sinusoids(9, 7)
+    table = arrays.fairseq_sinusoids(9, 7)
     assert table[5, 1] == pytest.approx(np.sin(5 / 100), rel=1e-5)
     assert table[5, 3 + 2] == pytest.approx(np.cos(5 / 10000), rel=1e-5)
     assert not table[:, 6].any()

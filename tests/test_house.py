@@ -26,6 +26,7 @@ LAYERS = [
         *("lightseq_backend.serving", "lightseq_backend.local", "lightseq_backend.proof", "lightseq_backend.loaded"),
         *("lightseq_backend.answers", "lightseq_backend.streams", "lightseq_backend.inference"),
         *("lightseq_backend.lines", "lightseq_backend.bulk", "lightseq_backend.progress"),
+        "lightseq_backend.conversion",
     },
     {"lightseq_backend.__main__"},
 ]
@@ -34,10 +35,12 @@ BESIDE = {"lightseq_backend.weights", "lightseq_backend.export", "lightseq_backe
 # Who may import what comes from outside, by the first word of its name.
 ONLY_IN = {
     "cupy": ("lightseq_backend.ops.cuda", "lightseq_backend.ops.launch", "lightseq_backend.ops.transfer"),
+    "h5py": ("lightseq_backend.weights",),
     "torch": ("lightseq_backend.export",),
     "transformers": ("lightseq_backend.export",),
     "triton_python_backend_utils": ("lightseq_backend.serving",),
     "sentencepiece": ("lightseq_backend.text",),
+    "subword_nmt": ("lightseq_backend.text",),
     "tokenizers": ("lightseq_backend.text",),
     "tritonclient": ("lightseq_client",),
 }

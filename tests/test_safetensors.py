@@ -138,7 +138,13 @@ def test_every_missing_superfluous_and_misshapen_array_is_named(tmp_path: Path) 
         ({"decoding": 4}, "decoding is 4; it must be dict"),
         ({"kind": "bert"}, "kind is 'bert'; kinds are transformer, gpt"),
         ({"shared": {"a": 1}}, "shared is"),
-        ({"shared": {"output.weight": {"of": "nothing", "transposed": True}}}, "the file lacks it"),
+        (
+            {"shared": {"output.weight": {"of": "nothing", "transposed": True}}, "tied_output": False},
+            "the file lacks it",
+        ),
+        ({"head_size": 3}, "head_size is 3; what else the file says makes it 8"),
+        ({"tied_output": False}, "tied_output is False; what else the file says makes it True"),
+        ({"positions": "rotary"}, "positions is 'rotary'; what else the file says makes it 'table'"),
         ({"first_norm": False}, "encoder.0.attention_norm.gain is no array of such a model"),
         ({"encoder_layers": 2}, "encoder.1.ffn_norm.gain is missing"),
     ],
@@ -200,3 +206,40 @@ def test_inspect_shows_our_file(tmp_path: Path, capsys: pytest.CaptureFixture[st
     shown = capsys.readouterr().out
     assert "first_norm" in shown
     assert "encoder.0.attention_qkv.weight" in shown
+
+
+def test_halves_are_kept_as_halves_and_loaded_as_float32(tmp_path: Path) -> None:
+    config, arrays = small_models.transformer(2)
+    halves = {name: array.astype(np.float16) for name, array in arrays.items() if name != "target.tokens"}
+    halves["output.bias"] = arrays["output.bias"]
+    path = tmp_path / "a.safetensors"
+    weights.save(path, config, halves)
+    kinds = {name: array.dtype for name, array in read_tensors(path).items()}
+    assert kinds.pop("output.bias") == np.float32
+    assert set(kinds.values()) == {np.dtype(np.float16)}
+    back = weights.load(path)[1]
+    assert {array.dtype for array in back.values()} == {np.dtype(np.float32)}
+    assert all((back[name] == array).all() for name, array in halves.items())
+    assert np.shares_memory(back["target.tokens"], back["output.weight"])
+
+
+def test_halves_become_float32_in_lightseqs_format(tmp_path: Path) -> None:
+    config, arrays = small_models.transformer(2)
+    halves = {name: array.astype(np.float16) for name, array in arrays.items()}
+    weights.save(tmp_path / "a.pb", config, halves)
+    back = weights.load(tmp_path / "a.pb")[1]
+    assert all((back[name] == array).all() for name, array in halves.items())
+
+
+def test_configuration_spells_out_what_follows_and_may_leave_it_out(tmp_path: Path) -> None:
+    config, arrays = small_models.transformer(2, untied=True)
+    path = tmp_path / "a.safetensors"
+    weights.save(path, config, arrays)
+    values = json.loads(config_path(path).read_text())
+    assert {key: values.pop(key) for key in ("head_size", "positions", "tied_output")} == {
+        "head_size": 8,
+        "positions": "table",
+        "tied_output": False,
+    }
+    config_path(path).write_text(json.dumps(values))  # as files were before
+    assert weights.load(path)[0] == config

@@ -154,10 +154,20 @@ def settings(directory: Path, tensors: Any = TRANSFORMER, environment: Any = Non
     return read_settings(args, environment or {})
 
 
-@pytest.mark.parametrize("name", ["transformer.pb", "mine.pb"])
+@pytest.mark.parametrize(
+    "name", ["transformer.pb", "mine.pb", "transformer.hdf5", "mine.hdf5", "transformer.safetensors"]
+)
 def test_weights_beside_the_configuration_are_found(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
     assert settings(tmp_path).weights == tmp_path / name
+
+
+def test_lightseqs_protobuf_file_goes_before_its_hdf5_file(tmp_path: Path) -> None:
+    for name in ("transformer.safetensors", "transformer.hdf5", "mine.pb"):
+        (tmp_path / name).touch()
+    assert settings(tmp_path).weights == tmp_path / "mine.pb"
+    (tmp_path / "mine.pb").unlink()
+    assert settings(tmp_path).weights == tmp_path / "transformer.hdf5"
 
 
 def test_default_model_filename_names_the_weights_first(tmp_path: Path) -> None:

@@ -144,6 +144,49 @@ def test_fairseq_word_may_take_a_specials_place(tmp_path: Path) -> None:
     assert words.encode("le <pad> le") == [5, 4, 5, 2]
 
 
+CODES = ["t h", "th e</w>", "d o", "do g</w>"]  # of their version 0.2, where a word's last symbol ends in </w>
+
+
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("bpecodes", ["#version: 0.2", *CODES]),
+        ("code", ["#version: 0.2", *CODES]),
+        ("bpecodes", [f"{pair} {9 - count}" for count, pair in enumerate(CODES)]),  # fastBPE's
+    ],
+)
+def test_fairseq_words_are_cut_by_the_codes_beside_the_dictionary(tmp_path: Path, name: str, lines: list[str]) -> None:
+    write_lines(tmp_path / "dict.txt", "the 20", "dog 9", "th@@ 7", "e@@ 7", "n 7", "do@@ 3", "t 1")
+    write_lines(tmp_path / name, *lines)
+    words = load(tmp_path, fitting(TRANSLATOR, 11, 11, 2, 1))
+    assert words.encode(" the  dog then dot cat") == [4, 5, 6, 7, 8, 9, 10, 3, 3, 10, 2]
+    assert words.decode([4, 6, 7, 8, 9, 10, 2, 5]) == "the then dot"
+    assert words.decode([4, 6, 2]) == "the th"
+    assert tmp_path / name in text.files_of(tmp_path)
+
+
+def test_fairseqs_codes_that_are_none_are_named(tmp_path: Path) -> None:
+    write_lines(tmp_path / "dict.txt", "the 20")
+    write_lines(tmp_path / "bpecodes", "t h", "th e</w> x y")
+    with pytest.raises(ConfigError, match=r"bpecodes must have two symbols a line; one is 'th e</w> x y'"):
+        load(tmp_path, TRANSLATOR)
+    write_lines(tmp_path / "bpecodes", "#version: 0.2")
+    with pytest.raises(ConfigError, match=r"bpecodes must have two symbols a line"):
+        load(tmp_path, TRANSLATOR)
+
+
+def test_pieces_of_words_are_not_kept_forever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightseq_backend.text import words as module
+
+    monkeypatch.setattr(module, "_MOST_CACHED", 3)
+    write_lines(tmp_path / "dict.txt", "the 20")
+    write_lines(tmp_path / "bpecodes", "#version: 0.2", *CODES)
+    tokenizer: Any = load(tmp_path, fitting(TRANSLATOR, 5, 5, 2, 1))
+    for number in range(9):
+        tokenizer.encode(f"the {number}")
+        assert len(tokenizer._codes.cache) <= 5
+
+
 def test_faults_of_a_dictionary_are_named(tmp_path: Path) -> None:
     write_lines(tmp_path / "dict.txt", "le 20", "chien", "un x")
     with pytest.raises(ConfigError, match=r"line 2: 'chien' is not a word and its count\n.*line 3: 'un x' is not"):

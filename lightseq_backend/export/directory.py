@@ -6,15 +6,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from lightseq_backend import text
 from lightseq_backend.config import GptConfig
 from lightseq_backend.errors import ConfigError
-from lightseq_backend.export.huggingface import Model
-from lightseq_backend.weights import save
+from lightseq_backend.export.model import Model
+from lightseq_backend.weights import safetensors, save
 
 MODEL = "from lightseq_backend.serving.model import TritonPythonModel as TritonPythonModel\n"
 CONFIG = """\
@@ -32,7 +32,8 @@ output [
 dynamic_batching {{ }}
 # {where}
 instance_group [ {{ kind: {kind} }} ]
-"""
+{parameters}"""
+PARAMETER = 'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
 KINDS = {
     "KIND_GPU": "On a machine without a GPU configs/cpu.pbtxt takes this file's place (--model-config-name=cpu).",
     "KIND_CPU": "As config.pbtxt, but for a machine without a GPU.",
@@ -73,34 +74,47 @@ def new_directory(target: Path) -> Iterator[Path]:
         yield partial
         partial.chmod(0o755)
         os.replace(partial, target)
+    except OSError as error:  # a full disk, most likely
+        where = f" ({error.filename})" if error.filename else ""
+        raise ConfigError(f"{target} cannot be made: {error.strerror or error}{where}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def write(directory: Path, name: str, model: Model, source: Path | None = None) -> Path:
-    """Writes everything that a model directory needs; returns the weight file.
+def write(
+    directory: Path, name: str, model: Model, source: Path | None = None, suffix: str = safetensors.SUFFIX
+) -> Path:
+    """Writes everything that a model directory needs; returns the weight file. suffix: its format.
 
     source: where the files of a tokenizer may lie. They are copied, and the model then takes and gives text as well.
-    ConfigError when they cannot be used, or are another model's.
+    ConfigError when they cannot be used, or are another model's; WeightError where the format cannot hold the model.
     """
     if not re.fullmatch(r"[A-Za-z0-9_.+-]+", name):
         raise ConfigError(f"the name is {name!r}; it may have letters, digits and _ . + -")
     kind = "gpt" if isinstance(model.config, GptConfig) else "transformer"
+    parameters = {}
+    if suffix != safetensors.SUFFIX and model.config.dialect.name != "head":
+        parameters["dialect"] = model.config.dialect.name  # those files leave that open
     tokenizer = text.files_of(source) if source else []
+    missing = text.missing_files(source) if source else []
+    if missing:
+        raise ConfigError(f"{source} has a part of a tokenizer and lacks {', '.join(missing)}; --ids-only does without")
+    if tokenizer and model.source_language:
+        parameters["source_language"] = model.source_language
     for path in tokenizer:
         shutil.copyfile(path, directory / path.name)
-    text.load([directory], model.config)
+    text.load([directory], model.config, model.source_language)
     for place, instance in (("config.pbtxt", "KIND_GPU"), ("configs/cpu.pbtxt", "KIND_CPU")):
         (directory / place).parent.mkdir(exist_ok=True)
-        (directory / place).write_text(_config(name, kind, instance, bool(tokenizer)))
+        (directory / place).write_text(_config(name, kind, instance, bool(tokenizer), parameters))
     (directory / "1").mkdir()
     (directory / "1" / "model.py").write_text(MODEL)
-    weights = directory / f"{kind}.safetensors"
+    weights = directory / f"{kind}{suffix}"
     save(weights, model.config, model.arrays)
     return weights
 
 
-def _config(name: str, kind: str, instance: str, takes_text: bool) -> str:
+def _config(name: str, kind: str, instance: str, takes_text: bool, parameters: Mapping[str, str]) -> str:
     optional = ", optional: true" if takes_text else ""
     ids = f'{{ name: "{INPUTS[kind]}", data_type: TYPE_INT32, dims: [ -1 ], allow_ragged_batch: true{optional} }}'
     inputs = (ids, TEXT_INPUT) if takes_text else (ids,)
@@ -108,4 +122,5 @@ def _config(name: str, kind: str, instance: str, takes_text: bool) -> str:
     return CONFIG.format(
         about=ABOUT[kind], name=name, inputs=",\n  ".join(inputs), outputs=",\n  ".join(outputs),
         where=KINDS[instance], kind=instance,
+        parameters="".join(PARAMETER.format(key=key, value=value) for key, value in parameters.items()),
     )  # fmt: skip

@@ -1,14 +1,10 @@
-"""GPT-2, MarianMT, BART, mBART and M2M100 or NLLB, from a Hugging Face directory to a configuration and arrays of ours.
-
-The three post-norm families become LightSeq's form, a LayerNorm before each sublayer: every LayerNorm behind a sublayer
-is the one before the next, the last is the final one, and the first is the embeddings' (BART) or none (Marian).
-"""
+"""Hugging Face directories: GPT-2, MarianMT, BART, mBART, M2M100 or NLLB and Pegasus, from their settings to ours."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from lightseq_backend.config import (
-    Config,
     GptConfig,
     TransformerConfig,
 )
-from lightseq_backend.errors import ConfigError, WeightError
+from lightseq_backend.errors import ConfigError
+from lightseq_backend.export import arrays
 from lightseq_backend.export.checkpoint import Arrays, read_arrays, read_json
 from lightseq_backend.export.generation import decoding
+from lightseq_backend.export.model import Model
 
 ACTIVATIONS = {
     "relu": "relu",
@@ -34,23 +31,13 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 HEAD = "lm_head.weight"
-NORM_EPSILON = 1e-5  # torch.nn.LayerNorm's, which all encoder-decoder families here use
-
-
-@dataclass(frozen=True)
-class Model:
-    """What was read. notes: what of the source's generation settings this engine does not have, a line each."""
-
-    config: Config
-    arrays: dict[str, np.ndarray]
-    notes: list[str]
 
 
 @dataclass(frozen=True)
 class Family:
     """One kind of encoder-decoder checkpoint.
 
-    positions        of a size, offset by what: "learned" (two rows in front), "halves" (Marian), "fairseq" (M2M100)
+    positions        "learned" (two rows in front), "halves" (Marian, Pegasus) or "fairseq" (M2M100)
     post_norm        LayerNorms stand behind the sublayers
     embedding_norm   layernorm_embedding is there
     fixed            settings that must be as here where config.json has them
@@ -67,7 +54,11 @@ FAMILIES = {
     "bart": Family("learned", True, True, {"normalize_before": False, "normalize_embedding": True}),
     "mbart": Family("learned", False, True, {"normalize_before": True, "normalize_embedding": True}),
     "m2m_100": Family("fairseq", False, False, {"normalize_before": True}),
-}
+    "pegasus": Family(
+        "halves", False, False,
+        {"normalize_before": True, "normalize_embedding": False, "add_final_layer_norm": True},
+    ),
+}  # fmt: skip
 GPT2_FIXED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -95,14 +86,12 @@ def read(source: str | Path, forced_id: int | None = None) -> Model:
         settings.must_be(key)
     settings.must_be("position_embedding_type", "absolute")
     config = _gpt2_config(settings) if kind == "gpt2" else _encoder_decoder_config(settings, FAMILIES[kind], forced_id)
-    arrays = Arrays(read_arrays(source), "transformer." if kind == "gpt2" else "model.")
+    stored = Arrays(read_arrays(source), "transformer." if kind == "gpt2" else "model.")
     if isinstance(config, GptConfig):
-        made = _gpt2_arrays(config, arrays)
+        made = arrays.gpt2(config, stored, HEAD)
     else:
-        made = _encoder_decoder_arrays(config, FAMILIES[kind], settings, arrays)
-    arrays.faults += [f"{name} has no place in such a model" for name in arrays.left_over(_known_to_be_spare)]
-    if arrays.faults:
-        raise WeightError("\n  ".join([f"{source} cannot be converted:", *arrays.faults]))
+        made = _encoder_decoder_arrays(config, FAMILIES[kind], settings, stored)
+    stored.finish(source, _known_to_be_spare)
     return Model(config, made, settings.notes)
 
 
@@ -200,30 +189,6 @@ def _gpt2_config(settings: Settings) -> GptConfig:
     return built
 
 
-def _gpt2_arrays(config: GptConfig, source: Arrays) -> dict[str, np.ndarray]:
-    hidden, inner = config.hidden, config.inner
-    made = {
-        "tokens": source.take("wte.weight", config.vocabulary, hidden),
-        "positions": source.take("wpe.weight", config.max_positions, hidden),
-        **_norm(source, "norm", "ln_f", hidden),
-    }
-    source.alike("tie_word_embeddings", "wte.weight", HEAD)
-    made["output.weight"] = made["tokens"].T
-    for layer in range(config.layers):
-        ours, theirs = f"layer.{layer}", f"h.{layer}"
-        made |= _norm(source, f"{ours}.attention_norm", f"{theirs}.ln_1", hidden)
-        made |= _norm(source, f"{ours}.ffn_norm", f"{theirs}.ln_2", hidden)
-        for name, of, narrow, wide in (
-            ("attention_qkv", "attn.c_attn", hidden, 3 * hidden),
-            ("attention_output", "attn.c_proj", hidden, hidden),
-            ("ffn_inner", "mlp.c_fc", hidden, inner),
-            ("ffn_output", "mlp.c_proj", inner, hidden),
-        ):
-            made[f"{ours}.{name}.weight"] = source.take(f"{theirs}.{of}.weight", narrow, wide)  # Conv1D: as ours
-            made[f"{ours}.{name}.bias"] = source.take(f"{theirs}.{of}.bias", wide)
-    return made
-
-
 # Encoder and decoder -------------------------------------------------------------------------------------------------
 
 
@@ -254,7 +219,7 @@ def _encoder_decoder_config(settings: Settings, family: Family, forced_id: int |
         post_norm=family.post_norm,
         activation=settings.activation("activation_function"),
         scaled_embedding=_scales(settings) and _ties(settings),
-        norm_epsilon=NORM_EPSILON,
+        norm_epsilon=arrays.EPSILON,
         first_norm=family.embedding_norm or not family.post_norm,
         embedding_norm=family.embedding_norm and not family.post_norm,
         never_id=never_id,
@@ -286,62 +251,29 @@ def _forced_id(settings: Settings) -> int | None:
 def _encoder_decoder_arrays(
     config: TransformerConfig, family: Family, settings: Settings, source: Arrays
 ) -> dict[str, np.ndarray]:
-    hidden = config.hidden
-    made = _tables(config, settings, source)
+    scale = math.sqrt(config.hidden) if _scales(settings) else 1.0
+    made = arrays.tables(config, source, _table_names(settings, source), scale, _ties(settings))
     made |= _positions(config, family, source)
     made["output.bias"] = np.zeros(config.target_vocabulary, np.float32)
     if "final_logits_bias" in source:
         made["output.bias"] = source.take("final_logits_bias", 1, config.target_vocabulary)[0]
-    for stack, first in (("encoder", "attention"), ("decoder", "self")):
-        sublayers: list[tuple[str, str]] = []  # a sublayer's LayerNorm here, and its name there
-        for layer in range(config.encoder_layers if stack == "encoder" else config.decoder_layers):
-            ours, theirs = f"{stack}.{layer}", f"{stack}.layers.{layer}"
-            sublayers.append((f"{ours}.{first}_norm", f"{theirs}.self_attn_layer_norm"))
-            made |= _joined(source, f"{ours}.{first}_qkv", f"{theirs}.self_attn", "qkv", hidden)
-            made |= _linear(source, f"{ours}.{first}_output", f"{theirs}.self_attn.out_proj", hidden, hidden)
-            if stack == "decoder":
-                sublayers.append((f"{ours}.cross_norm", f"{theirs}.encoder_attn_layer_norm"))
-                made |= _joined(source, f"{ours}.cross_query", f"{theirs}.encoder_attn", "q", hidden)
-                made |= _joined(source, f"{ours}.cross_kv", f"{theirs}.encoder_attn", "kv", hidden)
-                made |= _linear(source, f"{ours}.cross_output", f"{theirs}.encoder_attn.out_proj", hidden, hidden)
-            sublayers.append((f"{ours}.ffn_norm", f"{theirs}.final_layer_norm"))
-            made |= _linear(source, f"{ours}.ffn_inner", f"{theirs}.fc1", hidden, config.inner)
-            made |= _linear(source, f"{ours}.ffn_output", f"{theirs}.fc2", config.inner, hidden)
-        for our_name, their_name in _placed_norms(stack, sublayers, family):
-            made |= _norm(source, our_name, their_name, hidden)
-    return made
+    return made | arrays.layers(config, source)
 
 
-def _placed_norms(stack: str, sublayers: list[tuple[str, str]], family: Family) -> list[tuple[str, str]]:
-    """Our LayerNorms of a stack and theirs, one moved on where theirs stand behind their sublayers."""
-    ours, theirs = [name for name, _ in sublayers], [name for _, name in sublayers]
-    final = f"{stack}.norm"
-    of_embedding = f"{stack}.layernorm_embedding"
-    if family.post_norm:
-        placed = list(zip([*ours[1:], final], theirs))
-        return [(ours[0], of_embedding), *placed] if family.embedding_norm else placed
-    placed = [*sublayers, (final, f"{stack}.layer_norm")]
-    side = "source" if stack == "encoder" else "target"
-    return [(f"{side}.norm", of_embedding), *placed] if family.embedding_norm else placed
-
-
-def _tables(config: TransformerConfig, settings: Settings, source: Arrays) -> dict[str, np.ndarray]:
-    """Token tables, times the embedding's scale; where the output is tied to them, logit_scale takes it off again."""
-    hidden, scale = config.hidden, math.sqrt(config.hidden) if _scales(settings) else 1.0
-    of_source, of_target, of_output = _table_names(settings, source)
-    made: dict[tuple[str, float], np.ndarray] = {}
-
-    def table(name: str, rows: int, factor: float) -> np.ndarray:
-        if (name, factor) not in made:  # tables that are shared stay so
-            array = source.take(name, rows, hidden)
-            made[name, factor] = array if factor == 1 else array * np.float32(factor)
-        return made[name, factor]
-
-    return {
-        "source.tokens": table(of_source, config.source_vocabulary, scale),
-        "target.tokens": table(of_target, config.target_vocabulary, scale),
-        "output.weight": table(of_output, config.target_vocabulary, scale if _ties(settings) else 1.0).T,
-    }
+def _positions(config: TransformerConfig, family: Family, source: Arrays) -> dict[str, np.ndarray]:
+    # A file may keep Marian's and Pegasus's sinusoids, and transformers then takes them from there.
+    if family.positions == "learned" or (family.positions == "halves" and "encoder.embed_positions.weight" in source):
+        offset = 2 if family.positions == "learned" else 0
+        return {
+            f"{side}.positions": arrays.learned_positions(source, stack, config.max_positions, config.hidden, offset)
+            for side, stack in (("source", "encoder"), ("target", "decoder"))
+        }
+    if family.positions == "halves":
+        table = arrays.interleaved_sinusoids(config.max_positions, config.hidden)
+    else:
+        first = config.padding_id + 1  # fairseq counts positions from there
+        table = arrays.fairseq_sinusoids(first + config.max_positions, config.hidden)[first:]
+    return {"source.positions": table, "target.positions": table}
 
 
 def _table_names(settings: Settings, source: Arrays) -> tuple[str, str, str]:
@@ -361,64 +293,3 @@ def _table_names(settings: Settings, source: Arrays) -> tuple[str, str, str]:
         return encoder, target, target
     table = source.alike("tie_word_embeddings", shared, encoder, decoder, output)
     return table, table, table
-
-
-def _positions(config: TransformerConfig, family: Family, source: Arrays) -> dict[str, np.ndarray]:
-    rows, hidden = config.max_positions, config.hidden
-    if family.positions == "learned":
-        offset = 2  # rows in front that are never used, from the days when padding had positions
-        return {
-            f"{side}.positions": source.take(f"{stack}.embed_positions.weight", rows + offset, hidden)[offset:]
-            for side, stack in (("source", "encoder"), ("target", "decoder"))
-        }
-    if family.positions == "halves":
-        table = interleaved_sinusoids(rows, hidden)
-    else:
-        first = config.padding_id + 1  # fairseq counts positions from there
-        table = fairseq_sinusoids(first + rows, hidden)[first:]
-    return {"source.positions": table, "target.positions": table}
-
-
-def interleaved_sinusoids(rows: int, width: int) -> np.ndarray:
-    """Vaswani et al. 2017, the sines in the first half and the cosines in the second: float32 [rows, width]."""
-    features = np.arange(width)
-    angles = np.arange(rows)[:, None] / 10000.0 ** (2 * (features // 2) / width)
-    return np.concatenate([np.sin(angles[:, 0::2]), np.cos(angles[:, 1::2])], axis=1).astype(np.float32)
-
-
-def fairseq_sinusoids(rows: int, width: int) -> np.ndarray:
-    """tensor2tensor's form: sines, then cosines, of frequencies from 1 down to 1 / 10000; an odd width ends in zeros.
-
-    The angles are float32, as there.
-    """
-    half = width // 2
-    step = np.float32(math.log(10000) / (half - 1))
-    frequencies = np.exp(-np.arange(half, dtype=np.float32) * step)
-    angles = np.arange(rows, dtype=np.float32)[:, None] * frequencies
-    table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
-    return np.pad(table, [(0, 0), (0, width - 2 * half)]).astype(np.float32)
-
-
-def _norm(source: Arrays, ours: str, theirs: str, width: int) -> dict[str, np.ndarray]:
-    return {
-        f"{ours}.gain": source.take(f"{theirs}.weight", width),
-        f"{ours}.bias": source.take(f"{theirs}.bias", width),
-    }
-
-
-def _linear(source: Arrays, ours: str, theirs: str, narrow: int, wide: int) -> dict[str, np.ndarray]:
-    """torch.nn.Linear keeps [out, in]; kernels here are [in, out]."""
-    return {
-        f"{ours}.weight": np.ascontiguousarray(source.take(f"{theirs}.weight", wide, narrow).T),
-        f"{ours}.bias": source.take(f"{theirs}.bias", wide),
-    }
-
-
-def _joined(source: Arrays, ours: str, theirs: str, parts: str, hidden: int) -> dict[str, np.ndarray]:
-    """The projections q, k, v of an attention that are read together, side by side."""
-    pieces: list[Mapping[str, np.ndarray]] = [
-        _linear(source, part, f"{theirs}.{part}_proj", hidden, hidden) for part in parts
-    ]
-    weights = [piece[f"{part}.weight"] for piece, part in zip(pieces, parts)]
-    biases = [piece[f"{part}.bias"] for piece, part in zip(pieces, parts)]
-    return {f"{ours}.weight": np.concatenate(weights, axis=1), f"{ours}.bias": np.concatenate(biases)}

@@ -19,6 +19,7 @@ PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}  # by device, the defa
 SIZES = ("slots", "max_beam_size", "queue", "prompt_tokens", "burst")  # fields of EngineConfig
 BURSTS = {"cpu": 1, "cuda": 4}  # the host's part of a burst must fit into the device's
 PARAMETERS = ("weights", "dialect", "precision", *SIZES, "tokenizer", "source_language")
+SUFFIXES = (".pb", ".hdf5", ".safetensors")  # of weight files, in the order in which they are looked for
 MODEL_TYPES = {"Transformer": TRANSFORMER, "Gpt": GPT}  # LightSeq's own parameter: what `model_type` may be
 TRITON_PARAMETERS = ("FORCE_CPU_ONLY_INPUT_TENSORS", "EXECUTION_ENV_PATH")
 
@@ -150,8 +151,8 @@ def _find_weights(
     faults: list[str],
 ) -> Path | None:
     """The file that the parameter `weights` names, relative to the model's directory, or else the first found of
-    default_model_filename, <kind>.pb, <model>.pb and the same with .safetensors in that directory or, as LightSeq V0
-    has it, in $MODEL_ZOO/<model>."""
+    default_model_filename, <kind>.pb, <model>.pb and the same with .hdf5 and .safetensors in that directory or, as
+    LightSeq V0 has it, in $MODEL_ZOO/<model>."""
     directory, model = Path(args["model_repository"]), args["model_name"]
     if "weights" in given:
         candidates = [directory / given["weights"]]
@@ -159,7 +160,7 @@ def _find_weights(
         filename = model_config.get("default_model_filename", "")
         # For the Python backend this names the program; a LightSeq user's names the weights.
         names = [] if filename.endswith((".py", ".so")) or not filename else [filename]
-        names += dict.fromkeys(f"{stem}{suffix}" for suffix in (".pb", ".safetensors") for stem in (kind, model))
+        names += dict.fromkeys(f"{stem}{suffix}" for suffix in SUFFIXES for stem in (kind, model))
         zoo = [Path(environment["MODEL_ZOO"]) / model] if environment.get("MODEL_ZOO") else []
         candidates = [place / name for place in (directory, *zoo) for name in names]
     for candidate in candidates:

@@ -11,7 +11,7 @@ from lightseq_backend.text.huggingface import load_file, load_gpt2
 from lightseq_backend.text.marian import FILES, load_marian
 from lightseq_backend.text.multilingual import MODEL, load_multilingual
 from lightseq_backend.text.tokenizer import Tokenizer as Tokenizer
-from lightseq_backend.text.words import load_fairseq, load_words
+from lightseq_backend.text.words import CODES, load_fairseq, load_words
 
 ROUNDING = 128  # a table of weights may have up to so many rows more than there are tokens, less one
 
@@ -26,7 +26,8 @@ KINDS: dict[tuple[str, ...], Callable[[Path, Config, str | None], Tokenizer]] = 
     ("dict.*txt",): load_fairseq,
 }
 FILE_SETS = "; ".join(" + ".join(files) for files in KINDS)
-SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")  # read beside some of them
+# Read beside some of them.
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", *CODES)
 
 
 def load(directories: Iterable[Path], config: Config, language: str | None = None) -> Tokenizer | None:
@@ -51,6 +52,16 @@ def files_of(directory: Path) -> list[Path]:
             settings = [directory / name for name in SETTINGS if (directory / name).is_file()]
             return [*(path for paths in found for path in paths), *settings]
     return []
+
+
+def missing_files(directory: Path) -> list[str]:
+    """What the tokenizer lacks that a directory holds in part: of the set that it holds most of. None where it holds a
+    whole one, or nothing of any."""
+    if files_of(directory):
+        return []
+    parts = [[file for file in files if not any(directory.glob(file))] for files in KINDS]
+    begun = [(len(files) - len(missing), missing) for files, missing in zip(KINDS, parts) if len(missing) < len(files)]
+    return max(begun, default=(0, []), key=lambda part: part[0])[1]
 
 
 def _check_fits(tokenizer: Tokenizer, config: Config, what: str) -> None:

@@ -1,18 +1,23 @@
-"""Words with blanks between them: vocabulary files of one word a line, and fairseq's dictionaries."""
+"""Words with blanks between them: vocabulary files of one word a line, and fairseq's dictionaries with their BPE."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightseq_backend.config import Config, TransformerConfig
 from lightseq_backend.errors import ConfigError, RequestError
-from lightseq_backend.text.tokenizer import NO_TOKEN, Tokenizer, check_known, read_lines
+from lightseq_backend.text.tokenizer import NO_TOKEN, Tokenizer, check_known, optional_package, read_lines
 
 PADDING, START, END, UNKNOWN = "<pad>", "<s>", "</s>", "<unk>"
 FAIRSEQ_SPECIALS = (START, PADDING, END, UNKNOWN)  # ids 0 to 3 of every dictionary; its file begins with id 4
 _OVERWRITE = "#fairseq:overwrite"
 _HIDDEN = (PADDING, START, END)
+CODES = ("bpecodes", "code")  # what fairseq's examples and released models call them
+_GOES_ON = "@@"
+_MOST_CACHED = 100_000  # words that the codes' package keeps the pieces of, and would forever
 
 
 class Vocabulary:
@@ -83,6 +88,28 @@ class Words:
         return " ".join(words)
 
 
+class Subwords(Words):
+    """Words cut into pieces by byte-pair codes first; a piece that the word goes on behind ends in @@."""
+
+    def __init__(self, source: Vocabulary, target: Vocabulary, codes: Any) -> None:
+        super().__init__(source, target, after=[END])
+        self._codes = codes
+
+    def encode(self, text: str) -> list[int]:
+        return super().encode(self._cut(text))
+
+    def encode_target(self, text: str) -> list[int]:
+        return super().encode_target(self._cut(text))
+
+    def _cut(self, text: str) -> str:
+        if len(self._codes.cache) > _MOST_CACHED:
+            self._codes.cache.clear()
+        return str(self._codes.process_line(" ".join(text.split())))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return f"{super().decode(ids)} ".replace(f"{_GOES_ON} ", "").rstrip()
+
+
 def load_words(directory: Path, config: Config, language: str | None) -> Tokenizer:
     """source.vocab.txt and target.vocab.txt, or one vocab.txt; the line number, from 0, is the id.
 
@@ -97,7 +124,7 @@ def load_words(directory: Path, config: Config, language: str | None) -> Tokeniz
 
 
 def load_fairseq(directory: Path, config: Config, language: str | None) -> Tokenizer:
-    """dict.<language>.txt for source and target, or one dictionary for both."""
+    """dict.<language>.txt for source and target, or one dictionary for both; with BPE codes where they lie beside."""
     paths = sorted(directory.glob("dict.*txt"))
     source = target = paths[0]
     if len(paths) > 1:
@@ -109,7 +136,26 @@ def load_fairseq(directory: Path, config: Config, language: str | None) -> Token
             )
         source = directory / f"dict.{language}.txt"
         (target,) = (path for path in paths if path != source)
+    codes = next((directory / name for name in CODES if (directory / name).is_file()), None)
+    if codes is not None and isinstance(config, TransformerConfig):
+        return Subwords(_dictionary(source), _dictionary(target), _load_codes(codes))
     return _words(_dictionary(source), _dictionary(target), config)
+
+
+def _load_codes(path: Path) -> Any:
+    """subword-nmt's, and fastBPE's, which count in a third column."""
+    subwords = optional_package("subword_nmt.apply_bpe", path)
+    lines = [line.strip() for line in read_lines(path)]
+    headed = bool(lines) and lines[0].startswith("#version")
+    pairs = [line.split(" ") for line in lines[headed:] if line]
+    counted = bool(pairs) and all(len(pair) == 3 and pair[2].isdecimal() for pair in pairs)
+    wrong = [pair for pair in pairs if len(pair) != 2 + counted]
+    if wrong or not pairs:
+        raise ConfigError(
+            f"{path} must have two symbols a line" + (f"; one is {' '.join(wrong[0])!r}" if wrong else "")
+        )
+    header = lines[:1] if headed else ["#version: 0.2"] if counted else []
+    return subwords.BPE(io.StringIO("\n".join([*header, *(" ".join(pair[:2]) for pair in pairs)])))
 
 
 def _words(source: Vocabulary, target: Vocabulary, config: Config) -> Words:

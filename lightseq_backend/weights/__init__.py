@@ -1,4 +1,4 @@
-"""Weight files: `load` and `save`. One module a format: LightSeq's protobuf files, and safetensors with our names."""
+"""Weight files: `load` and `save`. One module a format: LightSeq's protobuf and HDF5, safetensors with our names."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import numpy as np
 
 from lightseq_backend.config import Config, dialect_named
 from lightseq_backend.errors import ConfigError
-from lightseq_backend.weights import protobuf, safetensors
+from lightseq_backend.weights import hdf5, protobuf, safetensors
 
 FilePath = str | os.PathLike[str]
+SUFFIXES = (safetensors.SUFFIX, ".pb", hdf5.SUFFIX)
 
 
 def load(path: FilePath, dialect: str = "head", kind: str | None = None) -> tuple[Config, dict[str, np.ndarray]]:
-    """The configuration and the arrays of a weight file: one of LightSeq's, or .safetensors with its .json beside it.
+    """The configuration and the arrays of a weight file: .safetensors with its .json beside it, or one of LightSeq's,
+    .hdf5 or of any other name for protobuf.
 
-    The latter says everything itself, its dialect too, and its arrays stay mapped. Of LightSeq's files:
+    The latter says everything itself, its dialect too, and what it has in float32 stays mapped. Of LightSeq's files:
 
     dialect  the release whose reading of the file holds, see config.DIALECTS
     kind     "transformer" or "gpt"; None takes it from the content: only a Transformer has the top-level
@@ -33,30 +35,46 @@ def load(path: FilePath, dialect: str = "head", kind: str | None = None) -> tupl
 
     WeightError, with every fault of the file on a line of its own; ConfigError for an unknown dialect.
     """
-    if _is_ours(path):
-        if dialect_named(dialect).name != "head":
-            raise ConfigError(f"dialect is {dialect!r}; what {path} means is said in {safetensors.config_path(path)}")
+    if _has(path, safetensors.SUFFIX):
+        _check_plain(path, dialect)
         return safetensors.load(path, kind)
+    if _has(path, hdf5.SUFFIX):
+        return hdf5.load(path, dialect_named(dialect), kind)
     contents = protobuf.examine(path, dialect_named(dialect), kind)
     return contents.config, protobuf.read_arrays(contents)
 
 
-def save(path: FilePath, config: Config, arrays: dict[str, np.ndarray]) -> None:
-    """Write a weight file that `load` reads back to the same configuration and arrays: in our format if its name ends
-    in .safetensors, else in LightSeq's.
+def load_stored(path: FilePath, dialect: str = "head", kind: str | None = None) -> tuple[Config, dict[str, np.ndarray]]:
+    """As `load`, but what a .safetensors file keeps as halves stays so, and mapped."""
+    if not _has(path, safetensors.SUFFIX):
+        return load(path, dialect, kind)
+    _check_plain(path, dialect)
+    config, stored, shared = safetensors.examine(path, kind)
+    return config, safetensors.with_shared(stored, shared)
 
-    arrays: float32, named as `load` names them; the transposed views may be there or not. Nothing but the array
-    being written is copied, and only if it is not contiguous; files over 2 GiB are fine here, though not for
-    protobuf's own runtime. The file appears under its name when it is whole.
+
+def save(path: FilePath, config: Config, arrays: dict[str, np.ndarray]) -> None:
+    """Write a weight file that `load` reads back to the same configuration and arrays; its name says the format.
+
+    arrays: float32 or float16, named as `load` names them; the transposed views may be there or not. LightSeq's formats
+    make all float32. Nothing but the array being written is copied, and only if it is not contiguous; files over 2 GiB
+    are fine here, though not for protobuf's own runtime. The file appears under its name when it is whole.
 
     WeightError names every array that is missing, superfluous or of a wrong shape or dtype, or else every
     setting that LightSeq's format cannot hold (a temperature, say).
     """
-    if _is_ours(path):
+    if _has(path, safetensors.SUFFIX):
         safetensors.save(path, config, arrays)
+    elif _has(path, hdf5.SUFFIX):
+        hdf5.write(path, config, arrays)
     else:
         protobuf.write(path, config, arrays)
 
 
-def _is_ours(path: FilePath) -> bool:
-    return os.fspath(path).endswith(safetensors.SUFFIX)
+def _has(path: FilePath, suffix: str) -> bool:
+    return os.fspath(path).endswith(suffix)
+
+
+def _check_plain(path: FilePath, dialect: str) -> None:
+    if dialect_named(dialect).name != "head":
+        raise ConfigError(f"dialect is {dialect!r}; what {path} means is said in {safetensors.config_path(path)}")

@@ -6,9 +6,10 @@ import dataclasses
 import os
 from collections.abc import Iterable, Iterator
 from math import prod
+from typing import Any
 
 from lightseq_backend.config import DecodingOptions, Dialect, dialect_named
-from lightseq_backend.weights import protobuf, safetensors
+from lightseq_backend.weights import hdf5, protobuf, safetensors
 from lightseq_backend.weights.layout import layout_of
 
 FilePath = str | os.PathLike[str]
@@ -19,11 +20,11 @@ PRECISIONS = {"fp32": (4, 4), "fp16": (2, 2), "int8": (1, 2)}
 def describe(path: FilePath, dialect: str = "head", kind: str | None = None) -> list[str]:
     """Configuration, tensors, number of parameters and the memory they take, one line each. Errors as in `load`."""
     if os.fspath(path).endswith(safetensors.SUFFIX):
-        config, arrays = safetensors.load(path, kind)
-        shared = safetensors.load_config(path)[1]
-        tensors = [(name, name, array.shape) for name, array in arrays.items() if name not in shared]
+        config, stored, _ = safetensors.examine(path, kind)
+        tensors = [(name, name, array.shape) for name, array in stored.items()]
     else:
-        contents = protobuf.examine(path, dialect_named(dialect), kind)
+        form: Any = hdf5 if os.fspath(path).endswith(hdf5.SUFFIX) else protobuf
+        contents = form.examine(path, dialect_named(dialect), kind)
         config, tensors = contents.config, [(each.entry.path, each.entry.name, each.shape) for each in contents.tensors]
     return [
         f"{os.fspath(path)}: {layout_of(config).kind}, {os.path.getsize(path):,} bytes",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
@@ -93,7 +93,7 @@ class Sizes:
             return None
         return tuple(factor * self.values[letter] for factor, letter in axes)
 
-    def infer(self, letter: str, entries: list[Entry], counts: dict[str, int]) -> None:
+    def infer(self, letter: str, entries: list[Entry], counts: Mapping[str, int]) -> None:
         """Set `letter` to what most tensors say: then a single wrong tensor is one fault and not dozens.
 
         Of two values with equal support the one that comes first in the file wins; LightSeq looks there.
@@ -249,9 +249,9 @@ def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def array_faults(name: str, array: np.ndarray | None, shape: tuple[int, ...]) -> list[str]:
-    """What is wrong with an array of that name that must be float32 and of that shape."""
+    """What is wrong with an array of that name that must be float32, or float16, and of that shape."""
     if array is None:
         return [f"{name} is missing"]
-    if array.shape != shape or array.dtype != np.float32:
+    if array.shape != shape or array.dtype not in (np.float32, np.float16):
         return [f"{name} is {array.dtype} {list(array.shape)}; it must be float32 {list(shape)}"]
     return []

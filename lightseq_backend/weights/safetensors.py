@@ -6,7 +6,6 @@ and the arrays end to end, and what is read stays mapped.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,16 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from lightseq_backend.config import Config, DecodingOptions, GptConfig, TransformerConfig, dialect_named
-from lightseq_backend.errors import ConfigError, WeightError
-from lightseq_backend.weights.layout import GPT, TRANSFORMER, array_faults, layout_of, shapes_of
-from lightseq_backend.weights.wire import MappedFile
+from lightseq_backend.config import Config
+from lightseq_backend.errors import WeightError
+from lightseq_backend.weights import description
+from lightseq_backend.weights.files import ALIGNMENT, MappedFile, aligned_empty, write_file
+from lightseq_backend.weights.layout import TRANSFORMER, array_faults, layout_of, shapes_of
 
 FilePath = str | os.PathLike[str]
+Shared = dict[str, tuple[str, bool]]  # an array that is another one: name -> (the other, transposed)
 SUFFIX = ".safetensors"
-CLASSES: dict[str, type[Config]] = {TRANSFORMER: TransformerConfig, GPT: GptConfig}
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "?"}
-_ALIGNMENT = 64
 _MOST_HEADER = 100 << 20  # bytes; the limit of the format's own library
 
 
@@ -35,25 +34,42 @@ def config_path(path: FilePath) -> Path:
 
 
 def load(path: FilePath, kind: str | None = None) -> tuple[Config, dict[str, np.ndarray]]:
-    """The configuration and the mapped arrays, float32. WeightError with every fault on a line of its own."""
+    """The configuration and the arrays, float32: mapped, or copies of what the file keeps as halves.
+
+    WeightError with every fault on a line of its own.
+    """
+    config, stored, shared = examine(path, kind)
+    for name, array in stored.items():
+        if array.dtype == np.float16:
+            stored[name] = aligned_empty(array.size).reshape(array.shape)
+            stored[name][...] = array
+    return config, with_shared(stored, shared)
+
+
+def examine(path: FilePath, kind: str | None = None) -> tuple[Config, dict[str, np.ndarray], Shared]:
+    """The configuration, the arrays as they are stored, mapped, and those that are another one. Errors as in `load`."""
     config, shared = load_config(path)
     faults = []
     if kind is not None and kind != layout_of(config).kind:
         faults.append(f"this is a {layout_of(config).kind} file, not a {kind} file")
-    arrays = read_tensors(path)
-    for name, (of, transposed) in shared.items():
-        if name in arrays or of not in arrays:
-            faults.append(f"{name} is said to be {of}, but the file {'has' if name in arrays else 'lacks'} it")
-        else:
-            arrays[name] = arrays[of].T if transposed else arrays[of]
-    faults += _array_faults(config, arrays)
+    stored = read_tensors(path)
+    for name, (of, _) in shared.items():
+        if name in stored or of not in stored:
+            faults.append(f"{name} is said to be {of}, but the file {'has' if name in stored else 'lacks'} it")
+    if not faults:
+        faults = _array_faults(config, with_shared(stored, shared))
     if faults:
         raise _unusable(path, faults)
-    return config, arrays
+    return config, stored, shared
 
 
-def load_config(path: FilePath) -> tuple[Config, dict[str, tuple[str, bool]]]:
-    """The configuration of a weight file, and its arrays that are another one: name -> (the other, transposed)."""
+def with_shared(stored: Mapping[str, np.ndarray], shared: Shared) -> dict[str, np.ndarray]:
+    """All arrays: the stored ones, and the views of them."""
+    return {**stored, **{name: stored[of].T if transposed else stored[of] for name, (of, transposed) in shared.items()}}
+
+
+def load_config(path: FilePath) -> tuple[Config, Shared]:
+    """The configuration of a weight file, and its arrays that are another one."""
     beside = config_path(path)
     try:
         values = json.loads(beside.read_text())
@@ -61,15 +77,26 @@ def load_config(path: FilePath) -> tuple[Config, dict[str, tuple[str, bool]]]:
         raise _unusable(path, [f"its configuration {beside} cannot be read: {error.strerror}"]) from None
     except ValueError as error:
         raise _unusable(beside, [f"it is no JSON: {error}"]) from None
+    if not isinstance(values, dict):
+        raise _unusable(beside, ["it is no JSON object"])
     faults: list[str] = []
-    config, shared = _read_config(values, faults) if isinstance(values, dict) else (None, {})
-    if config is None:
-        raise _unusable(beside, faults or ["it is no JSON object"])
+    shared = _read_shared(values.pop("shared", {}), faults)
+    config = description.read(values, _is_tied(values.get("kind"), shared), faults)
+    if config is None or faults:
+        raise _unusable(beside, faults)
     return config, shared
 
 
+def _is_tied(kind: Any, shared: Shared) -> bool:
+    """Whether the output projection and the tokens that go in are one array."""
+    table, output = ("target.tokens" if kind == TRANSFORMER else "tokens"), "output.weight"
+    roots = [shared.get(name, (name, False))[0] for name in (table, output)]
+    return roots[0] == roots[1]
+
+
 def save(path: FilePath, config: Config, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes both files; each appears when it is whole. Arrays that are the same memory are written once.
+    """Writes both files; each appears when it is whole. Arrays that are the same memory are written once, and float16
+    as such.
 
     WeightError names every array that is missing, superfluous or of a wrong shape or dtype; the transposed views of a
     layout may be left out.
@@ -79,10 +106,10 @@ def save(path: FilePath, config: Config, arrays: Mapping[str, np.ndarray]) -> No
     if faults:
         raise WeightError("\n".join(faults))
     stored, shared = _told_apart(arrays)
-    values = {"kind": layout_of(config).kind, **dataclasses.asdict(config), "dialect": config.dialect.name}
+    values = description.write(config, _is_tied(layout_of(config).kind, shared))
     values["shared"] = {name: {"of": of, "transposed": transposed} for name, (of, transposed) in shared.items()}
-    _write(path, _pieces(stored))
-    _write(config_path(path), iter([json.dumps(values, indent=2).encode() + b"\n"]))
+    write_file(path, _pieces(stored))
+    write_file(config_path(path), iter([json.dumps(values, indent=2).encode() + b"\n"]))
 
 
 def read_tensors(path: FilePath) -> dict[str, np.ndarray]:
@@ -125,77 +152,12 @@ def _tensor(file: MappedFile, start: int, name: str, entry: Any) -> np.ndarray:
     return (array.astype("<u4") << 16).view("<f4") if kind == "BF16" else array
 
 
-def _read_config(values: dict[str, Any], faults: list[str]) -> tuple[Config | None, dict[str, tuple[str, bool]]]:
-    if values.get("kind") not in CLASSES:
-        faults.append(f"kind is {values.get('kind')!r}; kinds are {', '.join(CLASSES)}")
-        return None, {}
-    made = CLASSES[values["kind"]]
-    shared = _read_shared(values.get("shared", {}), faults)
-    given = {name: value for name, value in values.items() if name not in ("kind", "shared")}
-    settings = _typed(made, given, "", faults)
-    if "decoding" in settings:
-        settings["decoding"] = DecodingOptions(**_typed(DecodingOptions, settings["decoding"], "decoding.", faults))
-    try:
-        if "dialect" in settings:
-            settings["dialect"] = dialect_named(settings["dialect"])
-        config = None if faults else made(**settings)
-    except ConfigError as error:
-        faults += str(error).splitlines()
-        return None, {}
-    return config, shared
-
-
-def _read_shared(values: Any, faults: list[str]) -> dict[str, tuple[str, bool]]:
+def _read_shared(values: Any, faults: list[str]) -> Shared:
     try:
         return {name: (str(entry["of"]), bool(entry["transposed"])) for name, entry in values.items()}
     except (AttributeError, KeyError, TypeError):
         faults.append(f"shared is {values!r}; it must say which array each is `of` and whether it is `transposed`")
         return {}
-
-
-def _typed(made: type, values: dict[str, Any], prefix: str, faults: list[str]) -> dict[str, Any]:
-    """The values that are fields of a dataclass and of their types; whatever else there is goes to `faults`."""
-    fields = {field.name: field for field in dataclasses.fields(made)}
-    for name in sorted(set(values) - set(fields)):
-        faults.append(f"{prefix}{name} is no setting of such a model")
-    kept = {}
-    for name, field in fields.items():
-        if name in values:
-            value = values[name]
-            if not _fits(value, str(field.type)):
-                faults.append(f"{prefix}{name} is {value!r}; it must be {_wanted(str(field.type))}")
-                continue
-            kept[name] = _as_tuples(value)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            faults.append(f"{prefix}{name} is missing")
-    return kept
-
-
-_TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-_JSON_TYPES = {"Dialect": "str", "DecodingOptions": "dict", "Ids": "list of ids", "tuple[Ids, ...]": "list of lists"}
-
-
-def _wanted(annotation: str) -> str:
-    return " | ".join(_JSON_TYPES.get(part, part) for part in annotation.split(" | "))
-
-
-def _as_tuples(value: Any) -> Any:
-    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
-
-
-def _fits(value: Any, annotation: str) -> bool:
-    for part in _wanted(annotation).split(" | "):
-        if part == "None" and value is None:
-            return True
-        if part == "dict" and isinstance(value, dict):
-            return True
-        if part == "list of ids" and isinstance(value, list):
-            return all(_fits(id_, "int") for id_ in value)
-        if part == "list of lists" and isinstance(value, list):
-            return all(_fits(ids, "Ids") for ids in value)
-        if part in _TYPES and isinstance(value, _TYPES[part]) and (part == "bool") == isinstance(value, bool):
-            return True
-    return False
 
 
 def _array_faults(config: Config, arrays: Mapping[str, np.ndarray]) -> list[str]:
@@ -204,12 +166,10 @@ def _array_faults(config: Config, arrays: Mapping[str, np.ndarray]) -> list[str]
     return faults + [f"{name} is no array of such a model" for name in sorted(set(arrays) - set(wanted))]
 
 
-def _told_apart(
-    arrays: Mapping[str, np.ndarray],
-) -> tuple[dict[str, np.ndarray], dict[str, tuple[str, bool]]]:
-    """What must be written, and what is another array's memory: name -> (the other, transposed)."""
+def _told_apart(arrays: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], Shared]:
+    """What must be written, and what is another array's memory."""
     stored: dict[str, np.ndarray] = {}
-    shared: dict[str, tuple[str, bool]] = {}
+    shared: Shared = {}
     seen: dict[tuple[Any, ...], str] = {}
     # Token tables first: they are looked up by rows, so those are what should lie together.
     for name in sorted(arrays, key=lambda name: (name.endswith("output.weight"), name)):
@@ -227,28 +187,18 @@ def _told_apart(
 
 def _pieces(arrays: dict[str, np.ndarray]) -> Iterator[bytes | memoryview]:
     # What would leave those behind it unaligned comes last.
-    names = sorted(arrays, key=lambda name: arrays[name].nbytes % _ALIGNMENT != 0)
+    names = sorted(arrays, key=lambda name: arrays[name].nbytes % ALIGNMENT != 0)
     header, offset = {}, 0
     for name in names:
         end = offset + arrays[name].nbytes
-        header[name] = {"dtype": "F32", "shape": list(arrays[name].shape), "data_offsets": [offset, end]}
+        kind = "F16" if arrays[name].dtype == np.float16 else "F32"
+        header[name] = {"dtype": kind, "shape": list(arrays[name].shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % _ALIGNMENT)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        yield np.ascontiguousarray(arrays[name], "<f4").data.cast("B")
-
-
-def _write(path: FilePath, pieces: Iterator[bytes | memoryview]) -> None:
-    partial = f"{os.fspath(path)}.{os.getpid()}.partial"
-    try:
-        with open(partial, "wb") as file:
-            file.writelines(pieces)
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.unlink(partial)
+        yield np.ascontiguousarray(arrays[name], arrays[name].dtype.newbyteorder("<")).data.cast("B")
 
 
 def _unusable(path: FilePath, faults: list[str]) -> WeightError:

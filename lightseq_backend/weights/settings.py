@@ -77,6 +77,21 @@ def write_config(config: Config) -> bytes:
 
     WeightError names every setting that such a file cannot hold, found by reading back what would be written.
     """
+    faults: list[str] = []
+    conf, back = _read_back(config, faults)
+    if back is not None:
+        faults += [*_differences(config, back), *_differences(config.decoding, back.decoding)]
+    else:  # a decoding method that is none of LightSeq's must not hide what else it lacks
+        plain = dataclasses.replace(config, decoding=DecodingOptions(FILE_METHODS[layout_of(config).kind][0], top_k=1))
+        back = _read_back(plain, [])[1]
+        faults += [] if back is None else _differences(plain, back)
+    if faults:
+        raise WeightError("\n".join(faults))
+    return conf.SerializeToString(deterministic=True)
+
+
+def _read_back(config: Config, faults: list[str]) -> tuple[Any, Config | None]:
+    """The model_conf of a configuration, and what it reads as; None where `faults` grew."""
     layout = layout_of(config)
     values = _transformer_fields(config) if isinstance(config, TransformerConfig) else _gpt_fields(config)
     conf: Any = message_type(layout.conf_message)()
@@ -85,13 +100,10 @@ def write_config(config: Config) -> bytes:
             setattr(conf, name, value)
     except (TypeError, ValueError) as error:
         raise WeightError(f"model_conf.{name} cannot be {value!r}: {error}") from None
-    faults: list[str] = []
-    back = read_config(layout.kind, conf, config.dialect, sizes_of(config), layers_of(config), faults)
-    if back is not None:
-        faults = [*_differences(config, back), *_differences(config.decoding, back.decoding)]
-    if faults:
-        raise WeightError("\n".join(faults))
-    return conf.SerializeToString(deterministic=True)
+    found: list[str] = []
+    back = read_config(layout.kind, conf, config.dialect, sizes_of(config), layers_of(config), found)
+    faults += found
+    return conf, back
 
 
 def _transformer(conf: Any, dialect: Dialect, sizes: dict[str, Sizes], layers: dict[str, int]) -> dict[str, Any]:

@@ -6,8 +6,6 @@ walked by its descriptor, its repeated floats are only located, and everything s
 
 from __future__ import annotations
 
-import mmap
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -16,40 +14,12 @@ import numpy as np
 from google.protobuf.descriptor import FieldDescriptor
 
 from lightseq_backend.errors import WeightError
+from lightseq_backend.weights.files import MappedFile, aligned_empty
 
 VARINT, FIXED64, BYTES, GROUP, GROUP_END, FIXED32 = range(6)
-ALIGNMENT = 64  # bytes; what vector loads and copies to a device like best
 _CHUNK = 4 << 20  # floats copied before their pages are given back
 _GROUP_DEPTH = 100  # as protobuf's own parsers
 _MOST_PARTS = 4096  # an empty layer takes 2 bytes in a file and far more here
-
-
-class MappedFile:
-    """A file's bytes, mapped: uint8 [n]. WeightError when there is no such file, or nothing in it."""
-
-    def __init__(self, path: str | os.PathLike[str]):
-        try:
-            with open(path, "rb") as file:
-                if os.fstat(file.fileno()).st_size == 0:
-                    raise WeightError("the file is empty")
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise WeightError("there is no such file") from None
-        except OSError as error:
-            raise WeightError(f"the file cannot be read: {error.strerror or error}") from None
-        self.bytes = np.frombuffer(self._map, np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._map)
-
-    def __getitem__(self, index: Any) -> Any:
-        return self._map[index]
-
-    def release(self, start: int, end: int) -> None:
-        """Pages of this range no longer count as this process's memory; the page cache keeps them."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            start -= start % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 class WireField(NamedTuple):
@@ -136,14 +106,6 @@ def copy_floats(file: MappedFile, runs: list[Floats]) -> np.ndarray:
             file.release(start, end)
             at += 4 * count
     return out
-
-
-def aligned_empty(count: int) -> np.ndarray:
-    """float32 [count], uninitialised, at an address that ALIGNMENT divides."""
-    spare = ALIGNMENT // 4
-    raw = np.empty(count + spare, np.float32)
-    first = -raw.ctypes.data % ALIGNMENT // 4
-    return raw[first : first + count]
 
 
 def tag(number: int, wire_type: int) -> bytes:

@@ -1,0 +1,126 @@
+"""The commands `convert` and `compare`: another library's model as a model directory, two models side by side."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lightseq_backend.config import DIALECTS
+from lightseq_backend.errors import ConfigError
+
+if TYPE_CHECKING:
+    from lightseq_backend.export.model import Model
+
+FORMATS = {"safetensors": ".safetensors", "protobuf": ".pb", "hdf5": ".hdf5"}
+
+
+def add_convert_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "source",
+        metavar="SOURCE",
+        type=Path,
+        help="a Hugging Face directory, a fairseq checkpoint (.pt) or its directory, arrays (.npz), or a weight file",
+    )
+    command.add_argument("target", metavar="TARGET", type=Path, help="for example model_repository/NAME; new or empty")
+    command.add_argument("--name", help="the model's name; TARGET's last part by default")
+    command.add_argument("--format", choices=FORMATS, default="safetensors", help="of the weights that are written")
+    command.add_argument(
+        "--forced-id",
+        type=int,
+        metavar="ID",
+        help="the decoder's first token: a multilingual model's target language",
+    )
+    command.add_argument(
+        "--source-language", metavar="LANGUAGE", help="the source's, where a tokenizer of several must be told"
+    )
+    command.add_argument("--ids-only", action="store_true", help="leave the tokenizer out: ids in, ids out")
+    command.add_argument("--no-check", action="store_true", help="do not compare the result with its source")
+    _add_reading(command)
+
+
+def convert(options: argparse.Namespace) -> None:
+    from lightseq_backend import text
+    from lightseq_backend.export import directory, sources
+
+    _check_reading(options)
+    with directory.new_directory(options.target) as partial:
+        model = sources.read(options.source, options.forced_id, options.dialect, options.kind)
+        if options.source_language:
+            model = replace(model, source_language=options.source_language)
+        tokenizer = None if options.ids_only else sources.directory_of(options.source)
+        name = options.name or options.target.resolve().name
+        weights = directory.write(partial, name, model, tokenizer, FORMATS[options.format])
+        for note in model.notes:
+            print(f"not converted: {note}")
+        if tokenizer and not text.files_of(partial):
+            print(f"{tokenizer} has no tokenizer of a known kind: the model takes and gives ids")
+        if not options.no_check:
+            check = _check_original if sources.is_huggingface(options.source) else _check_arrays
+            check(options.source, weights, model)
+    print(f"{options.target} is ready to be served")
+
+
+def add_compare_arguments(command: argparse.ArgumentParser) -> None:
+    for name in ("first", "second"):
+        command.add_argument(name, metavar=name.upper(), type=Path, help="a weight file, or whatever convert takes")
+    command.add_argument(
+        "--tolerance", type=float, default=0.0, help="largest absolute difference that counts as none (default 0)"
+    )
+    _add_reading(command)
+
+
+def compare(options: argparse.Namespace) -> int:
+    """0 where the two are the same within the tolerance, 1 where they are not."""
+    from lightseq_backend.export import comparison, sources
+
+    models = []
+    for path in (options.first, options.second):
+        reading = {"dialect": options.dialect, "kind": options.kind} if sources.is_lightseqs(path) else {}
+        models.append(sources.read(path, **reading))
+    result = comparison.compare(*models)
+    print("\n".join(result.lines(options.tolerance)))
+    return 0 if result.holds(options.tolerance) else 1
+
+
+def _add_reading(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dialect", choices=DIALECTS, default="head", help="the LightSeq release whose reading holds")
+    command.add_argument("--kind", choices=("transformer", "gpt"), help="what LightSeq's file is; found by default")
+
+
+def _check_reading(options: argparse.Namespace) -> None:
+    """ConfigError where --dialect or --kind would be of no use."""
+    from lightseq_backend.export import sources
+
+    if sources.is_lightseqs(options.source):
+        return
+    for name, plain in (("dialect", "head"), ("kind", None)):
+        if getattr(options, name) != plain:
+            raise ConfigError(f"--{name} is for LightSeq's files; {options.source} says itself what it is")
+
+
+def _check_arrays(source: Path, weights: Path, model: Model) -> None:
+    """Reads back what was written; ConfigError where that is not what was read from the source."""
+    from lightseq_backend.export import comparison, sources
+
+    dialect = model.config.dialect.name if sources.is_lightseqs(weights) else "head"
+    written = comparison.compare(model, sources.read(weights, dialect=dialect))
+    if not written.holds():
+        raise ConfigError("\n  ".join(["what was written is not what was read; nothing was kept", *written.lines()]))
+    print(f"read back: all {len(written.arrays)} arrays and all settings are what {source} was read as")
+
+
+def _check_original(source: Path, weights: Path, model: Model) -> None:
+    """Prints how far a converted model is from its original; ConfigError where that is too far."""
+    from lightseq_backend import proof
+    from lightseq_backend.export.original import Original, missing_packages
+
+    missing = missing_packages()
+    if missing:
+        print(f"not compared with the original: {' and '.join(missing)} would have to be installed")
+        return
+    comparison = proof.compare(weights, Original(source, model.config))
+    print("\n".join(comparison.lines()))
+    if not comparison.holds:
+        raise ConfigError("the converted model differs from its original; nothing was kept")

@@ -1,0 +1,75 @@
+"""Whatever `lightseq convert` and `lightseq compare` are given, read into the one description of a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from lightseq_backend import weights
+from lightseq_backend.config import GptConfig
+from lightseq_backend.errors import ConfigError
+from lightseq_backend.export import arrays_file, fairseq, huggingface
+from lightseq_backend.export.model import Model
+from lightseq_backend.weights.layout import KINDS
+
+CHECKPOINT, ARRAYS = ".pt", ".npz"
+
+
+def is_huggingface(source: Path) -> bool:
+    return (source / "config.json").is_file()
+
+
+def is_lightseqs(source: Path) -> bool:
+    """Whether this is one of LightSeq's files, or a model directory with one: those leave open how they are read."""
+    found = [source] if source.is_file() else _weight_files(source)
+    return any(path.suffix in (".pb", ".hdf5") for path in found)
+
+
+def directory_of(source: Path) -> Path:
+    """Where a source's tokenizer may lie."""
+    return source if source.is_dir() else source.parent
+
+
+def read(source: Path, forced_id: int | None = None, dialect: str = "head", kind: str | None = None) -> Model:
+    """The model of a Hugging Face directory, a fairseq checkpoint or a directory with one, arrays in an .npz file, a
+    weight file or a model directory. dialect and kind: of LightSeq's files, as in weights.load.
+
+    ConfigError where it is none of them or asks for what is not supported, WeightError for what is wrong with the file.
+    """
+    if is_huggingface(source):
+        return huggingface.read(source, forced_id)
+    model = _read(source, dialect, kind)
+    if forced_id is None:
+        return model
+    if isinstance(model.config, GptConfig):
+        raise ConfigError(f"{source} is a GPT: nothing is forced there")
+    return replace(model, config=replace(model.config, forced_id=forced_id))
+
+
+def _read(source: Path, dialect: str, kind: str | None) -> Model:
+    if not source.exists():
+        raise ConfigError(f"{source} does not exist")
+    if source.is_dir():
+        if any(source.glob(f"*{CHECKPOINT}")):
+            return fairseq.read(source)
+        found = _weight_files(source)
+        if len(found) == 1:
+            return _read(found[0], dialect, kind)
+        raise ConfigError(
+            f"{source} has neither config.json (Hugging Face) nor a {CHECKPOINT} file (fairseq), and "
+            f"{len(found) or 'none'} of the files that a model directory's weights are called"
+        )
+    if source.suffix == CHECKPOINT:
+        return fairseq.read(source)
+    if source.suffix == ARRAYS:
+        return arrays_file.read(source)
+    if source.suffix in weights.SUFFIXES:
+        return Model(*weights.load_stored(source, dialect, kind), notes=[])
+    known = ", ".join((CHECKPOINT, ARRAYS, *weights.SUFFIXES))
+    raise ConfigError(f"{source} is no source: give a directory or a file that ends in {known}")
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """Those that have the name of a model directory's weights."""
+    named = (directory / f"{kind}{suffix}" for kind in KINDS for suffix in weights.SUFFIXES)
+    return [path for path in named if path.is_file()]

@@ -45,6 +45,8 @@ def add_commands(commands: argparse._SubParsersAction) -> None:
         _add_model(command)
         if name != "score":
             _add_options(command)
+        if name == "translate":
+            command.add_argument("--target-language", metavar="CODE", help="for translators into many languages")
         command.set_defaults(command=_run, task=name)
 
 
@@ -111,6 +113,8 @@ def _answer_lines(options: argparse.Namespace) -> int:
     lines = Lines(options.files)
     targets = Lines([options.targets]) if getattr(options, "targets", None) else None
     changes = {name: value for name in OPTION_TYPES if (value := getattr(options, f"option_{name}", None)) is not None}
+    if getattr(options, "target_language", None):
+        changes["target_language"] = options.target_language
     _check(options, lines, targets, changes)
     if lines.paths == (STDIN,) and sys.stdin.isatty():
         options.window = 1

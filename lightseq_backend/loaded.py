@@ -161,7 +161,8 @@ class Model:
     # From rows to requests, from outputs to answers ------------------------------------------------------------------
 
     def _written(self, rows: Iterable[Any], stream: Stream, changes: dict[str, object]) -> Iterator[Answer | Failure]:
-        options = self._engine.options({"num_hypotheses": 1, **changes})
+        told = text.with_language(changes, self.tokenizer, self.config)
+        options = self._engine.options({"num_hypotheses": 1, **told})
         return self._answered(rows, self._text, GENERATE, options, self._answer, stream)
 
     def _answered(

@@ -7,6 +7,7 @@ import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,20 @@ def test_score_of_what_cannot_be_is_infinite_perplexity() -> None:
     assert Score(0, (3,), (-1e5,)).perplexity == math.inf
     assert (Score(0, (), ()).loss, Score(0, (), ()).perplexity) == (0.0, 1.0)
     assert math.copysign(1, Score(0, (), ()).loss) == 1
+
+
+def test_each_call_may_choose_its_target_language(tmp_path: Path) -> None:
+    config, arrays = small_models.transformer(target_vocabulary=11, source_vocabulary=11, start_id=2, forced_id=7)
+    weights.save(tmp_path / "transformer.safetensors", config, arrays)
+    with lightseq_backend.load(tmp_path, device="cpu") as model:
+        model.tokenizer = SimpleNamespace(language_id={"fr": 8, "de": 7}.get, decode=lambda ids: "")
+        found = {name: next(model.translate([[3, 4, 5]], target_language=name)) for name in ("fr", "de")}
+        own = next(model.translate([[3, 4, 5]]))
+    french, _ = small_models.transformer(target_vocabulary=11, source_vocabulary=11, start_id=2, forced_id=8)
+    (wanted,) = small_models.engine(french, arrays).answer([[3, 4, 5]])
+    assert found["fr"].ids == tuple(wanted.hypotheses[0].tokens.tolist())
+    assert found["fr"].best.score == wanted.hypotheses[0].score
+    assert found["de"].best == own.best != found["fr"].best
 
 
 # Streams ---------------------------------------------------------------------------------------------------------

@@ -318,6 +318,36 @@ def test_target_begins_behind_the_language_that_the_decoder_is_fed(tmp_path: Pat
         load(directory, replace(config_of(94), start_id=2)).encode_target("le chien")
 
 
+@pytest.mark.parametrize(
+    ("kind", "names", "asked"),
+    [
+        ("NllbTokenizer", NAMES, "fra_Latn"),
+        ("MBart50Tokenizer", ["en_XX", "fr_XX"], "fr_XX"),
+        ("M2M100Tokenizer", ["__en__", "__fr__"], "fr"),
+    ],
+)
+def test_target_language_comes_to_the_first_id(
+    tmp_path: Path, pieces: Path, kind: str, names: list[str], asked: str
+) -> None:
+    directory = multilingual(tmp_path, pieces, kind, names, src_lang=names[0])
+    config = replace(config_of(94), start_id=2, forced_id=91)
+    tokenizer = load(directory, config)
+    wanted = {"beam_size": 2, "forced_bos_token_id": 92}
+    assert text.with_language({"beam_size": 2, "target_language": asked}, tokenizer, config) == wanted
+    assert text.with_language({"beam_size": 2}, tokenizer, config) == {"beam_size": 2}
+    for wrong in ("xx", 92, None):
+        with pytest.raises(RequestError, match=f"target_language is {wrong!r}; .* knows no such language"):
+            text.with_language({"target_language": wrong}, tokenizer, config)
+    with pytest.raises(RequestError, match="both say what comes first"):
+        text.with_language({"target_language": asked, "forced_bos_token_id": 3}, tokenizer, config)
+    with pytest.raises(RequestError, match="this model has no tokenizer"):
+        text.with_language({"target_language": asked}, None, config)
+    starts = replace(config, start_id=92, forced_id=None)  # as mBART
+    assert text.with_language({"target_language": asked}, tokenizer, starts) == {}
+    with pytest.raises(RequestError, match="id 91; this model starts with id 92"):
+        text.with_language({"target_language": names[0]}, tokenizer, starts)
+
+
 def config_of(size: int) -> Config:
     return fitting(TRANSLATOR, size, size, 2, 1)
 

@@ -120,7 +120,7 @@ class TritonPythonModel:
     def _options(self, changes: dict[str, object]) -> DecodingOptions:
         if self._wire.form.task == SCORE:
             return self._engine.model.config.decoding
-        return self._engine.options(changes)
+        return self._engine.options(self._texts.with_language(changes))
 
 
 def _engine(settings: Settings) -> Engine:

@@ -9,7 +9,7 @@ import numpy as np
 from lightseq_backend.config import Config
 from lightseq_backend.errors import RequestError
 from lightseq_backend.serving.wire import TARGET_TEXT, TEXT_INPUT, Wire
-from lightseq_backend.text import Tokenizer
+from lightseq_backend.text import Tokenizer, with_language
 from lightseq_backend.text.rows import source_row, target_row
 
 
@@ -34,6 +34,9 @@ class Texts:
     def targets(self, given: np.ndarray) -> list[np.ndarray]:
         """int32 rows of ids for a target_text tensor, as `rows`."""
         return self._rows(given, TARGET_TEXT, target_row)
+
+    def with_language(self, changes: dict[str, object]) -> dict[str, object]:
+        return with_language(changes, self._tokenizer, self._config)
 
     def decode(self, ids: Iterable[int]) -> str:
         assert self._tokenizer is not None

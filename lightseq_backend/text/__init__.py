@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from lightseq_backend.config import Config, TransformerConfig
-from lightseq_backend.errors import ConfigError
+from lightseq_backend.errors import ConfigError, RequestError
 from lightseq_backend.text.huggingface import load_file, load_gpt2
 from lightseq_backend.text.marian import FILES, load_marian
 from lightseq_backend.text.multilingual import MODEL, load_multilingual
 from lightseq_backend.text.tokenizer import Tokenizer as Tokenizer
 from lightseq_backend.text.words import CODES, load_fairseq, load_words
 
+# Options of a request: the language by its name, and what it comes to.
+TARGET_LANGUAGE, FIRST_ID = "target_language", "forced_bos_token_id"
 ROUNDING = 128  # a table of weights may have up to so many rows more than there are tokens, less one
 
 # The first of which a directory holds every file makes its tokenizer.
@@ -62,6 +64,25 @@ def missing_files(directory: Path) -> list[str]:
     parts = [[file for file in files if not any(directory.glob(file))] for files in KINDS]
     begun = [(len(files) - len(missing), missing) for files, missing in zip(KINDS, parts) if len(missing) < len(files)]
     return max(begun, default=(0, []), key=lambda part: part[0])[1]
+
+
+def with_language(changes: dict[str, object], tokenizer: Tokenizer | None, config: Config) -> dict[str, object]:
+    """A request's options with the first id of its target language in place of that language's name."""
+    if TARGET_LANGUAGE not in changes:
+        return changes
+    rest = {name: value for name, value in changes.items() if name != TARGET_LANGUAGE}
+    name = changes[TARGET_LANGUAGE]
+    id_ = tokenizer.language_id(name) if tokenizer is not None and isinstance(name, str) else None
+    if id_ is None:
+        knows = "has no tokenizer" if tokenizer is None else "has a tokenizer that knows no such language"
+        raise RequestError(f"{TARGET_LANGUAGE} is {name!r}; this model {knows}")
+    if FIRST_ID in rest:
+        raise RequestError(f"{TARGET_LANGUAGE} and {FIRST_ID} both say what comes first; a request gives one of them")
+    if isinstance(config, TransformerConfig) and config.forced_id is None and config.start_id != config.end_id:
+        if id_ != config.start_id:  # mBART: the language is where the decoder starts
+            raise RequestError(f"{TARGET_LANGUAGE} is {name!r}, id {id_}; this model starts with id {config.start_id}")
+        return rest
+    return {**rest, FIRST_ID: id_}
 
 
 def _check_fits(tokenizer: Tokenizer, config: Config, what: str) -> None:

@@ -58,6 +58,12 @@ class HuggingFace:
         forced = self._model.forced_id if isinstance(self._model, TransformerConfig) else None
         return ids[1:] if ids[0] == forced else ids  # the decoder is fed it
 
+    def language_id(self, name: str) -> int | None:
+        if self._family is None:
+            return None
+        ids = (self._tokenizer.token_to_id(written) for written in (name, self._family.mark.format(name)))
+        return next((id_ for id_ in ids if id_ is not None), None)
+
     def _complete(self, text: str) -> list[int]:
         found = self._found(text)
         if self._around:

@@ -50,6 +50,9 @@ class Marian:
         check_known(ids, (unknown, known.get(BLANK)), self.target_size)
         return [*ids, known[END]]
 
+    def language_id(self, name: str) -> int | None:
+        return None  # it stands in front of the source, as >>fra<<
+
     def decode(self, ids: Iterable[int]) -> str:
         pieces = [self._pieces.get(id_, NO_TOKEN) for id_ in ids if id_ not in self._hidden]
         # SentencePiece leaves the mark of a blank in pieces that its own model lacks: vocab.json has both sides'.

@@ -104,6 +104,9 @@ class Multilingual:
         check_told(self._model)
         return [*self._found(text), self._ids[END]]
 
+    def language_id(self, name: str) -> int | None:
+        return self._languages.get(name, self._languages.get(self._family.mark.format(name)))
+
     def _found(self, text: str) -> list[int]:
         unknown = self._ids[UNKNOWN]
         ids = [self._ids.get(piece, unknown) for piece in self._pieces.encode(text, out_type=str)]

@@ -32,6 +32,9 @@ class Tokenizer(Protocol):
     def encode_target(self, text: str) -> list[int]:
         """The ids of a translation as the model would write it, its end included; RequestError as for `encode`."""
 
+    def language_id(self, name: str) -> int | None:
+        """The id that says a text is in the language of that name; None where the tokenizer has none."""
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids, without the tokens that only steer a model."""
 

@@ -66,6 +66,9 @@ class Words:
     def encode_target(self, text: str) -> list[int]:
         return [*self._found(text, self._target), self._target.ids[END]]
 
+    def language_id(self, name: str) -> int | None:
+        return None
+
     @staticmethod
     def _found(text: str, vocabulary: Vocabulary) -> list[int]:
         words, ids, unknown = text.split(), vocabulary.ids, vocabulary.ids.get(UNKNOWN)

@@ -17,6 +17,10 @@ class DeadlineExceeded(RuntimeError):
     """The answer was not there at the time the request set for it."""
 
 
+class NotUnderWay(RuntimeError):
+    """There is no request of that id, or it has had its answer."""
+
+
 class WeightError(ValueError):
     """A weight file cannot be used. The message names every fault found, one a line."""
 

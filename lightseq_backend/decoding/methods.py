@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from lightseq_backend.config import TOPK_GREEDY, Config, GptConfig
+from lightseq_backend.config import TOPK_GREEDY, Config, DecodingOptions, GptConfig
 from lightseq_backend.decoding import beam, sampling, standard, stops
 from lightseq_backend.request import Hypothesis, Output, Sequence
 
@@ -61,6 +61,13 @@ def looked_at(sequences: Iterable[Sequence]) -> list[str]:
     return sorted(names)
 
 
+def texts(options: DecodingOptions) -> int:
+    """How many texts `begun` tells of."""
+    if options.searches and options.width > 1 and not _keeps_places(options):
+        return 1
+    return options.hypotheses
+
+
 def begun(sequence: Sequence, records: np.ndarray, lanes: Mapping[str, np.ndarray]) -> list[np.ndarray]:
     """What the answer of a sequence that goes on begins with, whatever comes: int32 [n] a text.
 
@@ -71,9 +78,7 @@ def begun(sequence: Sequence, records: np.ndarray, lanes: Mapping[str, np.ndarra
     rows = list(lanes["history"][:, :generated])
     for row in np.flatnonzero(records["finished"]).tolist():
         rows[row] = rows[row][: int((rows[row] == records["end_id"][row]).argmax()) + 1]
-    if not options.searches or options.width == 1:
-        return rows
-    if options.sampling_method == TOPK_GREEDY and options.length_penalty >= 0:  # each keeps its place
+    if not options.searches or options.width == 1 or _keeps_places(options):
         return rows[: options.hypotheses]
     if options.standard and (records["pool_length"] > 0).any():
         best = int(np.where(records["pool_length"] > 0, records["pool_score"], -np.inf).argmax())
@@ -101,3 +106,8 @@ def finish_early(sequence: Sequence, records: np.ndarray, lanes: Mapping[str, np
     """The answer where every text has a stop or is finished; lanes: of the arrays that `looked_at` names."""
     output = sampling.finish(records, lanes["history"], lanes["details"])  # their scores are stops.cut's affair
     return stops.cut(output, sequence.stops, sequence.request.options)
+
+
+def _keeps_places(options: DecodingOptions) -> bool:
+    """Whether the beams of a search stay what they are after their first token."""
+    return options.sampling_method == TOPK_GREEDY and options.length_penalty >= 0

@@ -424,6 +424,8 @@ class Engine:
         if isinstance(result, Output) and sequence.request.progress is not None:
             note_first_token(sequence)
             result = replace(result, first_token=sequence.first_token)
+            self.counts["first_tokens"] += 1
+            self.counts["first_token_microseconds"] += round((sequence.first_token or 0) * 1e6)
         if isinstance(result, Output):
             self.counts["answered"] += 1
             self.counts["generated_tokens"] += sum(len(one.tokens) for one in result.hypotheses)

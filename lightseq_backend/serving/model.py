@@ -89,9 +89,9 @@ class TritonPythonModel:
         arrived = time.monotonic()
         if not self._engine.alive:
             raise RuntimeError("the engine's thread has ended; the model must be loaded again")
-        patience, stopped = self._wire.control(request.parameters())
-        if stopped is not None:
-            self._stop(stopped, sender)
+        control = self._wire.control(request.parameters())
+        if control.cancel is not None:
+            self._stop(control.cancel, sender)
             return
         rows, from_text = self._given(request, self._wire.input, TEXT_INPUT, self._wire.text_input, self._texts.rows)
         if self._wire.streams and len(rows) > 1:
@@ -107,13 +107,13 @@ class TritonPythonModel:
         ticket = Ticket(sender, rows, self._texts.decode if wants_text else None)
         if self._wire.streams:
             ticket.parts = Parts(self._wire, self._engine.model.config, rows[0], options, ticket.decode)
-        deadline = None if patience is None else arrived + patience
+        deadline = None if control.patience is None else arrived + control.patience
         progress, decode = self._replies.progress(ticket), self._texts.decode if self._texts.written else None
         wanted = [
             Request(row, options, reply, kind, i, target, progress, deadline, decode)
             for i, (row, reply, target) in enumerate(zip(rows, self._replies.expect(ticket), targets))
         ]
-        self._callers.watch(sender, request.request_id(), wanted)
+        self._callers.watch(sender, control.name or request.request_id(), wanted)
         try:
             self._engine.submit(wanted)
         except RequestError as error:

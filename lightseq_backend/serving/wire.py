@@ -34,12 +34,22 @@ DETAILS = "token_log_probabilities"
 Decode = Callable[[Iterable[int]], str]
 
 # Parameters of a request that are about the request, not its text.
-DEADLINE, CANCEL = "deadline_ms", "cancel_request_id"
+CONTROLS = DEADLINE, CANCEL, NAME = "deadline_ms", "cancel_request_id", "request_id"
 LONGEST_DEADLINE = 86_400_000  # milliseconds: a day
 # Those that are Triton's own affair. Neither reach the options.
 TRITON_PARAMETERS = frozenset(
     ["sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output"]
 )
+
+
+@dataclass(frozen=True)
+class Control:
+    """patience: seconds until an answer is of no use; cancel: the id of a request to stop; name: the request's own
+    id, where Triton is not told it."""
+
+    patience: float | None = None
+    cancel: str | None = None
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -142,7 +152,7 @@ class Wire:
         changes = {
             name: value
             for name, value in values.items()
-            if name not in TRITON_PARAMETERS and name not in (DEADLINE, CANCEL) and not name.startswith("triton_")
+            if name not in TRITON_PARAMETERS and name not in CONTROLS and not name.startswith("triton_")
         }
         if self.form.task == SCORE:
             if changes:
@@ -156,17 +166,18 @@ class Wire:
             )
         return changes if self.form.hypotheses == ALL else {"num_hypotheses": 1, **changes}
 
-    def control(self, parameters: str) -> tuple[float | None, str | None]:
-        """Of a request's parameters: its deadline in seconds from now, and the id of the request it wants stopped."""
-        if DEADLINE not in parameters and CANCEL not in parameters:
-            return None, None
+    def control(self, parameters: str) -> Control:
+        """What a request's parameters, as for `changes`, say of the request itself."""
+        if not any(name in parameters for name in CONTROLS):
+            return Control()
         values = json.loads(parameters)
-        deadline, cancel = values.get(DEADLINE), values.get(CANCEL)
+        deadline = values.get(DEADLINE)
         if deadline is not None and (type(deadline) not in (int, float) or not 0 < deadline <= LONGEST_DEADLINE):
             raise RequestError(f"{DEADLINE} is {deadline!r}; it must be over 0 and at most {LONGEST_DEADLINE}")
-        if cancel is not None and (not isinstance(cancel, str) or not cancel):
-            raise RequestError(f"{CANCEL} is {cancel!r}; it must be the id of a request")
-        return None if deadline is None else deadline / 1e3, cancel
+        for name in (CANCEL, NAME):
+            if name in values and not (isinstance(values[name], str) and values[name]):
+                raise RequestError(f"{name} is {values[name]!r}; it must be the id of a request")
+        return Control(None if deadline is None else deadline / 1e3, values.get(CANCEL), values.get(NAME, ""))
 
     def answer(
         self, rows: Sequence[np.ndarray], outputs: Sequence[Output], config: Config, decode: Decode | None = None

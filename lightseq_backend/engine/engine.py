@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lightseq_backend.config import DecodingLimits, DecodingOptions, EngineConfig, GptConfig
-from lightseq_backend.decoding import methods, standard
+from lightseq_backend.decoding import methods
 from lightseq_backend.decoding.stops import Stops
 from lightseq_backend.engine import scoring
 from lightseq_backend.engine.buffers import allocate, candidates
@@ -23,11 +23,10 @@ from lightseq_backend.engine.departures import Departures
 from lightseq_backend.engine.follow import Look, follow, note_first_token
 from lightseq_backend.engine.graphs import SEARCHING, Passes, Steps, mix_of
 from lightseq_backend.engine.scheduler import Scheduler
+from lightseq_backend.engine.uploads import Uploads
 from lightseq_backend.errors import ConfigError, Overloaded, RequestError
 from lightseq_backend.models.gpt import Gpt
-from lightseq_backend.models.pack import Pack
 from lightseq_backend.models.transformer import Transformer
-from lightseq_backend.ops.slots import SLOT
 from lightseq_backend.request import GENERATE, SCORE, Output, Request, Sequence
 
 log = logging.getLogger(__name__)
@@ -56,10 +55,10 @@ class Engine:
             ops.get(getattr(state, kept))
         for largest in (state.slots, state.history, state.details, state.pool, self._buffers.scored):
             ops.fetch(largest)()
+        self._uploads = Uploads(model.config, self._buffers, self._passes, self._steps, config.slots, ops)
         self._scheduler = Scheduler(config)
         self._admitted: dict[int, Sequence] = {}  # by id(): everything taken from the queue and not yet answered
         self._active: list[Sequence] = []  # those of them that decode
-        self._nobody = config.slots  # the lane padding rows work on
         self._departures = Departures()
         # Of bursts under way: who took part, their records, and what is looked at of those who are followed.
         self._reports: deque[tuple[list[Sequence], Callable[[], np.ndarray], Look]] = deque()
@@ -255,8 +254,8 @@ class Engine:
         held_back = int(isinstance(self.model.config, GptConfig))
         self._read(sequences, [one.tokens[: len(one.tokens) - held_back] for one in sequences])
         self._feed_prefixes(sequences)
-        self._write_records(sequences, lambda one: methods.begin(one, self.model.config))
-        self._write_rules([one for one in sequences if one.request.options.ruled])
+        self._uploads.records(sequences, lambda one: methods.begin(one, self.model.config))
+        self._uploads.rules([one for one in sequences if one.request.options.ruled])
         self._active.extend(sequences)
         self._write_rows()
 
@@ -273,17 +272,8 @@ class Engine:
             return
         sequences, texts = [one for one, _ in kept], [text for _, text in kept]
         positions = [one.positions[: len(text)] for one, text in kept]
-        self._passes.prefill(self._upload(sequences, texts, positions))
+        self._passes.prefill(self._uploads.pack(sequences, texts, positions))
         self.counts["prompt_tokens"] += sum(map(len, texts))
-
-    def _upload(self, sequences: list[Sequence], texts: list[np.ndarray], positions: list[np.ndarray]) -> int:
-        """Brings a text of each sequence, none empty, to the device as a pack; returns the pack's rows."""
-        size = self._passes.size(sum(map(len, texts)))
-        memory = np.empty(Pack.elements(size), np.int32)
-        lanes = [one.slots[0] if one.slots else self._nobody for one in sequences]
-        Pack.of(memory, size).lay(texts, positions, lanes, self._nobody, self.model.config.padding_id)
-        self._ops.put(self._buffers.prompt[: memory.size], memory)
-        return size
 
     def _feed_prefixes(self, sequences: list[Sequence]) -> None:
         """The start token and what is to follow it: steps that keep keys and values, and choose nothing."""
@@ -299,53 +289,12 @@ class Engine:
                 return records
 
             longer = [one for one in sequences if len(fed[id(one)]) > step + 1]
-            self._write_records(longer, records_of)
-            self._steps.run(self._put_rows(longer), SEARCHING)
-
-    def _write_rules(self, sequences: list[Sequence]) -> None:
-        """What changes the scores of the sequences' rows."""
-        state = self._buffers.state
-        for sequence in sequences:
-            lead = sequence.slots[0]
-            rules, listed, context = standard.rules(sequence, self.model.config)
-            self._ops.put(state.rules[lead : lead + 1], rules)
-            self._ops.put(state.listed[lead], listed)
-            self._ops.put(state.contexts[lead, : len(context)], context)
-
-    def _write_records(self, sequences: list[Sequence], records_of: Callable[[Sequence], np.ndarray]) -> None:
-        """The records of the sequences' slots and, of prompts, in whose lane their past is; a transfer of each for
-        every run of neighbouring slots."""
-        slots = np.array([slot for sequence in sequences for slot in sequence.slots])
-        leads = np.repeat([one.slots[0] for one in sequences], [len(one.slots) for one in sequences])
-        records = np.zeros(len(slots), SLOT)  # concatenate takes long over fields
-        filled = 0
-        for sequence in sequences:
-            own = records_of(sequence)
-            records[filled : filled + len(own)] = own
-            filled += len(own)
-        order = np.argsort(slots)
-        slots, leads, records = slots[order], leads[order], records[order]
-        state, ancestors = self._buffers.state, self._buffers.cache.ancestors
-        starts = np.flatnonzero(np.diff(slots, prepend=-2) > 1).tolist()
-        for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
-            run = slice(slots[start], slots[end - 1] + 1)
-            self._ops.put(state.slots[run], records[start:end])
-            if isinstance(self.model.config, GptConfig):  # all columns: steps write theirs before it is read
-                past = np.repeat(leads[start:end, None], ancestors.shape[1], axis=1)
-                self._ops.put(ancestors[run], past.astype(np.int32))
+            self._uploads.records(longer, records_of)
+            self._steps.run(self._uploads.rows(longer), SEARCHING)
 
     def _write_rows(self) -> None:
         """Tells the device which slots the next steps work on."""
-        self._rows = self._put_rows(self._active)
-
-    def _put_rows(self, sequences: list[Sequence]) -> int:
-        """Brings the slots of sequences to the device; rows of nobody fill the bucket, whose size is returned."""
-        slots = [slot for sequence in sequences for slot in sequence.slots]
-        count = self._steps.bucket(len(slots)) if slots else 0
-        rows = np.full(count, self._nobody, np.int32)
-        rows[: len(slots)] = slots
-        self._ops.put(self._buffers.state.rows[:count], rows)
-        return count
+        self._rows = self._uploads.rows(self._active)
 
     def _burst(self) -> None:
         """Queues a burst of steps, then looks at how an earlier one ended while the device works on this one."""
@@ -404,9 +353,9 @@ class Engine:
             return
         if not isinstance(self.model.config, GptConfig):
             self._read(sequences, [one.tokens for one in sequences])
-            self._write_records(sequences, scoring.record)
+            self._uploads.records(sequences, scoring.record)
         texts = [one.scored for one in sequences]
-        self._passes.score(self._upload(sequences, texts, [np.arange(len(text)) for text in texts]))
+        self._passes.score(self._uploads.pack(sequences, texts, [np.arange(len(text)) for text in texts]))
         scored = self._ops.fetch(self._buffers.scored[: sum(map(len, texts))])()
         for sequence, output in zip(sequences, scoring.outputs(sequences, scored), strict=True):
             self.counts["scored_tokens"] += len(sequence.scored) - sequence.given
@@ -424,8 +373,6 @@ class Engine:
         if isinstance(result, Output) and sequence.request.progress is not None:
             note_first_token(sequence)
             result = replace(result, first_token=sequence.first_token)
-            self.counts["first_tokens"] += 1
-            self.counts["first_token_microseconds"] += round((sequence.first_token or 0) * 1e6)
         if isinstance(result, Output):
             self.counts["answered"] += 1
             self.counts["generated_tokens"] += sum(len(one.tokens) for one in result.hypotheses)

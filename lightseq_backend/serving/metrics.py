@@ -23,8 +23,6 @@ COUNTERS = {
     "lightseq_generated_tokens_total": "Tokens of the hypotheses that were returned",
     "lightseq_scored_tokens_total": "Tokens of texts that were scored",
     "lightseq_steps_total": "Decode steps",
-    "lightseq_first_tokens_total": "Streams that have had a first token",
-    "lightseq_first_token_microseconds_total": "Time from a stream's request to its first token",
 }
 REQUESTS = ("lightseq_requests_total", "Requests by outcome")
 

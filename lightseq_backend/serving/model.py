@@ -18,6 +18,7 @@ from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.request import SCORE, Request, Sequence
 from lightseq_backend.serving.callers import Callers
+from lightseq_backend.serving.control import read_control
 from lightseq_backend.serving.metrics import Metrics
 from lightseq_backend.serving.parts import Parts
 from lightseq_backend.serving.replies import Replies, Ticket
@@ -89,7 +90,7 @@ class TritonPythonModel:
         arrived = time.monotonic()
         if not self._engine.alive:
             raise RuntimeError("the engine's thread has ended; the model must be loaded again")
-        control = self._wire.control(request.parameters())
+        control = read_control(request.parameters())
         if control.cancel is not None:
             self._stop(control.cancel, sender)
             return

@@ -12,6 +12,7 @@ import numpy as np
 from lightseq_backend.config import Config, GptConfig
 from lightseq_backend.errors import RequestError
 from lightseq_backend.request import GENERATE, SCORE, Hypothesis, Output
+from lightseq_backend.serving.control import CONTROLS
 
 TRANSFORMER, GPT = "transformer", "gpt"  # the kinds of weight files, as weights.load calls them
 ALL, BEST, SOME = "all", "best", "some"
@@ -33,23 +34,10 @@ FINAL, FIRST_TOKEN = "final", "first_token_ms"
 DETAILS = "token_log_probabilities"
 Decode = Callable[[Iterable[int]], str]
 
-# Parameters of a request that are about the request, not its text.
-CONTROLS = DEADLINE, CANCEL, NAME = "deadline_ms", "cancel_request_id", "request_id"
-LONGEST_DEADLINE = 86_400_000  # milliseconds: a day
-# Those that are Triton's own affair. Neither reach the options.
+# Parameters of a request that are Triton's own affair: they never reach the options.
 TRITON_PARAMETERS = frozenset(
     ["sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output"]
 )
-
-
-@dataclass(frozen=True)
-class Control:
-    """patience: seconds until an answer is of no use; cancel: the id of a request to stop; name: the request's own
-    id, where Triton is not told it."""
-
-    patience: float | None = None
-    cancel: str | None = None
-    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -165,19 +153,6 @@ class Wire:
                 f"num_hypotheses is {changes['num_hypotheses']!r}; this model's output {self.form.ids} holds 1"
             )
         return changes if self.form.hypotheses == ALL else {"num_hypotheses": 1, **changes}
-
-    def control(self, parameters: str) -> Control:
-        """What a request's parameters, as for `changes`, say of the request itself."""
-        if not any(name in parameters for name in CONTROLS):
-            return Control()
-        values = json.loads(parameters)
-        deadline = values.get(DEADLINE)
-        if deadline is not None and (type(deadline) not in (int, float) or not 0 < deadline <= LONGEST_DEADLINE):
-            raise RequestError(f"{DEADLINE} is {deadline!r}; it must be over 0 and at most {LONGEST_DEADLINE}")
-        for name in (CANCEL, NAME):
-            if name in values and not (isinstance(values[name], str) and values[name]):
-                raise RequestError(f"{name} is {values[name]!r}; it must be the id of a request")
-        return Control(None if deadline is None else deadline / 1e3, values.get(CANCEL), values.get(NAME, ""))
 
     def answer(
         self, rows: Sequence[np.ndarray], outputs: Sequence[Output], config: Config, decode: Decode | None = None

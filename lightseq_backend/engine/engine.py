@@ -349,9 +349,12 @@ class Engine:
         first, last, state = min(slots), max(slots), self._buffers.state
         kept = {name: self._ops.get(getattr(state, name)[first : last + 1]) for name in methods.kept(done)}
         for sequence in done:
-            own = np.array(sequence.slots)
-            lanes = {name: array[own - first] for name, array in kept.items()}
-            self._retire(sequence, methods.finish(sequence, records[own], lanes))
+            lead, width = sequence.slots[0], len(sequence.slots)
+            own: Any = slice(lead - first, lead - first + width)
+            if sequence.slots[-1] - lead != width - 1:  # slots ascend
+                own = np.array(sequence.slots) - first
+            lanes = {name: array[own] for name, array in kept.items()}
+            self._retire(sequence, methods.finish(sequence, records[first : last + 1][own], lanes))
 
     def _score(self, sequences: list[Sequence]) -> None:
         """Log-probabilities of what all sequences were given, in one pass behind that over their sources."""

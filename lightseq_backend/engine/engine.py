@@ -319,10 +319,10 @@ class Engine:
 
     def _burst(self) -> None:
         """Queues a burst of steps, then looks at how an earlier one ended while the device works on this one."""
-        mix = mix_of(one.request.options for one in self._active)
         # Nobody takes more steps than its limit: none is queued that no sequence can use.
         steps = min(self.config.burst, max(one.limit - one.queued for one in self._active))
         if steps > 0:
+            mix = mix_of((one.request.options, standard.rules_act(one, steps)) for one in self._active)
             for _ in range(steps):
                 self._steps.run(self._rows, mix)
             for one in self._active:

@@ -64,7 +64,12 @@ def test_step_is_the_same_ten_thousand_times(kind: str, precision: str, rows: in
 def decoding(kind: str, device: Any, rows: int) -> Engine:
     """In the middle of texts that fill all rows; wide enough that a kernel has more blocks than one or two."""
     sizes = {"hidden": 512, "heads": 8, "inner": 2048, "max_positions": 64}
-    vocabularies: dict[str, Any] = {"source_vocabulary": 600, "target_vocabulary": 601, "end_bias": -100.0}
+    vocabularies: dict[str, Any] = {
+        "source_vocabulary": 600,
+        "target_vocabulary": 601,
+        "end_bias": -100.0,
+        "extra_decode_length": 50,
+    }
     if kind == "gpt":
         vocabularies = {"vocabulary": 601, "padding_id": 601}
     config, arrays = getattr(small_models, kind)(4, **sizes, **vocabularies)

@@ -11,6 +11,7 @@ from lightseq_client.errors import (
     ServerUnreachable,
     VocabularyError,
 )
+from lightseq_client.stream import Part
 from lightseq_client.vocabulary import Ids, ServerText, Vocabulary, Words
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "Ids",
     "ModelError",
     "ModelState",
+    "Part",
     "RequestFailed",
     "RequestTimeout",
     "RowError",

@@ -10,12 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, TextIO
+from uuid import uuid4
 
 from lightseq_client.answers import GENERATE, SCORE, TRANSLATE, Answer, Failure
-from lightseq_client.client import DEFAULT_MODELS, DEFAULT_URLS, Client, checked_url
-from lightseq_client.errors import ModelError, ServerUnreachable, VocabularyError
+from lightseq_client.client import DEFAULT_MODELS, DEFAULT_STREAMS, DEFAULT_URLS, Client, checked_url
+from lightseq_client.errors import ModelError, RequestFailed, RowError, ServerUnreachable, VocabularyError
 from lightseq_client.lines import Lines
-from lightseq_client.output import Json, Plain, Summary
+from lightseq_client.output import Json, JsonStream, Plain, PlainStream, Summary
 from lightseq_client.vocabulary import Codec, Ids, ServerText, Words
 
 HEALTH = "health"
@@ -71,6 +72,10 @@ _OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
     "forced_eos_token_id": (int, "the last token where the limit cuts"),
     "token_log_probabilities": (str, "true: with --json, what every token is worth"),
     "decoder_prefix": (str, "ids that a translation begins with"),
+    "stop": (str, 'what the text ends before: a text, or a list, ["a", [3, 4]]'),
+    "include_stop": (str, "true: it ends behind that"),
+    "end_ids": (str, "ids that end it as the model's own end id does, [3, 4]"),
+    "deadline_ms": (float, "milliseconds after which no answer is wanted"),
 }
 
 
@@ -84,6 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = _parser().parse_args(argv)
     except SystemExit as stop:  # argparse has printed help or what was wrong
         return int(stop.code or 0)
+    if arguments.command != HEALTH and arguments.model is None:
+        names = DEFAULT_STREAMS if getattr(arguments, "stream", False) else DEFAULT_MODELS
+        arguments.model = names[arguments.command]
     try:
         with ExitStack() as opened:
             return _health(arguments, opened) if arguments.command == HEALTH else _task(arguments, opened)
@@ -102,6 +110,8 @@ def _task(arguments: argparse.Namespace, opened: ExitStack) -> int:
     task = arguments.command
     rows, ready, total = _rows(arguments)
     client = _client(arguments, opened)
+    if getattr(arguments, "stream", False):
+        return _stream(arguments, opened, client, rows)
     codec = _codec(arguments, client)
     items = client.answers(
         task,
@@ -131,6 +141,31 @@ def _task(arguments: argparse.Namespace, opened: ExitStack) -> int:
         if not arguments.quiet:
             _tell(summary.text(time.perf_counter() - started))
     return SOME_FAILED if summary.failures else ALL_GOOD
+
+
+def _stream(arguments: argparse.Namespace, opened: ExitStack, client: Client, rows: Iterable[str]) -> int:
+    """Row after row, each as it comes: the first text's parts on one line, or a JSON object a part."""
+    options = {name: getattr(arguments, name) for name in _OPTIONS}
+    codec = _codec(arguments, client)
+    file = _output(arguments.output, opened)
+    writer = JsonStream(file) if arguments.json else PlainStream(file)
+    failed = 0
+    for number, row in enumerate(rows, 1):
+        try:
+            with closing(
+                client.stream(
+                    arguments.command, row, model=arguments.model, codec=codec, request_id=uuid4().hex, **options
+                )
+            ) as parts:
+                for part in parts:
+                    writer.part(number, part)
+                    if part.first_token_ms is not None and not arguments.quiet:
+                        _tell(f"line {number}: first token {part.first_token_ms:.1f} ms, {part.seconds:.3f} s")
+        except (RequestFailed, RowError) as error:
+            failed += 1
+            writer.failure(number)
+            _tell(f"lightseq-client: line {number}: {error}")
+    return SOME_FAILED if failed else ALL_GOOD
 
 
 def _health(arguments: argparse.Namespace, opened: ExitStack) -> int:
@@ -261,7 +296,7 @@ def _add_health(command: argparse.ArgumentParser) -> None:
 
 def _add_task(command: argparse.ArgumentParser, task: str) -> None:
     command.add_argument("rows", nargs="*", metavar="ROW", help="a row; without any, standard input")
-    command.add_argument("--model", default=DEFAULT_MODELS[task], metavar="NAME", help="(default: %(default)s)")
+    command.add_argument("--model", metavar="NAME", help=f"(default: {DEFAULT_MODELS[task]})")
     command.add_argument("--text", action="store_true", help="rows and answers are text, not ids")
     command.add_argument(
         "--vocabulary",
@@ -277,6 +312,7 @@ def _add_task(command: argparse.ArgumentParser, task: str) -> None:
     command.add_argument("--quiet", action="store_true", help="no timing summary")
     if task == SCORE:
         return
+    command.add_argument("--stream", action="store_true", help=f"as it comes, row by row, from {DEFAULT_STREAMS[task]}")
     command.add_argument("--all", action="store_true", help="all hypotheses: row, rank, score, text, tab-separated")
     command.add_argument("--end-id", type=int, metavar="ID", help="cut hypotheses behind the first of it")
     options = command.add_argument_group("decoding options (default: what the model's file says)")

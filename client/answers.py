@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ INTEGER_TYPES: dict[str, type[np.signedinteger[Any]]] = {"INT32": np.int32, "INT
 RowLike = Sequence[int] | str
 FLOAT_TYPES = ("FP16", "FP32", "FP64")
 TEXT_INPUT, TEXT_OUTPUT = "text_input", "text_output"  # Triton's own clients for text call them so
+FINAL, FIRST_TOKEN = "final", "first_token_ms"  # outputs of a model that streams
 DETAILS = "token_log_probabilities"  # an option, and the output that its answer is in
 LOG_PROBABILITY = "log_probability"
 
@@ -90,6 +92,7 @@ class Signature:
     """The tensors of one model: `ids` and `scores` are output names, None where there is no such output.
 
     reads_text, writes_text  there is an input text_input, an output text_output
+    streams  it answers in parts, and not in one piece
     """
 
     input: str
@@ -98,6 +101,10 @@ class Signature:
     scores: str | None
     reads_text: bool = False
     writes_text: bool = False
+    streams: bool = False
+
+    def takes_text(self, task: str) -> bool:
+        return self.reads_text and (self.writes_text or task == SCORE)
 
     def given(self, rows: np.ndarray) -> tuple[str, str]:
         """Name and data type of the input that takes these rows: of ids, or of text where they are objects."""
@@ -126,6 +133,21 @@ class Call:
         return isinstance(self.codec, ServerText)
 
 
+def call_of(task: str, model: str, tensors: Signature, codec: Codec, options: Mapping[str, Any], streams: bool) -> Call:
+    """What requests share that ask a model with these options; ModelError where it does not answer in that way."""
+    if tensors.streams != streams:
+        raise ModelError(f"model {model} {'answers in parts: stream it' if tensors.streams else 'does not stream'}")
+    if isinstance(codec, ServerText) and not tensors.takes_text(task):
+        raise ModelError(f"model {model} cannot {task} text: it has no text_input, or no text_output for the answer")
+    pads = isinstance(codec, ServerText) or (codec.padding_id is not None and task != GENERATE)
+    parameters = {  # a parameter holds no list: its JSON travels
+        option: json.dumps(value) if isinstance(value, list | tuple) else value
+        for option, value in options.items()
+        if value is not None
+    }
+    return Call(task, model, tensors, codec, pads, parameters)
+
+
 def signature(task: str, model: str, metadata: Mapping[str, Any]) -> Signature:
     """Read from the model's metadata which tensor is what, by data type: names are the model's own affair.
 
@@ -137,7 +159,7 @@ def signature(task: str, model: str, metadata: Mapping[str, Any]) -> Signature:
     scores = [
         tensor["name"]
         for tensor in metadata["outputs"]
-        if tensor["datatype"] in FLOAT_TYPES and tensor["name"] != DETAILS
+        if tensor["datatype"] in FLOAT_TYPES and tensor["name"] not in (DETAILS, FIRST_TOKEN)
     ]
     wants_ids = task != SCORE
     if len(inputs) != 1 or len(ids) != wants_ids or (len(scores) > 1 if wants_ids else len(scores) != 1):
@@ -158,6 +180,7 @@ def signature(task: str, model: str, metadata: Mapping[str, Any]) -> Signature:
         next(iter(scores), None),
         TEXT_INPUT in texts,
         TEXT_OUTPUT in texts,
+        FINAL in {tensor["name"] for tensor in metadata["outputs"]},
     )
 
 

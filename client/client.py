@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import random
 import threading
 import time
@@ -26,6 +25,7 @@ from lightseq_client.answers import (
     RowLike,
     Signature,
     answers_of,
+    call_of,
     encoded,
     grouped,
     matrix,
@@ -41,10 +41,12 @@ from lightseq_client.errors import (
     ServerUnreachable,
 )
 from lightseq_client.protocols import CONTROL_TIMEOUT, Grpc, Http
-from lightseq_client.vocabulary import Codec, Ids, ServerText
+from lightseq_client.stream import Part, parts
+from lightseq_client.vocabulary import Codec, Ids
 
 DEFAULT_URLS = {"grpc": "localhost:8001", "http": "localhost:8000"}
 DEFAULT_MODELS = {TRANSLATE: "transformer", GENERATE: "gpt", SCORE: "gptlm"}
+DEFAULT_STREAMS = {TRANSLATE: "transformer_stream", GENERATE: "gpt_stream"}
 FIRST_PAUSE = 0.05  # seconds before the second attempt; doubles with each
 LONGEST_PAUSE = 2.0
 ROWS_AHEAD = 4  # requests prepared per request under way: a slow one must not stop those behind it
@@ -186,19 +188,32 @@ class Client:
         """
         if rows_per_request < 1:
             raise ValueError(f"rows_per_request is {rows_per_request}; it must be at least 1")
-        codec = Ids() if codec is None else codec
         name = DEFAULT_MODELS[task] if model is None else model
-        tensors = self._signature(task, name)
-        if isinstance(codec, ServerText) and not self.takes_text(task, name):
-            raise ModelError(f"model {name} cannot {task} text: it has no text_input, or no text_output for the answer")
-        pads = isinstance(codec, ServerText) or (codec.padding_id is not None and task != GENERATE)
-        parameters = {  # a parameter holds no list: its JSON travels
-            option: json.dumps(value) if isinstance(value, list | tuple) else value
-            for option, value in options.items()
-            if value is not None
-        }
-        call = Call(task, name, tensors, codec, pads, parameters)
+        call = call_of(task, name, self._signature(task, name), codec or Ids(), options, streams=False)
         return self._flow(call, enumerate(rows, 1), rows_per_request, ready)
+
+    def stream(
+        self,
+        task: str,
+        row: RowLike,
+        *,
+        model: str | None = None,
+        codec: Codec | None = None,
+        request_id: str = "",
+        **options: Any,
+    ) -> Generator[Part, None, None]:
+        """The answer to one row in parts, as they come; the last one holds the whole answer.
+
+        Closed early, or dropped, it has the server stop; over HTTP only where there is a request_id, which should be
+        hard to guess. The time limit is that between two parts. Other parameters are those of `answers`; nothing is
+        tried again.
+        """
+        name = DEFAULT_STREAMS[task] if model is None else model
+        call = call_of(task, name, self._signature(task, name), codec or Ids(), options, streams=True)
+        rows, failures = encoded(call, [(1, row)])
+        for failure in failures:
+            raise failure.error
+        return parts(self.url, self.protocol, call, rows[0], request_id, self.timeout)
 
     def health(self, models: Sequence[str] = ()) -> Health:
         """The server's state and that of the models named, or of all of its models.
@@ -210,8 +225,7 @@ class Client:
 
     def takes_text(self, task: str, model: str) -> bool:
         """Whether the server tokenises for the model: the codec ServerText needs that."""
-        tensors = self._signature(task, model)
-        return tensors.reads_text and (tensors.writes_text or task == SCORE)
+        return self._signature(task, model).takes_text(task)
 
     def weights(self, model: str) -> str:
         """Where the model's configuration says its weights are, seen from the model's directory; "" if nowhere."""

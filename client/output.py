@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 from lightseq_client.answers import GENERATE, Answer, Failure, Hypothesis
 from lightseq_client.client import Health
+from lightseq_client.stream import Part
 
 
 class Plain:
@@ -88,6 +89,42 @@ class Json:
 
     def _object(self, fields: dict[str, Any]) -> None:
         print(json.dumps(fields, ensure_ascii=False, allow_nan=False), file=self._file, flush=True)
+
+
+class PlainStream:
+    """A line a row, its first text as it comes; a row that fails may have begun one."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def part(self, number: int, part: Part) -> None:
+        text = part.texts[0] if part.answer is None else "\n"
+        print(text, end="", file=self._file, flush=True)
+
+    def failure(self, number: int) -> None:
+        print(file=self._file, flush=True)
+
+
+class JsonStream:
+    """An object a part: ids and texts that are new. The last one of a row has the hypotheses instead."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+
+    def part(self, number: int, part: Part) -> None:
+        fields: dict[str, Any] = {"line": number, "seconds": round(part.seconds, 6)}
+        if part.answer is None:
+            fields |= {"ids": part.ids, "texts": part.texts}
+        else:
+            found = part.answer.hypotheses
+            fields |= {
+                "hypotheses": [{"ids": one.ids, "score": _finite(one.score), "text": one.text} for one in found],
+                "first_token_ms": part.first_token_ms,
+            }
+        print(json.dumps(fields, ensure_ascii=False, allow_nan=False), file=self._file, flush=True)
+
+    def failure(self, number: int) -> None:
+        """Standard error tells of it."""
 
 
 class Summary:

@@ -19,7 +19,7 @@ from lightseq_client.errors import INTERNAL, INVALID_ARGUMENT, UNAVAILABLE, Requ
 
 CONTROL_TIMEOUT = 5.0  # seconds for a question about health or metadata
 Outputs = dict[str, np.ndarray]
-_HTTP_STATUS = {
+HTTP_STATUS = {
     "400": INVALID_ARGUMENT,
     "403": "PERMISSION_DENIED",
     "404": "NOT_FOUND",
@@ -148,7 +148,7 @@ async def _plain_failures() -> AsyncIterator[None]:
         yield
     except InferenceServerException as error:
         code = (error.status() or INTERNAL).removeprefix("StatusCode.")
-        raise RequestFailed(_HTTP_STATUS.get(code, code), error.message() or "no reason given") from None
+        raise RequestFailed(HTTP_STATUS.get(code, code), error.message() or "no reason given") from None
     except OSError as error:  # aiohttp's connection errors among them
         raise RequestFailed(UNAVAILABLE, str(error) or type(error).__name__) from None
     except Exception as error:

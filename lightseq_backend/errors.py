@@ -9,6 +9,18 @@ class Overloaded(RuntimeError):
     """No room now, because the queue is full or the engine is stopping: come again later."""
 
 
+class Cancelled(RuntimeError):
+    """Whoever asked wants no answer any more."""
+
+
+class DeadlineExceeded(RuntimeError):
+    """The answer was not there at the time the request set for it."""
+
+
+class NotUnderWay(RuntimeError):
+    """There is no request of that id, or it has had its answer."""
+
+
 class WeightError(ValueError):
     """A weight file cannot be used. The message names every fault found, one a line."""
 

@@ -25,6 +25,7 @@ METHODS = SEARCH_METHODS + SAMPLING_METHODS
 
 NEVER = "never"  # of early_stopping, beside true and false
 MAX_SEED = 2**63 - 1  # what a Triton request parameter can carry
+MOST_STOPS, MOST_STOP = 64, 256  # stop words of a request, ids or characters of one: the host looks for each
 LISTED = 1024  # numbers that the lists of one request's rules may take in device memory
 
 Ids = tuple[int, ...]
@@ -40,6 +41,9 @@ class DecodingOptions:
     Options under the names of Hugging Face's generate mean what they mean there. min_length and max_length count what
     a decoder is fed (the start token, a prefix) or a GPT's prompt. The rules, min_length and what follows, change the
     scores of a row before anything is chosen. Where both are given, min_new_tokens and max_new_tokens count.
+
+    A text ends before the first of `stop` (words of ids or of text; behind it with include_stop), and with the first
+    of end_ids, as it does with the model's own end id.
     """
 
     sampling_method: str = BEAM_SEARCH
@@ -65,6 +69,19 @@ class DecodingOptions:
     begin_suppress_tokens: Ids = ()
     bad_words_ids: tuple[Ids, ...] = ()
     forced_eos_token_id: int | None = None
+    stop: tuple[Ids | str, ...] = ()
+    include_stop: bool = False
+    end_ids: Ids = ()
+
+    @property
+    def stops(self) -> bool:
+        """Whether anything but the model's own end id ends a text."""
+        return bool(self.stop or self.end_ids)
+
+    @property
+    def detailed(self) -> bool:
+        """Whether the log-probability of every token is kept: where a text is cut, its score is their sum."""
+        return self.token_log_probabilities or self.stops
 
     @cached_property
     def searches(self) -> bool:
@@ -164,6 +181,9 @@ OPTION_TYPES: dict[str, type] = {
     "begin_suppress_tokens": list,
     "bad_words_ids": list,
     "forced_eos_token_id": int,
+    "stop": list,
+    "include_stop": bool,
+    "end_ids": list,
 }
 NO_RULES: dict[str, Any] = {
     "min_length": 0,
@@ -192,6 +212,8 @@ def _of_another_method(before: str, method: str) -> dict[str, Any]:
         forgotten["early_stopping"] = False
     if method in _LIGHTSEQ_SEARCHES:
         forgotten |= NO_RULES
+    if method not in (GREEDY, *SAMPLING_METHODS):
+        forgotten |= {"stop": (), "include_stop": False, "end_ids": ()}
     if (method == STANDARD_BEAM) != (before == STANDARD_BEAM):  # a length penalty means something else there
         forgotten["length_penalty"] = 1.0 if method == STANDARD_BEAM else DecodingOptions.length_penalty
     return forgotten
@@ -228,6 +250,8 @@ def _listed(name: str, value: object) -> object:
         return tuple(part)
 
     try:
+        if name == "stop":
+            return _stop_words(given if isinstance(given, list) else value)
         if name != "bad_words_ids":
             return ids(given)
         if isinstance(given, list | tuple):
@@ -235,6 +259,22 @@ def _listed(name: str, value: object) -> object:
         raise TypeError
     except TypeError:
         raise RequestError(f"{name} is {value!r}; it takes a value of type list") from None
+
+
+def _stop_words(given: object) -> tuple[Ids | str, ...]:
+    """One text, or a list of texts, of words of ids and of single ids; TypeError for anything else."""
+    words = [given] if isinstance(given, str) else given
+    if not isinstance(words, list | tuple):
+        raise TypeError
+    found: list[Ids | str] = []
+    for word in words:
+        ids = [word] if type(word) is int else word
+        if not isinstance(ids, str | list | tuple) or (
+            not isinstance(ids, str) and any(type(id_) is not int for id_ in ids)
+        ):
+            raise TypeError
+        found.append(ids if isinstance(ids, str) else tuple(ids))
+    return tuple(found)
 
 
 def _range_faults(options: DecodingOptions, given: set[str], limits: DecodingLimits) -> list[str]:
@@ -266,14 +306,17 @@ def _range_faults(options: DecodingOptions, given: set[str], limits: DecodingLim
     for name in ("min_length", "min_new_tokens", "no_repeat_ngram_size"):
         check(name, 0 <= getattr(options, name) < 1 << 31, f"from 0 to {(1 << 31) - 1}")
     check("repetition_penalty", 0.01 <= options.repetition_penalty <= 100, "from 0.01 to 100")
+    faults += _stop_faults(options)
     return faults + _id_faults(options, limits.vocabulary)
 
 
 def _id_faults(options: DecodingOptions, vocabulary: int) -> list[str]:
     """One sentence an option that has an id which is none, and one where the lists are too long."""
     named: dict[str, Ids] = {
-        name: getattr(options, name) for name in ("decoder_prefix", "suppress_tokens", "begin_suppress_tokens")
+        name: getattr(options, name)
+        for name in ("decoder_prefix", "suppress_tokens", "begin_suppress_tokens", "end_ids")
     }
+    named["stop"] = tuple(id_ for word in options.stop if not isinstance(word, str) for id_ in word)
     named["bad_words_ids"] = tuple(id_ for word in options.bad_words_ids for id_ in word)
     for name in ("forced_bos_token_id", "forced_eos_token_id"):
         named[name] = () if getattr(options, name) is None else (getattr(options, name),)
@@ -287,6 +330,19 @@ def _id_faults(options: DecodingOptions, vocabulary: int) -> list[str]:
             f"suppress_tokens, begin_suppress_tokens and bad_words_ids take {length} numbers (an id one, a word one "
             f"more); there is room for {LISTED}"
         )
+    return faults
+
+
+def _stop_faults(options: DecodingOptions) -> list[str]:
+    faults = []
+    if not all(options.stop):
+        faults.append("stop has an empty word; it needs at least one id or one character")
+    most = max(map(len, options.stop), default=0)
+    if most > MOST_STOP:
+        faults.append(f"stop has a word of {most} ids or characters; there may be {MOST_STOP}")
+    words = len(options.stop) + len(options.end_ids)
+    if words > MOST_STOPS:
+        faults.append(f"stop and end_ids have {words} words; there may be {MOST_STOPS}")
     return faults
 
 
@@ -320,6 +376,14 @@ def _combination_faults(options: DecodingOptions, given: set[str]) -> list[str]:
             for name, nothing in NO_RULES.items()
             if getattr(options, name) != nothing
         ]
+    if options.stops and method not in (GREEDY, *SAMPLING_METHODS):
+        faults += [
+            f"{name} needs {GREEDY} or a sampling method; this request uses {method}"
+            for name in ("stop", "end_ids")
+            if getattr(options, name)
+        ]
+    if options.include_stop and not options.stop:
+        faults.append("include_stop needs stop, which is not given")
     if options.decoder_prefix and "forced_bos_token_id" in given:
         faults.append("decoder_prefix and forced_bos_token_id both say what comes first; a request gives one of them")
     return faults

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -23,12 +25,16 @@ class Hypothesis:
     score     length-normalised log-probability
     finished  False when the step limit cut it
     token_log_probabilities  float32 [n], where the request asked for them
+    silent    how many of its last tokens are no text: a further end id is none
+    text      what it reads as, its prompt included, where a stop word of text ended it: that may end inside a token
     """
 
     tokens: np.ndarray
     score: float
     finished: bool
     token_log_probabilities: np.ndarray | None = None
+    silent: int = 0
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Output:
     cut         whether the step limit came before every beam (or sample) had ended
     loss        mean negative log-likelihood of the scored tokens, natural log (score requests)
     target_log_probabilities  float32 [n]: of each scored token, natural log (score requests)
+    first_token  seconds from the request to its first token on the host, where it reported progress
     """
 
     hypotheses: tuple[Hypothesis, ...] = ()
@@ -47,6 +54,10 @@ class Output:
     cut: bool = False
     loss: float | None = None
     target_log_probabilities: np.ndarray | None = None
+    first_token: float | None = None
+
+
+Progress = Callable[[tuple[np.ndarray, ...]], None]
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,10 @@ class Request:
     kind      GENERATE or SCORE
     stream    row number within the caller's batch: keeps samples of equal rows with equal seeds apart
     target    int32 [t]: what a Transformer scores, as it would have generated it; None for all other requests
+    progress  called after bursts, from the engine's thread, with what the answer begins with, int32 [n] a text:
+              of a beam search one, of samples all; must not block. Never after `reply`
+    deadline  when, by time.monotonic(), the answer must be there; then it is DeadlineExceeded
+    decode    the text of ids; stop words of text need it
     """
 
     tokens: np.ndarray
@@ -67,6 +82,9 @@ class Request:
     kind: str = GENERATE
     stream: int = 0
     target: np.ndarray | None = None
+    progress: Progress | None = None
+    deadline: float | None = None
+    decode: Callable[[Iterable[int]], str] | None = None
 
 
 @dataclass(eq=False)
@@ -78,6 +96,9 @@ class Sequence:
     scored             int32 [s]: what is scored, each token but the first `given` by those before it
     slots              the cache lanes it holds, one a beam or sample; empty until admitted
     queued             decode steps that the device has been given for it
+    submitted, first_token  when, by time.monotonic(), it was made, and its first token was seen
+    followed           whether its tokens are looked at while it decodes
+    stops              what ends its texts beside the model's end id (decoding.stops.Stops), None where nothing does
     """
 
     request: Request
@@ -89,6 +110,10 @@ class Sequence:
     given: int = 1
     slots: list[int] = field(default_factory=list)
     queued: int = 0
+    submitted: float = field(default_factory=time.monotonic)
+    first_token: float | None = None
+    followed: bool = False
+    stops: Any = None
 
     @classmethod
     def of(cls, request: Request, config: Config) -> Sequence:
@@ -106,6 +131,8 @@ class Sequence:
             tokens, positions = row[columns], columns
             limit = config.new_tokens(row.size, request.options)
             scored, given = _decoded(request, config)
+        if request.decode is None and any(isinstance(word, str) for word in request.options.stop):
+            raise RequestError("stop has words of text; without a tokenizer it takes words of ids")
         seed = request.options.seed
         if seed is None:  # a draw from the system takes long
             seed = 0 if request.kind == SCORE or request.options.searches else secrets.randbelow(MAX_SEED)
@@ -117,6 +144,7 @@ class Sequence:
             seed=seed,
             scored=scored.astype(np.int32, copy=False),
             given=given,
+            followed=request.kind == GENERATE and (request.progress is not None or request.options.stops),
         )
 
     @property

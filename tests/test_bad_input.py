@@ -194,7 +194,9 @@ BAD_MODELS = {
     "no_slots": ["beam_size is 4; it must be from 1 to 2, this model's maximum"],
     "bert": ["model_type is 'Bert'; this backend serves Transformer, Gpt"],
     "cached": ["response_cache is enabled; Triton's cache does not tell requests with different options apart"],
-    "decoupled": ["model_transaction_policy is decoupled; this model gives one answer to a request"],
+    "decoupled": ["output final (TYPE_BOOL) is missing; it tells a stream's parts from its answer"],
+    "decoupled_score": ["model_transaction_policy is decoupled; a model that scores gives one answer to a request"],
+    "final_alone": ["output final needs a model_transaction_policy that is decoupled"],
     "on_a_gpu": ["has kind KIND_GPU but no GPUs are available"],
     "of_no_kind": ["instance kind is KIND_MODEL; kinds are KIND_CPU, KIND_GPU"],
 }
@@ -221,7 +223,11 @@ def write_bad_models(root: Path) -> None:
     write_model(root, "no_slots", t01, TRANSFORMER, parameters={"slots": 2})
     write_model(root, "bert", t01, TRANSFORMER, parameters={"model_type": "Bert"})
     write_model(root, "cached", t01, TRANSFORMER, more="response_cache { enable: true }")
-    write_model(root, "decoupled", t01, TRANSFORMER, more="model_transaction_policy { decoupled: true }")
+    decoupled = "model_transaction_policy { decoupled: true }"
+    write_model(root, "decoupled", t01, TRANSFORMER, more=decoupled)
+    scored = {**GPTLM, "outputs": {**GPTLM["outputs"], "final": "BOOL"}}
+    write_model(root, "decoupled_score", g01, scored, more=decoupled)
+    write_model(root, "final_alone", g01, {**GPT, "outputs": {**GPT["outputs"], "final": "BOOL"}})
     write_model(root, "on_a_gpu", t01, TRANSFORMER, kind="KIND_GPU")
     write_model(root, "of_no_kind", t01, TRANSFORMER, kind="KIND_MODEL")
 

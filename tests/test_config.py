@@ -28,6 +28,7 @@ FILE = DecodingOptions(beam_size=4, length_penalty=0.6)
 NAN, INFINITY = math.nan, math.inf
 
 STANDARD = {"sampling_method": "standard_beam"}
+GREEDY = {"sampling_method": "greedy"}
 
 # Option, value, what else the request says, and the words the message must hold.
 OUT_OF_RANGE: list[tuple[str, Any, dict[str, Any], str]] = [
@@ -76,6 +77,9 @@ OUT_OF_RANGE: list[tuple[str, Any, dict[str, Any], str]] = [
     ("bad_words_ids", [[1] * 512] * 2, STANDARD, "take 1026 numbers"),
     ("decoder_prefix", "[101]", {}, "decoder_prefix has id 101; ids are 0 to 99"),
     ("forced_bos_token_id", 100, {}, "forced_bos_token_id has id 100; ids are 0 to 99"),
+    ("stop", [[1, 2], [100]], GREEDY, "stop has id 100; ids are 0 to 99"),
+    ("stop", ["a" * 257], GREEDY, "stop has a word of 257 ids or characters; there may be 256"),
+    ("end_ids", [100], GREEDY, "end_ids has id 100; ids are 0 to 99"),
     ("forced_eos_token_id", -1, STANDARD, "forced_eos_token_id has id -1; ids are 0 to 99"),
 ]
 
@@ -103,7 +107,8 @@ def _wrong_types() -> list[tuple[str, Any]]:
         bool: [1, 0, "yes", None, "True", [True]],
         list: [3, "3", "[1", "[1.0]", [True], ["1"], [[[1]]], {"1": 1}, None, '["a"]'],
     }
-    return [(name, value) for name, kind in OPTION_TYPES.items() for value in wrong[kind]]
+    stop = [3, None, [True], [[[1]]], [1.0], {"1": 1}]  # a text is a stop word
+    return [(name, value) for name, kind in OPTION_TYPES.items() for value in (stop if name == "stop" else wrong[kind])]
 
 
 @pytest.mark.parametrize(("name", "value"), _wrong_types(), ids=str)

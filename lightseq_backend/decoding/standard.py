@@ -49,7 +49,7 @@ def finish(sequence: Sequence, records: np.ndarray, lanes: Mapping[str, np.ndarr
         if options.sampling_method == GREEDY:
             norm = float(length_norm(length, options.length_penalty))
             score *= norm if options.length_penalty >= 0 else 1 / max(length - ended, 1e-6)
-        details = lanes["pool_details"][place, :length] if options.token_log_probabilities else None
+        details = lanes["pool_details"][place, :length] if options.detailed else None
         hypotheses.append(Hypothesis(tokens, score, ended, details))
     longest = max(len(one.tokens) for one in hypotheses)
     return Output(tuple(hypotheses), longest, cut=not all(one.finished for one in hypotheses))

@@ -6,25 +6,28 @@ import logging
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from lightseq_backend.config import DecodingLimits, DecodingOptions, EngineConfig, GptConfig
-from lightseq_backend.decoding import methods, standard
+from lightseq_backend.decoding import methods
+from lightseq_backend.decoding.stops import Stops
 from lightseq_backend.engine import scoring
 from lightseq_backend.engine.buffers import allocate, candidates
+from lightseq_backend.engine.departures import Departures
+from lightseq_backend.engine.follow import Look, follow, note_first_token
 from lightseq_backend.engine.graphs import SEARCHING, Passes, Steps, mix_of
 from lightseq_backend.engine.scheduler import Scheduler
+from lightseq_backend.engine.uploads import Uploads
 from lightseq_backend.errors import ConfigError, Overloaded, RequestError
 from lightseq_backend.models.gpt import Gpt
-from lightseq_backend.models.pack import Pack
 from lightseq_backend.models.transformer import Transformer
-from lightseq_backend.ops.slots import SLOT
-from lightseq_backend.request import GENERATE, SCORE, Hypothesis, Output, Request, Sequence
+from lightseq_backend.request import GENERATE, SCORE, Output, Request, Sequence
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +50,18 @@ class Engine:
         self._steps = Steps(model, self._buffers, config.slots, ops)
         self._passes = Passes(model, self._buffers, config.scores, ops)
         # What is read while serving, read once in full: that makes the room it takes.
+        state = self._buffers.state
         for kept in ("history", "details", "pool", "pool_details"):
-            ops.get(getattr(self._buffers.state, kept))
-        for largest in (self._buffers.state.slots, self._buffers.scored):
+            ops.get(getattr(state, kept))
+        for largest in (state.slots, state.history, state.details, state.pool, self._buffers.scored):
             ops.fetch(largest)()
+        self._uploads = Uploads(model.config, self._buffers, self._passes, self._steps, config.slots, ops)
         self._scheduler = Scheduler(config)
         self._admitted: dict[int, Sequence] = {}  # by id(): everything taken from the queue and not yet answered
         self._active: list[Sequence] = []  # those of them that decode
-        self._nobody = config.slots  # the lane padding rows work on
-        self._reports: deque[tuple[list[Sequence], Callable[[], np.ndarray]]] = deque()  # of bursts under way
+        self._departures = Departures()
+        # Of bursts under way: who took part, their records, and what is looked at of those who are followed.
+        self._reports: deque[tuple[list[Sequence], Callable[[], np.ndarray], Look]] = deque()
         self._rows = 0  # the bucket that the rows in device memory fill
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -113,6 +119,14 @@ class Engine:
             raise RuntimeError(self.fault)
         sequences = [Sequence.of(request, self.model.config) for request in requests]
         self._scheduler.enqueue(sequences)
+        for request in requests:
+            self._departures.expect(request)
+
+    def cancel(self, requests: Iterable[Request], error: Exception) -> None:
+        """Has requests answered with the error and their slots freed before the next burst, unless they have had an
+        answer by then."""
+        for request in requests:
+            self._departures.cancel(request, error)
 
     def answer(
         self,
@@ -190,6 +204,7 @@ class Engine:
     def step(self) -> None:
         """One round. An error of ours fails what is in flight, with the reason, and nothing that comes after, unless
         the device itself has failed: then `fault` says so and nothing more is taken."""
+        moved = self._dismiss()
         admitted = self._scheduler.admit()
         self._admitted.update((id(one), one) for one in admitted)
         if self.fault:  # what still waited when the device failed
@@ -198,6 +213,8 @@ class Engine:
         try:
             self._score([one for one in admitted if one.request.kind == SCORE])
             self._begin([one for one in admitted if one.request.kind == GENERATE])
+            if moved:
+                self._write_rows()
             if self._active:
                 self._burst()
         except Exception as error:
@@ -206,35 +223,47 @@ class Engine:
             self._fail(error)
         self.last_step = time.monotonic()
 
+    def _dismiss(self) -> bool:
+        """Answers those who leave early, and takes their slots back; whether the device works on fewer rows now."""
+        due = self._departures.due()
+        if not due:
+            return False
+        waiting = self._scheduler.withdraw(lambda one: id(one.request) in due)
+        self._admitted.update((id(one), one) for one in waiting)
+        active = [one for one in self._active if id(one.request) in due]
+        self._leave(active)
+        for one in (*waiting, *active):
+            self._retire(one, due[id(one.request)])
+        return bool(active)
+
+    def _leave(self, sequences: list[Sequence]) -> None:
+        """No step that is still to be queued works on them."""
+        gone = set(map(id, sequences))
+        self._active = [one for one in self._active if id(one) not in gone]
+        if not self._active:
+            self._reports.clear()  # of bursts that had nothing left to do
+
     def _begin(self, sequences: list[Sequence]) -> None:
         """Reads prompts or sources, writes the slots' first records, adds the sequences to the batch."""
         sequences = [one for one in sequences if not self._ended_before_it_began(one)]
         if not sequences:
             return
+        for one in sequences:
+            one.stops = Stops(one, self.model.config) if one.request.options.stops else None
         # A prompt's last token is left to the first decode step, which then is like any other.
         held_back = int(isinstance(self.model.config, GptConfig))
         self._read(sequences, [one.tokens[: len(one.tokens) - held_back] for one in sequences])
         self._feed_prefixes(sequences)
-        self._write_records(sequences, lambda one: methods.begin(one, self.model.config))
-        self._write_rules([one for one in sequences if one.request.options.ruled])
+        self._uploads.records(sequences, lambda one: methods.begin(one, self.model.config))
+        self._uploads.rules([one for one in sequences if one.request.options.ruled])
         self._active.extend(sequences)
         self._write_rows()
 
     def _ended_before_it_began(self, sequence: Sequence) -> bool:
-        """A source too short for a single token; and, as in LightSeq, a prompt that ends with the end id."""
-        options, end_id = sequence.request.options, self.model.config.end_id
-        if isinstance(self.model.config, GptConfig):
-            if sequence.tokens[-1] != end_id or options.standard:
-                return False
-            hypothesis = Hypothesis(np.array([end_id], np.int32), 0.0, finished=True)
-            output = Output((hypothesis,) * options.hypotheses, steps=1)
-        else:
-            if sequence.limit > 0:
-                return False
-            hypothesis = Hypothesis(np.zeros(0, np.int32), 0.0, finished=False)
-            output = Output((hypothesis,) * options.hypotheses, steps=0, cut=True)
-        self._retire(sequence, output)
-        return True
+        output = methods.without_a_step(sequence, self.model.config)
+        if output is not None:
+            self._retire(sequence, output)
+        return output is not None
 
     def _read(self, sequences: list[Sequence], texts: list[np.ndarray]) -> None:
         """Prompts or sources, of each sequence's tokens the first, as `texts` has them: keys and values are kept."""
@@ -243,17 +272,8 @@ class Engine:
             return
         sequences, texts = [one for one, _ in kept], [text for _, text in kept]
         positions = [one.positions[: len(text)] for one, text in kept]
-        self._passes.prefill(self._upload(sequences, texts, positions))
+        self._passes.prefill(self._uploads.pack(sequences, texts, positions))
         self.counts["prompt_tokens"] += sum(map(len, texts))
-
-    def _upload(self, sequences: list[Sequence], texts: list[np.ndarray], positions: list[np.ndarray]) -> int:
-        """Brings a text of each sequence, none empty, to the device as a pack; returns the pack's rows."""
-        size = self._passes.size(sum(map(len, texts)))
-        memory = np.empty(Pack.elements(size), np.int32)
-        lanes = [one.slots[0] if one.slots else self._nobody for one in sequences]
-        Pack.of(memory, size).lay(texts, positions, lanes, self._nobody, self.model.config.padding_id)
-        self._ops.put(self._buffers.prompt[: memory.size], memory)
-        return size
 
     def _feed_prefixes(self, sequences: list[Sequence]) -> None:
         """The start token and what is to follow it: steps that keep keys and values, and choose nothing."""
@@ -269,53 +289,12 @@ class Engine:
                 return records
 
             longer = [one for one in sequences if len(fed[id(one)]) > step + 1]
-            self._write_records(longer, records_of)
-            self._steps.run(self._put_rows(longer), SEARCHING)
-
-    def _write_rules(self, sequences: list[Sequence]) -> None:
-        """What changes the scores of the sequences' rows."""
-        state = self._buffers.state
-        for sequence in sequences:
-            lead = sequence.slots[0]
-            rules, listed, context = standard.rules(sequence, self.model.config)
-            self._ops.put(state.rules[lead : lead + 1], rules)
-            self._ops.put(state.listed[lead], listed)
-            self._ops.put(state.contexts[lead, : len(context)], context)
-
-    def _write_records(self, sequences: list[Sequence], records_of: Callable[[Sequence], np.ndarray]) -> None:
-        """The records of the sequences' slots and, of prompts, in whose lane their past is; a transfer of each for
-        every run of neighbouring slots."""
-        slots = np.array([slot for sequence in sequences for slot in sequence.slots])
-        leads = np.repeat([one.slots[0] for one in sequences], [len(one.slots) for one in sequences])
-        records = np.zeros(len(slots), SLOT)  # concatenate takes long over fields
-        filled = 0
-        for sequence in sequences:
-            own = records_of(sequence)
-            records[filled : filled + len(own)] = own
-            filled += len(own)
-        order = np.argsort(slots)
-        slots, leads, records = slots[order], leads[order], records[order]
-        state, ancestors = self._buffers.state, self._buffers.cache.ancestors
-        starts = np.flatnonzero(np.diff(slots, prepend=-2) > 1).tolist()
-        for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
-            run = slice(slots[start], slots[end - 1] + 1)
-            self._ops.put(state.slots[run], records[start:end])
-            if isinstance(self.model.config, GptConfig):  # all columns: steps write theirs before it is read
-                past = np.repeat(leads[start:end, None], ancestors.shape[1], axis=1)
-                self._ops.put(ancestors[run], past.astype(np.int32))
+            self._uploads.records(longer, records_of)
+            self._steps.run(self._uploads.rows(longer), SEARCHING)
 
     def _write_rows(self) -> None:
         """Tells the device which slots the next steps work on."""
-        self._rows = self._put_rows(self._active)
-
-    def _put_rows(self, sequences: list[Sequence]) -> int:
-        """Brings the slots of sequences to the device; rows of nobody fill the bucket, whose size is returned."""
-        slots = [slot for sequence in sequences for slot in sequence.slots]
-        count = self._steps.bucket(len(slots)) if slots else 0
-        rows = np.full(count, self._nobody, np.int32)
-        rows[: len(slots)] = slots
-        self._ops.put(self._buffers.state.rows[:count], rows)
-        return count
+        self._rows = self._uploads.rows(self._active)
 
     def _burst(self) -> None:
         """Queues a burst of steps, then looks at how an earlier one ended while the device works on this one."""
@@ -328,23 +307,27 @@ class Engine:
             for one in self._active:
                 one.queued += steps
             self.counts["steps"] += steps
-            self._reports.append((list(self._active), self._ops.fetch(self._buffers.state.slots)))
+            state, followed = self._buffers.state, [one for one in self._active if one.followed]
+            look = Look.at(followed, state, self._ops)
+            self._reports.append((list(self._active), self._ops.fetch(state.slots), look))
         if steps <= 0 or len(self._reports) >= self._ops.BURSTS_AHEAD:
             self._settle(*self._reports.popleft())
 
-    def _settle(self, ran: list[Sequence], report: Callable[[], np.ndarray]) -> None:
+    def _settle(self, ran: list[Sequence], report: Callable[[], np.ndarray], look: Look) -> None:
         """Retires what was done at the end of a burst. ran: the sequences it worked on; some may be gone since."""
         records = report()
         ended = records["done"].tolist()
         done = [one for one in ran if one.slots and ended[one.slots[0]]]
-        if not done:
+        stopped = self._follow([one for one in ran if one.followed and one.slots and one not in done], records, look)
+        if not done and not stopped:
             return
-        gone = set(map(id, done))
-        self._active = [one for one in self._active if id(one) not in gone]
+        self._leave([*done, *stopped])
         if self._active:
             self._write_rows()
-        else:
-            self._reports.clear()  # of bursts that had nothing left to do
+        for sequence, output in stopped.items():
+            self._retire(sequence, output)
+        if not done:
+            return
         slots = [slot for sequence in done for slot in sequence.slots]
         first, last, state = min(slots), max(slots), self._buffers.state
         kept = {name: self._ops.get(getattr(state, name)[first : last + 1]) for name in methods.kept(done)}
@@ -356,15 +339,26 @@ class Engine:
             lanes = {name: array[own] for name, array in kept.items()}
             self._retire(sequence, methods.finish(sequence, records[first : last + 1][own], lanes))
 
+    def _follow(self, sequences: list[Sequence], records: np.ndarray, look: Look) -> dict[Sequence, Output]:
+        """Reports on sequences that go on; the answers of those that stop words have ended."""
+        stopped: dict[Sequence, Output] = {}
+        arrays = look.read() if sequences else {}
+        for sequence in sequences:
+            own = np.array(sequence.slots)
+            lanes = {name: array[own - look.first] for name, array in arrays.items()}
+            if follow(sequence, records[own], lanes):
+                stopped[sequence] = methods.finish_early(sequence, records[own], lanes)
+        return stopped
+
     def _score(self, sequences: list[Sequence]) -> None:
         """Log-probabilities of what all sequences were given, in one pass behind that over their sources."""
         if not sequences:
             return
         if not isinstance(self.model.config, GptConfig):
             self._read(sequences, [one.tokens for one in sequences])
-            self._write_records(sequences, scoring.record)
+            self._uploads.records(sequences, scoring.record)
         texts = [one.scored for one in sequences]
-        self._passes.score(self._upload(sequences, texts, [np.arange(len(text)) for text in texts]))
+        self._passes.score(self._uploads.pack(sequences, texts, [np.arange(len(text)) for text in texts]))
         scored = self._ops.fetch(self._buffers.scored[: sum(map(len, texts))])()
         for sequence, output in zip(sequences, scoring.outputs(sequences, scored), strict=True):
             self.counts["scored_tokens"] += len(sequence.scored) - sequence.given
@@ -378,6 +372,10 @@ class Engine:
         if self._admitted.pop(id(sequence), None) is None:
             return
         self._scheduler.retire(sequence)
+        self._departures.forget(sequence.request)
+        if isinstance(result, Output) and sequence.request.progress is not None:
+            note_first_token(sequence)
+            result = replace(result, first_token=sequence.first_token)
         if isinstance(result, Output):
             self.counts["answered"] += 1
             self.counts["generated_tokens"] += sum(len(one.tokens) for one in result.hypotheses)

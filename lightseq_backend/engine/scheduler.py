@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import threading
 from collections import deque
+from collections.abc import Callable
 
 from lightseq_backend.config import EngineConfig
 from lightseq_backend.errors import Overloaded
@@ -63,6 +64,13 @@ class Scheduler:
         for slot in sequence.slots:
             heapq.heappush(self._free, slot)
         sequence.slots = []
+
+    def withdraw(self, leaves: Callable[[Sequence], bool]) -> list[Sequence]:
+        """Takes those out of the queue that leave it without having had slots."""
+        with self.changed:
+            leaving = [one for one in self._waiting if leaves(one)]
+            self._waiting = deque(one for one in self._waiting if not leaves(one))
+        return leaving
 
     def close(self) -> None:
         """Lets no more into the queue; what waits stays."""

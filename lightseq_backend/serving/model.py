@@ -13,12 +13,15 @@ import triton_python_backend_utils as pb_utils
 from lightseq_backend import ops, text, weights
 from lightseq_backend.config import Config, DecodingOptions, TransformerConfig
 from lightseq_backend.engine.engine import Engine
-from lightseq_backend.errors import ConfigError, RequestError, WeightError
+from lightseq_backend.errors import ConfigError, NotUnderWay, RequestError, WeightError
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.request import SCORE, Request, Sequence
+from lightseq_backend.serving.callers import Callers
+from lightseq_backend.serving.control import read_control
 from lightseq_backend.serving.metrics import Metrics
-from lightseq_backend.serving.replies import Replies
+from lightseq_backend.serving.parts import Parts
+from lightseq_backend.serving.replies import Replies, Ticket
 from lightseq_backend.serving.settings import Settings, read_settings
 from lightseq_backend.serving.tensors import strings_arrive, survive_strings, to_numpy
 from lightseq_backend.serving.texts import Texts
@@ -48,8 +51,10 @@ class TritonPythonModel:
         except (ConfigError, WeightError, RequestError) as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
         labels = {"model": settings.model, "version": settings.version, "instance": settings.instance}
-        self._replies = Replies(self._wire, self._engine.model.config)
+        self._callers = Callers(self._engine.cancel)
+        self._replies = Replies(self._wire, self._engine.model.config, self._callers.leave)
         self._replies.start(Metrics(self._engine, self._replies.outcomes, labels).update, METRICS_PERIOD)
+        self._callers.start()
         self._engine.start()
         log.info(
             "%s: %s on %s, %s, %d slots in %.1f MiB, loaded in %.2f s",
@@ -78,12 +83,20 @@ class TritonPythonModel:
     def finalize(self) -> None:
         """Finishes what is under way, within PATIENCE seconds; the rest is answered with an error."""
         self._engine.stop(PATIENCE)
+        self._callers.close()
         self._replies.close()
 
     def _submit(self, request: Any, sender: Any) -> None:
+        arrived = time.monotonic()
         if not self._engine.alive:
             raise RuntimeError("the engine's thread has ended; the model must be loaded again")
+        control = read_control(request.parameters())
+        if control.cancel is not None:
+            self._stop(control.cancel, sender)
+            return
         rows, from_text = self._given(request, self._wire.input, TEXT_INPUT, self._wire.text_input, self._texts.rows)
+        if self._wire.streams and len(rows) > 1:
+            raise RequestError(f"the request has {len(rows)} rows; a stream has one: send a request for each")
         targets: list[Any] = [None] * len(rows)
         if self._wire.form.takes_targets:
             targets, _ = self._given(request, TARGET_IDS, TARGET_TEXT, self._wire.target_text, self._texts.targets)
@@ -92,15 +105,26 @@ class TritonPythonModel:
         options = self._options(self._wire.changes(request.parameters()))
         kind = self._wire.form.task
         wants_text = self._texts.written and self._wire.wants_text(from_text, request.requested_output_names())
-        replies = self._replies.expect(sender, rows, self._texts.decode if wants_text else None)
+        ticket = Ticket(sender, rows, self._texts.decode if wants_text else None)
+        if self._wire.streams:
+            ticket.parts = Parts(self._wire, self._engine.model.config, rows[0], options, ticket.decode)
+        deadline = None if control.patience is None else arrived + control.patience
+        progress, decode = self._replies.progress(ticket), self._texts.decode if self._texts.written else None
         wanted = [
-            Request(row, options, reply, kind, i, target)
-            for i, (row, reply, target) in enumerate(zip(rows, replies, targets))
+            Request(row, options, reply, kind, i, target, progress, deadline, decode)
+            for i, (row, reply, target) in enumerate(zip(rows, self._replies.expect(ticket), targets))
         ]
+        self._callers.watch(sender, control.name or request.request_id(), wanted)
         try:
             self._engine.submit(wanted)
         except RequestError as error:
             raise _naming_the_row(wanted, self._engine.model.config, error) from None
+
+    def _stop(self, name: str, sender: Any) -> None:
+        """Stops the requests with that id; the answer to whoever asks for it has no tensors."""
+        if not self._callers.stop(name):
+            raise NotUnderWay(f"no request with the id {name!r} is under way here")
+        self._replies.confirm(sender)
 
     def _given(
         self, request: Any, ids_name: str, text_name: str, takes_text: bool, rows_of: Callable[..., list[np.ndarray]]

@@ -1,4 +1,4 @@
-"""Answers on their way back to Triton. Sending is a round trip to the server, so a thread of its own does it."""
+"""Answers, and parts of them, on their way back to Triton: a round trip to the server, done by a thread of its own."""
 
 from __future__ import annotations
 
@@ -14,36 +14,47 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from lightseq_backend.config import Config
-from lightseq_backend.errors import Overloaded, RequestError
-from lightseq_backend.request import Output
+from lightseq_backend.errors import Cancelled, DeadlineExceeded, NotUnderWay, Overloaded, RequestError
+from lightseq_backend.request import Output, Progress
+from lightseq_backend.serving.parts import Parts
 from lightseq_backend.serving.tensors import to_tensor
 from lightseq_backend.serving.wire import Decode, Wire
 
 log = logging.getLogger(__name__)
 
-ANSWERED, REFUSED, OVERLOADED, FAILED = OUTCOMES = ("answered", "refused", "overloaded", "failed")
+ANSWERED, REFUSED, OVERLOADED, FAILED, CANCELLED, LATE = OUTCOMES = (
+    *("answered", "refused", "overloaded", "failed", "cancelled", "deadline_exceeded"),
+)
 Result = Output | Exception
 
 
 @dataclass
 class Ticket:
-    """One Triton request under way: its rows, what writes their text if it wants any, and what came back so far."""
+    """One Triton request under way: its rows, what writes their text if it wants any, and what came back so far.
+
+    parts    of a stream; latest: what it has come to; waiting: whether a part is to be sent of that. A caller who is
+             slow, or whoever carries the parts, gets fewer and longer ones: no more than the latest is kept
+    """
 
     sender: Any
     rows: Sequence[np.ndarray]
     decode: Decode | None = None
+    parts: Parts | None = None
     results: dict[int, Result] = field(default_factory=dict)
+    latest: tuple[np.ndarray, ...] = ()
+    waiting: bool = False
 
 
 class Replies:
     """Gives every Triton request its one final answer: when all its rows are done, or when it is refused.
 
     outcomes  requests by outcome, so far
+    leave     called with a request's sender before its final answer
     """
 
-    def __init__(self, wire: Wire, config: Config):
-        self._wire, self._config = wire, config
-        self._arrived: SimpleQueue[tuple[Ticket, int, Result] | None] = SimpleQueue()
+    def __init__(self, wire: Wire, config: Config, leave: Callable[[Any], None]):
+        self._wire, self._config, self._leave = wire, config, leave
+        self._arrived: SimpleQueue[tuple[Ticket, int, Result | None] | None] = SimpleQueue()
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self._thread = threading.Thread(target=self._loop, name="replies", daemon=True)
 
@@ -56,23 +67,32 @@ class Replies:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
-    def expect(
-        self, sender: Any, rows: Sequence[np.ndarray], decode: Decode | None = None
-    ) -> list[Callable[[Result], None]]:
-        """What to call with each row's result, in the order of the rows; from any thread, never blocks.
-
-        decode  turns a hypothesis's ids into text, on this object's thread; None sends none
-        """
-        ticket = Ticket(sender, rows, decode)
+    def expect(self, ticket: Ticket) -> list[Callable[[Result], None]]:
+        """What to call with each row's result, in the order of the rows; from any thread, never blocks."""
 
         def arrives_at(row: int) -> Callable[[Result], None]:
             return lambda result: self._arrived.put((ticket, row, result))
 
-        return [arrives_at(row) for row in range(len(rows))]
+        return [arrives_at(row) for row in range(len(ticket.rows))]
+
+    def progress(self, ticket: Ticket) -> Progress | None:
+        """What to call with what a stream has come to; one thread, never blocks. None where nothing is streamed."""
+
+        def report(texts: tuple[np.ndarray, ...]) -> None:
+            ticket.latest = texts
+            if not ticket.waiting:
+                ticket.waiting = True
+                self._arrived.put((ticket, 0, None))
+
+        return None if ticket.parts is None else report
 
     def refuse(self, sender: Any, error: Exception) -> None:
         """Answers with an error, soon. Nothing else may come for that sender."""
         self._arrived.put((Ticket(sender, [np.empty(0)]), 0, error))
+
+    def confirm(self, sender: Any) -> None:
+        """Answers that what was asked for is done, without any tensors, soon."""
+        self._arrived.put((Ticket(sender, []), 0, Output()))
 
     def close(self) -> None:
         """Sends what has arrived, then ends the thread."""
@@ -92,8 +112,11 @@ class Replies:
             if arrival is None:
                 return
             ticket, row, result = arrival
+            if result is None:
+                self._send_part(ticket)
+                continue
             ticket.results[row] = result
-            if len(ticket.results) == len(ticket.rows):
+            if len(ticket.results) >= len(ticket.rows):
                 self._send(ticket)
 
     def _tick_once(self) -> None:
@@ -103,6 +126,18 @@ class Replies:
             log.exception("no more ticks: one failed")
             self._tick = lambda: None
 
+    def _send_part(self, ticket: Ticket) -> None:
+        assert ticket.parts is not None
+        ticket.waiting = False  # before the latest is read: what comes from now on gets a part of its own
+        try:
+            self._send_tensors(ticket, ticket.parts.part(ticket.latest))
+        except Exception:  # the answer itself comes all the same
+            log.exception("a part could not be sent")
+
+    def _send_tensors(self, ticket: Ticket, tensors: dict[str, np.ndarray] | None) -> None:
+        if tensors is not None:
+            ticket.sender.send(_response_of(tensors))
+
     def _send(self, ticket: Ticket) -> None:
         try:
             outcome, response = self._response(ticket)
@@ -110,6 +145,7 @@ class Replies:
             log.exception("an answer could not be written")
             outcome, response = _error_response(error)
         self.outcomes[outcome] += 1
+        self._leave(ticket.sender)
         try:
             ticket.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception:
@@ -122,10 +158,17 @@ class Replies:
             if isinstance(result, Exception):
                 return _error_response(result)
             outputs.append(result)
+        if not outputs:
+            return ANSWERED, _response_of({})
         tensors = self._wire.answer(ticket.rows, outputs, self._config, ticket.decode)
-        return ANSWERED, pb_utils.InferenceResponse(
-            output_tensors=[to_tensor(name, tensor) for name, tensor in tensors.items()]
-        )
+        if ticket.parts is not None:
+            self._send_tensors(ticket, ticket.parts.rest(outputs[0]))
+            tensors |= ticket.parts.closing(outputs[0])
+        return ANSWERED, _response_of(tensors)
+
+
+def _response_of(tensors: dict[str, np.ndarray]) -> Any:
+    return pb_utils.InferenceResponse(output_tensors=[to_tensor(name, tensor) for name, tensor in tensors.items()])
 
 
 def _error_response(error: Exception) -> tuple[str, Any]:
@@ -133,6 +176,12 @@ def _error_response(error: Exception) -> tuple[str, Any]:
         outcome, code, message = REFUSED, pb_utils.TritonError.INVALID_ARG, str(error)
     elif isinstance(error, Overloaded):
         outcome, code, message = OVERLOADED, pb_utils.TritonError.UNAVAILABLE, str(error)
+    elif isinstance(error, Cancelled):
+        outcome, code, message = CANCELLED, pb_utils.TritonError.CANCELLED, str(error)
+    elif isinstance(error, DeadlineExceeded):  # Triton has no code of that name
+        outcome, code, message = LATE, pb_utils.TritonError.CANCELLED, str(error)
+    elif isinstance(error, NotUnderWay):
+        outcome, code, message = REFUSED, pb_utils.TritonError.NOT_FOUND, str(error)
     else:
         outcome, code, message = FAILED, pb_utils.TritonError.INTERNAL, f"{type(error).__name__}: {error}"
     return outcome, pb_utils.InferenceResponse(error=pb_utils.TritonError(message, code))

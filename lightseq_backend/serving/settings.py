@@ -135,8 +135,6 @@ def _sizes(given: Mapping[str, str], faults: list[str]) -> dict[str, int]:
 
 
 def _check_policies(model_config: Mapping[str, Any], faults: list[str]) -> None:
-    if model_config.get("model_transaction_policy", {}).get("decoupled"):
-        faults.append("model_transaction_policy is decoupled; this model gives one answer to a request")
     if model_config.get("response_cache", {}).get("enable"):
         # The cache's key leaves a request's parameters out: one request would get the text of another's options.
         faults.append("response_cache is enabled; Triton's cache does not tell requests with different options apart")

@@ -12,6 +12,7 @@ import numpy as np
 from lightseq_backend.config import Config, GptConfig
 from lightseq_backend.errors import RequestError
 from lightseq_backend.request import GENERATE, SCORE, Hypothesis, Output
+from lightseq_backend.serving.control import CONTROLS
 
 TRANSFORMER, GPT = "transformer", "gpt"  # the kinds of weight files, as weights.load calls them
 ALL, BEST, SOME = "all", "best", "some"
@@ -20,12 +21,15 @@ ALL, BEST, SOME = "all", "best", "some"
 INPUTS = {"source_ids": TRANSFORMER, "src_ids:0": TRANSFORMER, "token_ids": GPT, "inputs_ids": GPT}
 INTEGERS: dict[str, type[np.generic]] = {"TYPE_INT32": np.int32, "TYPE_INT64": np.int64}
 FLOATS: dict[str, type[np.generic]] = {"TYPE_FP32": np.float32}
+BOOLEANS: dict[str, type[np.generic]] = {"TYPE_BOOL": np.bool_}
 STRINGS: dict[str, type[np.generic]] = {"TYPE_STRING": np.object_}
 
 # Beside the ids, where a model has a tokenizer; the names that Triton's own clients for text use.
 TEXT_INPUT, TEXT_OUTPUT = "text_input", "text_output"
 # Of a translation that is scored.
 TARGET_IDS, TARGET_TEXT = "target_ids", "target_text"
+# Of a model that streams: whether this is the answer, after all parts; and how long its first token took.
+FINAL, FIRST_TOKEN = "final", "first_token_ms"
 # An option and the output that its answer is in; of a model that scores, an output alone.
 DETAILS = "token_log_probabilities"
 Decode = Callable[[Iterable[int]], str]
@@ -93,6 +97,8 @@ class Wire:
     text_output  an answer may hold text beside the ids
     target_text  a request may give the text of a target in place of its ids
     details      an answer may hold the log-probability of every token
+    streams      parts of the answer go out before it
+    tells_first_token  an answer says how long its first token took
     """
 
     input: str
@@ -103,6 +109,8 @@ class Wire:
     text_output: bool = False
     target_text: bool = False
     details: bool = False
+    streams: bool = False
+    tells_first_token: bool = False
 
     def rows(self, ids: np.ndarray, name: str) -> list[np.ndarray]:
         """The rows of an input of ids: [rows, length], or [length] when not batched. The rows are views."""
@@ -132,7 +140,7 @@ class Wire:
         changes = {
             name: value
             for name, value in values.items()
-            if name not in TRITON_PARAMETERS and not name.startswith("triton_")
+            if name not in TRITON_PARAMETERS and name not in CONTROLS and not name.startswith("triton_")
         }
         if self.form.task == SCORE:
             if changes:
@@ -178,7 +186,7 @@ class Wire:
             tensors[form.scores] = np.array(scores, np.float32)
         if decode is not None:
             written = [
-                [decode(ids_of_text(row, hypothesis, config)) for hypothesis in output.hypotheses]
+                [text_of(row, hypothesis, config, decode) for hypothesis in output.hypotheses]
                 for row, output in zip(rows, outputs, strict=True)
             ]
             tensors[TEXT_OUTPUT] = np.array(written, np.object_)
@@ -199,6 +207,7 @@ def read_wire(model_config: Mapping[str, Any], faults: list[str]) -> Wire | None
     writes_details = False
     if any(tensor["name"] in IDS for tensor in outputs):  # beside ids; a model that scores has it of its own
         outputs, writes_details = _without(DETAILS, outputs, "output", FLOATS, faults)
+    outputs, streams, tells = _stream(model_config, outputs, faults)
     known = _known(inputs, INPUTS, "input", faults) & _known(outputs, OUTPUTS, "output", faults)
     names = {tensor["name"] for tensor in outputs}
     forms = [form for form in FORMS if form.names == names]
@@ -219,13 +228,30 @@ def read_wire(model_config: Mapping[str, Any], faults: list[str]) -> Wire | None
             _check_optional(model_config["input"], text, {tensor["name"] for tensor in ids}, faults)
     if writes_text and form is not None and form.task == SCORE:
         faults.append(f"output {TEXT_OUTPUT} has no place in a model that scores; it needs an output of ids")
+    if streams and form is not None and form.task == SCORE:
+        faults.append("model_transaction_policy is decoupled; a model that scores gives one answer to a request")
     if len(faults) > before:
         return None
     assert form is not None
     types = {tensor["name"]: tensor["data_type"] for tensor in outputs}
     ids_type = np.dtype(INTEGERS[types[form.ids]] if form.ids else np.int32)
     batched = model_config.get("max_batch_size", 0) > 0
-    return Wire(inputs[0]["name"], form, ids_type, batched, reads_text, writes_text, reads_target_text, writes_details)
+    texts = reads_text, writes_text, reads_target_text
+    return Wire(inputs[0]["name"], form, ids_type, batched, *texts, writes_details, streams, tells)
+
+
+def _stream(
+    model_config: Mapping[str, Any], outputs: Sequence[Mapping[str, Any]], faults: list[str]
+) -> tuple[list[Mapping[str, Any]], bool, bool]:
+    """The outputs but a stream's own, whether the model streams, and whether it tells about the first token."""
+    streams = bool(model_config.get("model_transaction_policy", {}).get("decoupled"))
+    rest, marks = _without(FINAL, outputs, "output", BOOLEANS, faults)
+    rest, tells = _without(FIRST_TOKEN, rest, "output", FLOATS, faults)
+    if streams and not marks:
+        faults.append(f"output {FINAL} (TYPE_BOOL) is missing; it tells a stream's parts from its answer")
+    if not streams and (marks or tells):
+        faults.append(f"output {FINAL if marks else FIRST_TOKEN} needs a model_transaction_policy that is decoupled")
+    return rest, streams, tells
 
 
 def _without(
@@ -329,14 +355,23 @@ def _details(
     return details
 
 
+def text_of(row: np.ndarray, hypothesis: Hypothesis, config: Config, decode: Decode) -> str:
+    """What a hypothesis reads as, a GPT's with its prompt."""
+    return decode(ids_of_text(row, hypothesis, config)) if hypothesis.text is None else hypothesis.text
+
+
 def ids_of_text(row: np.ndarray, hypothesis: Hypothesis, config: Config) -> list[int]:
     """What of a hypothesis is text: a GPT's prompt and what was generated, up to the end token."""
     tokens: list[int] = hypothesis.tokens.tolist()
+    tokens = tokens[: len(tokens) - hypothesis.silent]
     if hypothesis.finished:
         tokens = tokens[: tokens.index(config.end_id)] if config.end_id in tokens else tokens
-    if isinstance(config, GptConfig):
-        tokens = [*(id_ for id_ in row.tolist() if id_ != config.padding_id), *tokens]
-    return tokens
+    return [*prompt_of_text(row, config), *tokens]
+
+
+def prompt_of_text(row: np.ndarray, config: Config) -> list[int]:
+    """The ids that the text of an answer begins with."""
+    return [id_ for id_ in row.tolist() if id_ != config.padding_id] if isinstance(config, GptConfig) else []
 
 
 def _utf8(entry: object, row: int, rows: int) -> str:

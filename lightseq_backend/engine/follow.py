@@ -1,0 +1,71 @@
+"""What is looked at while sequences decode: of those that report their progress, or that a stop word may end."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+
+from lightseq_backend.decoding import methods
+from lightseq_backend.decoding.state import DecodingState
+from lightseq_backend.request import Sequence
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Look:
+    """The decoding state of some neighbouring lanes, as it was behind a burst.
+
+    first   the lowest lane
+    arrays  by name; calling one waits for it
+    """
+
+    first: int
+    arrays: dict[str, Callable[[], np.ndarray]]
+
+    @classmethod
+    def at(cls, sequences: list[Sequence], state: DecodingState, ops: ModuleType) -> Look:
+        """Queues copies of what sequences that are followed have found; of no others, nothing is copied."""
+        slots = [slot for one in sequences for slot in one.slots]
+        lanes = slice(min(slots), max(slots) + 1) if slots else slice(0, 0)
+        names = methods.looked_at(sequences)
+        return cls(lanes.start, {name: ops.fetch(getattr(state, name)[lanes]) for name in names})
+
+    def read(self) -> dict[str, np.ndarray]:
+        return {name: wait() for name, wait in self.arrays.items()}
+
+
+def follow(sequence: Sequence, records: np.ndarray, lanes: dict[str, np.ndarray]) -> bool:
+    """Reports what a sequence that goes on has found; whether every one of its texts has ended, by a stop or by itself.
+
+    records: SLOT [width]; lanes: its rows of what methods.looked_at names.
+    """
+    texts = methods.begun(sequence, records, lanes)
+    note_first_token(sequence)
+    stops = sequence.stops
+    if stops is not None:
+        over = records["finished"].astype(bool).tolist()
+        found = [stops.look(row, text) for row, text in enumerate(texts)]
+        if all(stop is not None or ended for stop, ended in zip(found, over, strict=True)):
+            return True
+        ends = [
+            stop.kept if stop is not None else len(text) if ended else stops.safe(text)
+            for stop, ended, text in zip(found, over, texts, strict=True)
+        ]
+        texts = [text[:end] for text, end in zip(texts, ends)]
+    if sequence.request.progress is not None:
+        try:
+            sequence.request.progress(tuple(text.copy() for text in texts))
+        except Exception:
+            log.exception("progress could not be reported")
+    return False
+
+
+def note_first_token(sequence: Sequence) -> None:
+    if sequence.first_token is None:
+        sequence.first_token = time.monotonic() - sequence.submitted

@@ -1,0 +1,75 @@
+"""What the engine brings to the device: texts to read, and the first records of sequences and their rules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+
+import numpy as np
+
+from lightseq_backend.config import Config, GptConfig
+from lightseq_backend.decoding import standard
+from lightseq_backend.engine.buffers import Buffers
+from lightseq_backend.engine.graphs import Passes, Steps
+from lightseq_backend.models.pack import Pack
+from lightseq_backend.ops.slots import SLOT
+from lightseq_backend.request import Sequence
+
+
+class Uploads:
+    """Of one engine, for its thread."""
+
+    def __init__(self, config: Config, buffers: Buffers, passes: Passes, steps: Steps, nobody: int, ops: ModuleType):
+        """nobody: the lane that padding rows work on."""
+        self._config, self._buffers, self._passes, self._steps = config, buffers, passes, steps
+        self._nobody, self._ops = nobody, ops
+
+    def pack(self, sequences: list[Sequence], texts: list[np.ndarray], positions: list[np.ndarray]) -> int:
+        """Brings a text of each sequence, none empty, to the device as a pack; returns the pack's rows."""
+        size = self._passes.size(sum(map(len, texts)))
+        memory = np.empty(Pack.elements(size), np.int32)
+        lanes = [one.slots[0] if one.slots else self._nobody for one in sequences]
+        Pack.of(memory, size).lay(texts, positions, lanes, self._nobody, self._config.padding_id)
+        self._ops.put(self._buffers.prompt[: memory.size], memory)
+        return size
+
+    def rules(self, sequences: list[Sequence]) -> None:
+        """What changes the scores of the sequences' rows."""
+        state = self._buffers.state
+        for sequence in sequences:
+            lead = sequence.slots[0]
+            record, listed, context = standard.rules(sequence, self._config)
+            self._ops.put(state.rules[lead : lead + 1], record)
+            self._ops.put(state.listed[lead], listed)
+            self._ops.put(state.contexts[lead, : len(context)], context)
+
+    def records(self, sequences: list[Sequence], records_of: Callable[[Sequence], np.ndarray]) -> None:
+        """The records of the sequences' slots and, of prompts, in whose lane their past is; a transfer of each for
+        every run of neighbouring slots."""
+        slots = np.array([slot for sequence in sequences for slot in sequence.slots])
+        leads = np.repeat([one.slots[0] for one in sequences], [len(one.slots) for one in sequences])
+        records = np.zeros(len(slots), SLOT)  # concatenate takes long over fields
+        filled = 0
+        for sequence in sequences:
+            own = records_of(sequence)
+            records[filled : filled + len(own)] = own
+            filled += len(own)
+        order = np.argsort(slots)
+        slots, leads, records = slots[order], leads[order], records[order]
+        state, ancestors = self._buffers.state, self._buffers.cache.ancestors
+        starts = np.flatnonzero(np.diff(slots, prepend=-2) > 1).tolist()
+        for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
+            run = slice(slots[start], slots[end - 1] + 1)
+            self._ops.put(state.slots[run], records[start:end])
+            if isinstance(self._config, GptConfig):  # all columns: steps write theirs before it is read
+                past = np.repeat(leads[start:end, None], ancestors.shape[1], axis=1)
+                self._ops.put(ancestors[run], past.astype(np.int32))
+
+    def rows(self, sequences: list[Sequence]) -> int:
+        """Brings the slots of sequences to the device; rows of nobody fill the bucket, whose size is returned."""
+        slots = [slot for sequence in sequences for slot in sequence.slots]
+        count = self._steps.bucket(len(slots)) if slots else 0
+        rows = np.full(count, self._nobody, np.int32)
+        rows[: len(slots)] = slots
+        self._ops.put(self._buffers.state.rows[:count], rows)
+        return count

@@ -1,0 +1,89 @@
+"""Who waits for an answer, and whether they still do: cancelled calls and ids that are to be stopped.
+
+Asking Triton is a round trip to the server, so a thread of its own does it, and only of calls that last.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightseq_backend.errors import Cancelled
+from lightseq_backend.request import Request
+
+log = logging.getLogger(__name__)
+
+PERIOD = 0.05  # seconds between two rounds of questions
+AGE = 0.1  # of a call that is asked about: most are answered by then
+
+Cancel = Callable[[Sequence[Request], Exception], None]
+
+
+@dataclass
+class Caller:
+    """One call under way. `lock` is held while Triton is asked about it: not behind its final answer."""
+
+    sender: Any
+    name: str
+    requests: Sequence[Request]
+    since: float = field(default_factory=time.monotonic)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    gone: bool = False
+
+
+class Callers:
+    """Watches the calls of one model instance. cancel: Engine.cancel"""
+
+    def __init__(self, cancel: Cancel) -> None:
+        self._cancel = cancel
+        self._callers: dict[int, Caller] = {}  # by id() of the sender
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="callers", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+
+    def watch(self, sender: Any, name: str, requests: Sequence[Request]) -> None:
+        """name: the call's request id, "" for none."""
+        self._callers[id(sender)] = Caller(sender, name, requests)
+
+    def leave(self, sender: Any) -> None:
+        """The call gets its final answer now; nobody asks about it any more when this returns."""
+        caller = self._callers.pop(id(sender), None)
+        if caller is not None:
+            with caller.lock:
+                caller.gone = True
+
+    def stop(self, name: str) -> int:
+        """Cancels the calls with that request id; how many there were."""
+        named = [caller for caller in list(self._callers.values()) if caller.name == name]
+        for caller in named:
+            self._cancel(caller.requests, Cancelled(f"the request was stopped by its id, {name}"))
+        return len(named)
+
+    def _loop(self) -> None:
+        while not self._closed.wait(PERIOD):
+            now = time.monotonic()
+            for caller in list(self._callers.values()):
+                if now - caller.since >= AGE:
+                    self._ask(caller)
+
+    def _ask(self, caller: Caller) -> None:
+        with caller.lock:
+            if caller.gone:
+                return
+            try:
+                if not caller.sender.is_cancelled():
+                    return
+            except Exception:  # the others are asked all the same
+                log.exception("Triton could not be asked whether a request was cancelled")
+                return
+        self._cancel(caller.requests, Cancelled("the request was cancelled"))

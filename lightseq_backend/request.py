@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -13,6 +14,10 @@ from lightseq_backend.errors import RequestError
 
 GENERATE = "generate"
 SCORE = "score"
+
+# Seconds of its time in the queue that a request gives to others: it goes before what came so much later, no more.
+HIGH, NORMAL, LOW = "high", "normal", "low"
+PRIORITIES = {HIGH: 0.0, NORMAL: 2.0, LOW: 10.0}
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,7 @@ class Request:
     kind      GENERATE or SCORE
     stream    row number within the caller's batch: keeps samples of equal rows with equal seeds apart
     target    int32 [t]: what a Transformer scores, as it would have generated it; None for all other requests
+    priority  one of PRIORITIES, in the queue; where rows decode all are equal
     """
 
     tokens: np.ndarray
@@ -67,6 +73,22 @@ class Request:
     kind: str = GENERATE
     stream: int = 0
     target: np.ndarray | None = None
+    priority: str = NORMAL
+
+
+class Timing(NamedTuple):
+    """Seconds that an answered sequence took.
+
+    queue        until it had slots
+    first_token  until the host saw its first tokens; of what is scored: until its score
+    token        from then on a step, of those that took more steps than that; else None
+    total        until it was done
+    """
+
+    queue: float
+    first_token: float
+    token: float | None
+    total: float
 
 
 @dataclass(eq=False)
@@ -78,6 +100,8 @@ class Sequence:
     scored             int32 [s]: what is scored, each token but the first `given` by those before it
     slots              the cache lanes it holds, one a beam or sample; empty until admitted
     queued             decode steps that the device has been given for it
+    arrived, admitted  when it was queued and when it had slots, seconds on a monotonic clock
+    seen               when the host saw its first tokens, and how many steps it had taken by then
     """
 
     request: Request
@@ -89,6 +113,9 @@ class Sequence:
     given: int = 1
     slots: list[int] = field(default_factory=list)
     queued: int = 0
+    arrived: float = 0.0
+    admitted: float = 0.0
+    seen: tuple[float, int] | None = None
 
     @classmethod
     def of(cls, request: Request, config: Config) -> Sequence:
@@ -123,6 +150,12 @@ class Sequence:
         if self.request.kind == GENERATE:
             return self.request.options.width
         return int(self.request.target is not None)
+
+    def timing(self, now: float, steps: int) -> Timing:
+        """steps: those it took in all"""
+        first, steps_by_then = self.seen or (now, steps)
+        token = (now - first) / (steps - steps_by_then) if steps > steps_by_then else None
+        return Timing(self.admitted - self.arrived, first - self.arrived, token, now - self.arrived)
 
     @property
     def rows(self) -> int:

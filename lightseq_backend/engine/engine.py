@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from collections.abc import Sequence as Ordered
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -24,9 +25,12 @@ from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.pack import Pack
 from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.ops.slots import SLOT
-from lightseq_backend.request import GENERATE, SCORE, Hypothesis, Output, Request, Sequence
+from lightseq_backend.request import GENERATE, SCORE, Hypothesis, Output, Request, Sequence, Timing
 
 log = logging.getLogger(__name__)
+
+STEP_PATIENCE = 5.0  # seconds that `stop` gives to the step under way, its patience with the rest being at an end
+TIMINGS = 1 << 16  # that are kept for whoever reads them; older ones go
 
 
 class Engine:
@@ -61,7 +65,9 @@ class Engine:
         self._stopping = False
         self.fault: str | None = None  # why the device takes no more work
         self.counts: Counter[str] = Counter()
-        self.last_step = time.monotonic()
+        self.step_seconds = 0.0  # that decode steps took, up to the host's look at them
+        self.timings: deque[Timing] = deque(maxlen=TIMINGS)  # of what was answered; for one reader, who takes them out
+        self._began: float | None = None  # the round under way
         log.info("engine memory: %d bytes for %d slots", self._buffers.size, config.slots)
 
     # What other threads call ------------------------------------------------------------------------------------------
@@ -74,6 +80,15 @@ class Engine:
     @property
     def waiting(self) -> int:
         return self._scheduler.waiting
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self._scheduler.tokens
+
+    @property
+    def waiting_seconds(self) -> float:
+        """How long the one who has waited longest has waited."""
+        return self._scheduler.age
 
     @property
     def slots_in_use(self) -> int:
@@ -91,6 +106,12 @@ class Engine:
     def ready(self) -> bool:
         """Whether answers can be expected."""
         return self.alive and self.fault is None
+
+    @property
+    def round_seconds(self) -> float:
+        """How long the round under way has taken; 0 where none is."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def options(self, changes: dict[str, object] | None = None) -> DecodingOptions:
         """The model's defaults with a request's own settings; RequestError names each bad one."""
@@ -156,6 +177,34 @@ class Engine:
                 raise output
         return [output for output in outputs if isinstance(output, Output)]
 
+    def warm_up(self) -> None:
+        """Runs two steps, or a score, as the first request would; to be called before `start`. What is wrong with the
+        device shows here. Nothing of it stays, in the counts neither."""
+        config = self.model.config
+        special = {config.padding_id, config.end_id}
+        row = [next(i for i in range(config.input_vocabulary) if i not in special)]
+        with suppress(RequestError):  # the file's own defaults may want more than two tokens
+            scores_text = isinstance(config, GptConfig) and self.config.scores
+            self.answer([row * 2], SCORE) if scores_text else self.answer([row], changes={"max_new_tokens": 2})
+        self.counts.clear()
+        self.timings.clear()
+        self.step_seconds = 0.0
+
+    def expire(self) -> None:
+        """Answers what has waited for too long. From any thread."""
+        for sequence in self._scheduler.remove_expired():
+            self._admitted[id(sequence)] = sequence
+            limit = self.config.queue_seconds
+            self._retire(sequence, Overloaded(f"the request has waited for {limit:g} s, the limit; come again later"))
+
+    def give_up(self, reason: str) -> None:
+        """Answers all there is with an error and takes no more, whatever the engine's thread is doing. From any
+        thread, as often as needed: what came in between is answered then."""
+        self.fault = self.fault or reason
+        for sequence in self._scheduler.remove():
+            self._admitted[id(sequence)] = sequence
+        self._fail(RuntimeError(self.fault))
+
     def start(self) -> None:
         """Starts the engine's thread."""
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -167,10 +216,10 @@ class Engine:
         self._stopping, self._abandoned = True, not finish
         self._scheduler.close()
         if self._thread is not None:
-            self._thread.join(patience)
+            self._thread.join(0 if self.fault else patience)  # what has failed does not finish
             self._abandoned = True
-            self._thread.join(patience)
-        for sequence in self._scheduler.clear():
+            self._thread.join(min(patience, STEP_PATIENCE))
+        for sequence in self._scheduler.remove():
             self._admitted[id(sequence)] = sequence
         self._fail(Overloaded("the engine was stopped"))
 
@@ -190,10 +239,12 @@ class Engine:
     def step(self) -> None:
         """One round. An error of ours fails what is in flight, with the reason, and nothing that comes after, unless
         the device itself has failed: then `fault` says so and nothing more is taken."""
+        self._began = time.monotonic()
         admitted = self._scheduler.admit()
         self._admitted.update((id(one), one) for one in admitted)
         if self.fault:  # what still waited when the device failed
             self._fail(RuntimeError(self.fault))
+            self._began = None
             return
         try:
             self._score([one for one in admitted if one.request.kind == SCORE])
@@ -202,9 +253,9 @@ class Engine:
                 self._burst()
         except Exception as error:
             log.exception("a step failed")
-            self.fault = self._ops.fault()
+            self.fault = self.fault or self._ops.fault()
             self._fail(error)
-        self.last_step = time.monotonic()
+        self._began = None
 
     def _begin(self, sequences: list[Sequence]) -> None:
         """Reads prompts or sources, writes the slots' first records, adds the sequences to the batch."""
@@ -319,6 +370,7 @@ class Engine:
 
     def _burst(self) -> None:
         """Queues a burst of steps, then looks at how an earlier one ended while the device works on this one."""
+        began = time.monotonic()
         mix = mix_of(one.request.options for one in self._active)
         # Nobody takes more steps than its limit: none is queued that no sequence can use.
         steps = min(self.config.burst, max(one.limit - one.queued for one in self._active))
@@ -328,14 +380,21 @@ class Engine:
             for one in self._active:
                 one.queued += steps
             self.counts["steps"] += steps
+            self.counts["step_rows"] += steps * sum(len(one.slots) for one in self._active)
             self._reports.append((list(self._active), self._ops.fetch(self._buffers.state.slots)))
         if steps <= 0 or len(self._reports) >= self._ops.BURSTS_AHEAD:
             self._settle(*self._reports.popleft())
+        self.step_seconds += time.monotonic() - began
 
     def _settle(self, ran: list[Sequence], report: Callable[[], np.ndarray]) -> None:
         """Retires what was done at the end of a burst. ran: the sequences it worked on; some may be gone since."""
         records = report()
         ended = records["done"].tolist()
+        fresh = [one for one in ran if one.seen is None and one.slots]
+        if fresh:
+            now, steps = time.monotonic(), records["generated"].tolist()
+            for one in fresh:
+                one.seen = now, steps[one.slots[0]]
         done = [one for one in ran if one.slots and ended[one.slots[0]]]
         if not done:
             return
@@ -370,13 +429,14 @@ class Engine:
     def _retire(self, sequence: Sequence, result: Output | Exception) -> None:
         """Answers, exactly once: whoever is not in _admitted any more has had an answer.
 
-        Only `stop`, having lost patience with a step that hangs, comes here from another thread.
+        From another thread come here only those who have lost patience: with a step that hangs, or with the queue.
         """
         if self._admitted.pop(id(sequence), None) is None:
             return
         self._scheduler.retire(sequence)
         if isinstance(result, Output):
             self.counts["answered"] += 1
+            self.timings.append(sequence.timing(time.monotonic(), result.steps))
             self.counts["generated_tokens"] += sum(len(one.tokens) for one in result.hypotheses)
         else:
             self.counts["failed"] += 1

@@ -103,6 +103,10 @@ class Engine:
         return self._thread is not None and self._thread.is_alive()
 
     @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    @property
     def ready(self) -> bool:
         """Whether answers can be expected."""
         return self.alive and self.fault is None

@@ -137,7 +137,7 @@ class Scheduler:
             )
 
     def _advice(self, places: int, now: float) -> str:
-        """When so many places will be free, at the pace at which sequences left while the oldest of the queue waited."""
+        """When so many places will be free, at the pace at which others left while the oldest of the queue waited."""
         since = min((one.arrived for _, _, one in self._waiting), default=now)
         if len(self._admissions) == PACE_OVER:
             since = max(since, self._admissions[0])

@@ -141,6 +141,6 @@ class Scheduler:
         since = min((one.arrived for _, _, one in self._waiting), default=now)
         if len(self._admissions) == PACE_OVER:
             since = max(since, self._admissions[0])
-        left = sum(moment >= since for moment in self._admissions)
+        left = sum(moment > since for moment in self._admissions)
         pace = (now - since) / max(left, 1)
         return f"come again in {min(max(places * pace, SOONEST), LATEST):.1f} s"

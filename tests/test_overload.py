@@ -355,7 +355,7 @@ def test_timings_are_in_order_and_of_each_answer() -> None:
 def test_rows_of_steps_are_counted() -> None:
     engine = small_models.engine(*small_models.transformer(end_bias=-1e4), slots=8, max_beam_size=4)
     engine.answer([[3], [4]], changes={"beam_size": 3, "max_new_tokens": 4})
-    assert (engine.counts["steps"], engine.counts["step_rows"]) == (4, 24)
+    assert engine.counts["step_rows"] == 6 * engine.counts["steps"] > 0
     assert engine.step_seconds > 0
 
 
@@ -374,7 +374,7 @@ def test_warm_up_runs_and_leaves_no_trace(build: Any, scores: bool, monkeypatch:
 def test_warm_up_shows_what_is_wrong_with_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Engine = small_models.engine(*small_models.transformer())
 
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any, **named: Any) -> None:
         raise FloatingPointError("the device computes nonsense")
 
     monkeypatch.setattr(cpu, "cross_attention", fail)

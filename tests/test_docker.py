@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import signal
 import subprocess
@@ -153,10 +154,14 @@ def container(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subpro
     Only what the container would supply is replaced: where the models lie, the address, the ports.
     """
     repository = echo_model.write(tmp_path_factory.mktemp("models"))
-    here = {"/models": str(repository), "0.0.0.0": "127.0.0.1", "${LIGHTSEQ_ADMIN_KEY:-}": "sesame"}
+    here = {"/models": str(repository), "0.0.0.0": "127.0.0.1"}
     words = [here.get(word, word) for word in instruction("^ENTRYPOINT") + COMPOSE["services"]["triton-cpu"]["command"]]
     ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
-    process = subprocess.Popen([str(BIN / words[0]), *words[1:], *ports], stdout=subprocess.PIPE, text=True)
+    assert "LIGHTSEQ_ADMIN_KEY" in COMPOSE["services"]["triton-cpu"]["environment"]
+    environment = {**os.environ, "LIGHTSEQ_ADMIN_KEY": "sesame"}
+    process = subprocess.Popen(
+        [str(BIN / words[0]), *words[1:], *ports], stdout=subprocess.PIPE, text=True, env=environment
+    )
     try:
         for line in process.stdout:  # ends when the process does
             if line.startswith("ready: "):

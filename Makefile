@@ -45,6 +45,11 @@ test: setup ## Run all tests that need no GPU
 	@OMP_NUM_THREADS=$(cores) OPENBLAS_NUM_THREADS=$(cores) TOKENIZERS_PARALLELISM=false \
 	    $(python) -m pytest --durations=15 $(TESTS)
 
+.PHONY: test-faults
+test-faults: setup ## Run the tests of overload and faults at full length: 10,000 requests, 5,000 damaged files
+	@LIGHTSEQ_FAULT_REQUESTS=10000 LIGHTSEQ_FAULT_FILES=5000 LIGHTSEQ_FAULT_EXAMPLES=2000 $(python) -m pytest \
+	    --durations=5 tests/test_overload.py tests/test_operations.py tests/test_damaged_files.py
+
 .PHONY: test-gpu
 test-gpu: setup ## Run the tests that need a GPU (install CuPy first: .venv/bin/pip install -e '.[cuda12]')
 	@$(python) -m pytest --durations=15 --capture=no tests/gpu

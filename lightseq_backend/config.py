@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, field
 
 from lightseq_backend.errors import ConfigError
@@ -234,6 +235,8 @@ class EngineConfig:
     slots           rows that decode at the same time: beams and samples of all sequences together
     max_beam_size   widest sequence
     queue           sequences that may wait; one more is refused with Overloaded
+    queue_tokens    tokens that those may have together
+    queue_seconds   how long one may wait; then it is answered with Overloaded
     prompt_tokens   source or prompt tokens in one prefill pass (at least the model's max_positions)
     burst           decode steps between two looks at what finished
     scores          whether given tokens can be scored: on a GPU every such pass is captured when the model is loaded
@@ -242,13 +245,15 @@ class EngineConfig:
     slots: int = 32
     max_beam_size: int = 16
     queue: int = 256
+    queue_tokens: int = sys.maxsize
+    queue_seconds: float = math.inf
     prompt_tokens: int = 1024
     burst: int = 1
     scores: bool = True
 
     def __post_init__(self) -> None:
         sizes = {name: value for name, value in vars(self).items() if name != "scores"}
-        faults = [f"{name} is {value}; it must be at least 1" for name, value in sizes.items() if value < 1]
+        faults = [f"{name} is {value}; it must be at least 1" for name, value in sizes.items() if not value >= 1]
         if self.max_beam_size > self.slots:
             faults.append(f"max_beam_size is {self.max_beam_size}; there are {self.slots} slots")
         if faults:

@@ -6,7 +6,7 @@ class RequestError(ValueError):
 
 
 class Overloaded(RuntimeError):
-    """No room now, because the queue is full or the engine is stopping: come again later."""
+    """No room now, because the queue is full or the engine is stopping: come again later. The message may say when."""
 
 
 class Cancelled(RuntimeError):

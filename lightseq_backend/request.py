@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import secrets
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,6 +14,10 @@ from lightseq_backend.errors import RequestError
 
 GENERATE = "generate"
 SCORE = "score"
+
+# Seconds of its time in the queue that a request gives to others: it goes before what came so much later, no more.
+HIGH, NORMAL, LOW = "high", "normal", "low"
+PRIORITIES = {HIGH: 0.0, NORMAL: 2.0, LOW: 10.0}
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Request:
               of a beam search one, of samples all; must not block. Never after `reply`
     deadline  when, by time.monotonic(), the answer must be there; then it is DeadlineExceeded
     decode    the text of ids; stop words of text need it
+    priority  one of PRIORITIES, in the queue; where rows decode all are equal
     """
 
     tokens: np.ndarray
@@ -85,6 +89,22 @@ class Request:
     progress: Progress | None = None
     deadline: float | None = None
     decode: Callable[[Iterable[int]], str] | None = None
+    priority: str = NORMAL
+
+
+class Timing(NamedTuple):
+    """Seconds that an answered sequence took.
+
+    queue        until it had slots
+    first_token  until the host saw its first tokens; of what is scored: until its score
+    token        from then on a step, of those that took more steps than that; else None
+    total        until it was done
+    """
+
+    queue: float
+    first_token: float
+    token: float | None
+    total: float
 
 
 @dataclass(eq=False)
@@ -96,9 +116,10 @@ class Sequence:
     scored             int32 [s]: what is scored, each token but the first `given` by those before it
     slots              the cache lanes it holds, one a beam or sample; empty until admitted
     queued             decode steps that the device has been given for it
-    submitted, first_token  when, by time.monotonic(), it was made, and its first token was seen
     followed           whether its tokens are looked at while it decodes
     stops              what ends its texts beside the model's end id (decoding.stops.Stops), None where nothing does
+    arrived, admitted  when it was queued and when it had slots, seconds on a monotonic clock
+    seen               when the host saw its first tokens, and how many steps it had taken by then
     """
 
     request: Request
@@ -110,10 +131,11 @@ class Sequence:
     given: int = 1
     slots: list[int] = field(default_factory=list)
     queued: int = 0
-    submitted: float = field(default_factory=time.monotonic)
-    first_token: float | None = None
     followed: bool = False
     stops: Any = None
+    arrived: float = 0.0
+    admitted: float = 0.0
+    seen: tuple[float, int] | None = None
 
     @classmethod
     def of(cls, request: Request, config: Config) -> Sequence:
@@ -153,6 +175,12 @@ class Sequence:
         if self.request.kind == GENERATE:
             return self.request.options.width
         return int(self.request.target is not None)
+
+    def timing(self, now: float, steps: int) -> Timing:
+        """steps: those it took in all"""
+        first, steps_by_then = self.seen or (now, steps)
+        token = (now - first) / (steps - steps_by_then) if steps > steps_by_then else None
+        return Timing(self.admitted - self.arrived, first - self.arrived, token, now - self.arrived)
 
     @property
     def rows(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import signal
 import subprocess
@@ -26,6 +27,7 @@ ENVIRONMENT_FILE = dict(
     line.split("=", 1) for line in (ROOT / ".env").read_text().splitlines() if line and not line.startswith("#")
 )
 SERVICES = ["triton", "triton-cpu"]
+MONITORING = ["prometheus", "grafana"]
 
 
 def instruction(name: str) -> list[str]:
@@ -40,7 +42,7 @@ def test_dockerfile_passes_its_linter() -> None:
 
 
 def test_compose_file_follows_the_specification() -> None:
-    assert compose_spec.PyCompose.from_json(json.dumps(COMPOSE)).service_names() == SERVICES
+    assert compose_spec.PyCompose.from_json(json.dumps(COMPOSE)).service_names() == [*SERVICES, *MONITORING]
 
 
 @pytest.mark.parametrize("fault", [{"portz": []}, {"ports": ["127.0.0.1:8000:x"]}, {"shm_size": "1zb"}])
@@ -80,6 +82,29 @@ def test_cpu_profile_starts_a_service_that_needs_no_gpu() -> None:
     started = [name for name in SERVICES if "cpu" in COMPOSE["services"][name]["profiles"]]
     assert started == ["triton-cpu"]
     assert "deploy" not in COMPOSE["services"]["triton-cpu"]
+
+
+@pytest.mark.parametrize(("profile", "triton"), [("monitoring", "triton"), ("monitoring-cpu", "triton-cpu")])
+def test_monitoring_profile_starts_one_triton_with_all_that_watches_it(profile: str, triton: str) -> None:
+    services = COMPOSE["services"]
+    assert [name for name in services if profile in services[name]["profiles"]] == [triton, *MONITORING]
+
+
+@pytest.mark.parametrize("service", MONITORING)
+def test_monitoring_is_pinned_reads_files_that_exist_and_is_seen_by_this_machine_alone(service: str) -> None:
+    settings = COMPOSE["services"][service]
+    assert re.fullmatch(r"[\w./-]+:v?[\d.]+", settings["image"])
+    assert all(port.startswith("127.0.0.1:") for port in settings["ports"])
+    mounted = [volume.split(":")[0] for volume in settings["volumes"] if volume.startswith("./")]
+    assert mounted
+    assert [path for path in mounted if not (ROOT / path).is_file()] == []
+
+
+def test_prometheus_scrapes_the_tritons_and_grafana_reads_prometheus() -> None:
+    scraped = yaml.safe_load((ROOT / "docker" / "monitoring" / "prometheus.yml").read_text())["scrape_configs"]
+    assert scraped[0]["static_configs"][0]["targets"] == [f"{service}:8002" for service in SERVICES]
+    (source,) = yaml.safe_load((ROOT / "docker/monitoring/grafana/datasource.yml").read_text())["datasources"]
+    assert (source["url"], source["uid"]) == ("http://prometheus:9090", "prometheus")
 
 
 def test_gpu_service_reserves_a_gpu() -> None:
@@ -132,10 +157,14 @@ def container(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[subpro
     Only what the container would supply is replaced: where the models lie, the address, the ports.
     """
     repository = echo_model.write(tmp_path_factory.mktemp("models"))
-    here = {"/models": str(repository), "0.0.0.0": "127.0.0.1", "${LIGHTSEQ_ADMIN_KEY:-}": "sesame"}
+    here = {"/models": str(repository), "0.0.0.0": "127.0.0.1"}
     words = [here.get(word, word) for word in instruction("^ENTRYPOINT") + COMPOSE["services"]["triton-cpu"]["command"]]
     ports = [f"--{name}-port=0" for name in ("http", "grpc", "metrics")]
-    process = subprocess.Popen([str(BIN / words[0]), *words[1:], *ports], stdout=subprocess.PIPE, text=True)
+    assert "LIGHTSEQ_ADMIN_KEY" in COMPOSE["services"]["triton-cpu"]["environment"]
+    environment = {**os.environ, "LIGHTSEQ_ADMIN_KEY": "sesame"}
+    process = subprocess.Popen(
+        [str(BIN / words[0]), *words[1:], *ports], stdout=subprocess.PIPE, text=True, env=environment
+    )
     try:
         for line in process.stdout:  # ends when the process does
             if line.startswith("ready: "):

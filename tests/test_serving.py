@@ -196,13 +196,15 @@ def test_engine_has_room_for_the_files_own_beams_and_a_full_batch(tmp_path: Path
     file, _ = small_models.transformer()
     wide = settings(tmp_path, max_batch_size=512)
     config = small_models.transformer(decoding=type(file.decoding)(beam_size=40))[0]
-    assert wide.engine_config(config) == EngineConfig(slots=40, max_beam_size=40, queue=512, scores=False)
+    assert wide.engine_config(config) == EngineConfig(
+        slots=40, max_beam_size=40, queue=512, queue_tokens=1 << 18, queue_seconds=300, scores=False
+    )
 
 
 def test_engine_sizes_of_the_configuration_count(tmp_path: Path) -> None:
     (tmp_path / "transformer.pb").touch()
-    sizes = {"slots": 8, "queue": 9, "burst": 3, "prompt_tokens": 77}
-    wanted = EngineConfig(slots=8, max_beam_size=8, queue=9, burst=3, prompt_tokens=77, scores=False)
+    sizes = {"slots": 8, "queue": 9, "queue_tokens": 99, "queue_seconds": 7, "burst": 3, "prompt_tokens": 77}
+    wanted = EngineConfig(**sizes, max_beam_size=8, scores=False)  # type: ignore[arg-type]
     assert settings(tmp_path, parameters=sizes).engine_config(HEAD) == wanted
 
 

@@ -8,6 +8,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
+from contextlib import suppress
 from dataclasses import replace
 from types import ModuleType
 from typing import Any
@@ -15,21 +16,24 @@ from typing import Any
 import numpy as np
 
 from lightseq_backend.config import DecodingLimits, DecodingOptions, EngineConfig, GptConfig
-from lightseq_backend.decoding import methods
+from lightseq_backend.decoding import methods, standard
 from lightseq_backend.decoding.stops import Stops
 from lightseq_backend.engine import scoring
 from lightseq_backend.engine.buffers import allocate, candidates
 from lightseq_backend.engine.departures import Departures
-from lightseq_backend.engine.follow import Look, follow, note_first_token
+from lightseq_backend.engine.follow import Look, follow
 from lightseq_backend.engine.graphs import SEARCHING, Passes, Steps, mix_of
 from lightseq_backend.engine.scheduler import Scheduler
 from lightseq_backend.engine.uploads import Uploads
 from lightseq_backend.errors import ConfigError, Overloaded, RequestError
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
-from lightseq_backend.request import GENERATE, SCORE, Output, Request, Sequence
+from lightseq_backend.request import GENERATE, SCORE, Output, Request, Sequence, Timing
 
 log = logging.getLogger(__name__)
+
+STEP_PATIENCE = 5.0  # seconds that `stop` gives to the step under way, its patience with the rest being at an end
+TIMINGS = 1 << 16  # that are kept for whoever reads them; older ones go
 
 
 class Engine:
@@ -67,7 +71,9 @@ class Engine:
         self._stopping = False
         self.fault: str | None = None  # why the device takes no more work
         self.counts: Counter[str] = Counter()
-        self.last_step = time.monotonic()
+        self.step_seconds = 0.0  # that decode steps took, up to the host's look at them
+        self.timings: deque[Timing] = deque(maxlen=TIMINGS)  # of what was answered; for one reader, who takes them out
+        self._began: float | None = None  # the round under way
         log.info("engine memory: %d bytes for %d slots", self._buffers.size, config.slots)
 
     # What other threads call ------------------------------------------------------------------------------------------
@@ -82,6 +88,15 @@ class Engine:
         return self._scheduler.waiting
 
     @property
+    def waiting_tokens(self) -> int:
+        return self._scheduler.tokens
+
+    @property
+    def waiting_seconds(self) -> float:
+        """How long the one who has waited longest has waited."""
+        return self._scheduler.age
+
+    @property
     def slots_in_use(self) -> int:
         return self._scheduler.slots_in_use
 
@@ -94,9 +109,19 @@ class Engine:
         return self._thread is not None and self._thread.is_alive()
 
     @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    @property
     def ready(self) -> bool:
         """Whether answers can be expected."""
         return self.alive and self.fault is None
+
+    @property
+    def round_seconds(self) -> float:
+        """How long the round under way has taken; 0 where none is."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     def options(self, changes: dict[str, object] | None = None) -> DecodingOptions:
         """The model's defaults with a request's own settings; RequestError names each bad one."""
@@ -170,6 +195,34 @@ class Engine:
                 raise output
         return [output for output in outputs if isinstance(output, Output)]
 
+    def warm_up(self) -> None:
+        """Runs two steps, or a score, as the first request would; to be called before `start`. What is wrong with the
+        device shows here. Nothing of it stays, in the counts neither."""
+        config = self.model.config
+        special = {config.padding_id, config.end_id}
+        row = [next(i for i in range(config.input_vocabulary) if i not in special)]
+        with suppress(RequestError):  # the file's own defaults may want more than two tokens
+            scores_text = isinstance(config, GptConfig) and self.config.scores
+            self.answer([row * 2], SCORE) if scores_text else self.answer([row], changes={"max_new_tokens": 2})
+        self.counts.clear()
+        self.timings.clear()
+        self.step_seconds = 0.0
+
+    def expire(self) -> None:
+        """Answers what has waited for too long. From any thread."""
+        for sequence in self._scheduler.remove_expired():
+            self._admitted[id(sequence)] = sequence
+            limit = self.config.queue_seconds
+            self._retire(sequence, Overloaded(f"the request has waited for {limit:g} s, the limit; come again later"))
+
+    def give_up(self, reason: str) -> None:
+        """Answers all there is with an error and takes no more, whatever the engine's thread is doing. From any
+        thread, as often as needed: what came in between is answered then."""
+        self.fault = self.fault or reason
+        for sequence in self._scheduler.remove():
+            self._admitted[id(sequence)] = sequence
+        self._fail(RuntimeError(self.fault))
+
     def start(self) -> None:
         """Starts the engine's thread."""
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -181,10 +234,10 @@ class Engine:
         self._stopping, self._abandoned = True, not finish
         self._scheduler.close()
         if self._thread is not None:
-            self._thread.join(patience)
+            self._thread.join(0 if self.fault else patience)  # what has failed does not finish
             self._abandoned = True
-            self._thread.join(patience)
-        for sequence in self._scheduler.clear():
+            self._thread.join(min(patience, STEP_PATIENCE))
+        for sequence in self._scheduler.remove():
             self._admitted[id(sequence)] = sequence
         self._fail(Overloaded("the engine was stopped"))
 
@@ -204,11 +257,13 @@ class Engine:
     def step(self) -> None:
         """One round. An error of ours fails what is in flight, with the reason, and nothing that comes after, unless
         the device itself has failed: then `fault` says so and nothing more is taken."""
+        self._began = time.monotonic()
         moved = self._dismiss()
         admitted = self._scheduler.admit()
         self._admitted.update((id(one), one) for one in admitted)
         if self.fault:  # what still waited when the device failed
             self._fail(RuntimeError(self.fault))
+            self._began = None
             return
         try:
             self._score([one for one in admitted if one.request.kind == SCORE])
@@ -219,16 +274,16 @@ class Engine:
                 self._burst()
         except Exception as error:
             log.exception("a step failed")
-            self.fault = self._ops.fault()
+            self.fault = self.fault or self._ops.fault()
             self._fail(error)
-        self.last_step = time.monotonic()
+        self._began = None
 
     def _dismiss(self) -> bool:
         """Answers those who leave early, and takes their slots back; whether the device works on fewer rows now."""
         due = self._departures.due()
         if not due:
             return False
-        waiting = self._scheduler.withdraw(lambda one: id(one.request) in due)
+        waiting = self._scheduler.remove(lambda one: id(one.request) in due)
         self._admitted.update((id(one), one) for one in waiting)
         active = [one for one in self._active if id(one.request) in due]
         self._leave(active)
@@ -298,6 +353,7 @@ class Engine:
 
     def _burst(self) -> None:
         """Queues a burst of steps, then looks at how an earlier one ended while the device works on this one."""
+        began = time.monotonic()
         # Nobody takes more steps than its limit: none is queued that no sequence can use.
         steps = min(self.config.burst, max(one.limit - one.queued for one in self._active))
         if steps > 0:
@@ -307,16 +363,23 @@ class Engine:
             for one in self._active:
                 one.queued += steps
             self.counts["steps"] += steps
+            self.counts["step_rows"] += steps * sum(len(one.slots) for one in self._active)
             state, followed = self._buffers.state, [one for one in self._active if one.followed]
             look = Look.at(followed, state, self._ops)
             self._reports.append((list(self._active), self._ops.fetch(state.slots), look))
         if steps <= 0 or len(self._reports) >= self._ops.BURSTS_AHEAD:
             self._settle(*self._reports.popleft())
+        self.step_seconds += time.monotonic() - began
 
     def _settle(self, ran: list[Sequence], report: Callable[[], np.ndarray], look: Look) -> None:
         """Retires what was done at the end of a burst. ran: the sequences it worked on; some may be gone since."""
         records = report()
         ended = records["done"].tolist()
+        fresh = [one for one in ran if one.seen is None and one.slots]
+        if fresh:
+            now, steps = time.monotonic(), records["generated"].tolist()
+            for one in fresh:
+                one.seen = now, steps[one.slots[0]]
         done = [one for one in ran if one.slots and ended[one.slots[0]]]
         stopped = self._follow([one for one in ran if one.followed and one.slots and one not in done], records, look)
         if not done and not stopped:
@@ -367,17 +430,18 @@ class Engine:
     def _retire(self, sequence: Sequence, result: Output | Exception) -> None:
         """Answers, exactly once: whoever is not in _admitted any more has had an answer.
 
-        Only `stop`, having lost patience with a step that hangs, comes here from another thread.
+        From another thread come here only those who have lost patience: with a step that hangs, or with the queue.
         """
         if self._admitted.pop(id(sequence), None) is None:
             return
         self._scheduler.retire(sequence)
         self._departures.forget(sequence.request)
         if isinstance(result, Output) and sequence.request.progress is not None:
-            note_first_token(sequence)
-            result = replace(result, first_token=sequence.first_token)
+            seen = time.monotonic() if sequence.seen is None else sequence.seen[0]
+            result = replace(result, first_token=seen - sequence.arrived)
         if isinstance(result, Output):
             self.counts["answered"] += 1
+            self.timings.append(sequence.timing(time.monotonic(), result.steps))
             self.counts["generated_tokens"] += sum(len(one.tokens) for one in result.hypotheses)
         else:
             self.counts["failed"] += 1

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -46,7 +45,6 @@ def follow(sequence: Sequence, records: np.ndarray, lanes: dict[str, np.ndarray]
     records: SLOT [width]; lanes: its rows of what methods.looked_at names.
     """
     texts = methods.begun(sequence, records, lanes)
-    note_first_token(sequence)
     stops = sequence.stops
     if stops is not None:
         over = records["finished"].astype(bool).tolist()
@@ -64,8 +62,3 @@ def follow(sequence: Sequence, records: np.ndarray, lanes: dict[str, np.ndarray]
         except Exception:
             log.exception("progress could not be reported")
     return False
-
-
-def note_first_token(sequence: Sequence) -> None:
-    if sequence.first_token is None:
-        sequence.first_token = time.monotonic() - sequence.submitted

@@ -29,7 +29,7 @@ output [
   {outputs}
 ]
 # Requests that arrive together reach the model in one call; the engine batches by itself.
-dynamic_batching {{ }}
+dynamic_batching {{ default_queue_policy {{ max_queue_size: 1024 }} }}
 # {where}
 instance_group [ {{ kind: {kind} }} ]
 {parameters}"""

@@ -29,6 +29,7 @@ from lightseq_backend.serving.device import DEVICES, choose_device
 
 LOOPBACK = "127.0.0.1"
 TRITON_VARIABLE = "LIGHTSEQ_TRITON"  # names the directory of the Triton to use
+ADMIN_KEY_VARIABLE = "LIGHTSEQ_ADMIN_KEY"
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 RESTRICTED_APIS = "model-repository,shared-memory,trace,logging"  # what changes the server, for those with the key
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -349,7 +350,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help=f"the Triton to use, as /opt/tritonserver lies (default: {TRITON_VARIABLE}, else found)",
     )
-    parser.add_argument("--admin-key", help="opens the administration APIs to requests with this key")
+    parser.add_argument(
+        "--admin-key",
+        default=os.environ.get(ADMIN_KEY_VARIABLE),
+        help=f"opens the administration APIs to requests with this key (default: ${ADMIN_KEY_VARIABLE})",
+    )
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning")
     parser.add_argument("--start-timeout", type=float, default=300.0, help="seconds until ready (default: %(default)g)")
     parser.add_argument(

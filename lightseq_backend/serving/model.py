@@ -25,13 +25,10 @@ from lightseq_backend.serving.replies import Replies, Ticket
 from lightseq_backend.serving.settings import Settings, read_settings
 from lightseq_backend.serving.tensors import strings_arrive, survive_strings, to_numpy
 from lightseq_backend.serving.texts import Texts
-from lightseq_backend.serving.wire import TARGET_IDS, TARGET_TEXT, TEXT_INPUT
+from lightseq_backend.serving.watch import Watch
+from lightseq_backend.serving.wire import TARGET_IDS, TARGET_TEXT, TEXT_INPUT, priority_of
 
 log = logging.getLogger(__name__)
-
-PATIENCE = 20.0  # seconds that an unloading model gives to what is under way
-
-METRICS_PERIOD = 1.0  # seconds
 
 
 class TritonPythonModel:
@@ -48,14 +45,19 @@ class TritonPythonModel:
             self._texts = _texts(settings, self._engine.model.config)
             if self._wire.form.task != SCORE:
                 self._options(self._wire.changes(""))  # what the file asks for by default must be possible
+            self._engine.warm_up()
         except (ConfigError, WeightError, RequestError) as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
         labels = {"model": settings.model, "version": settings.version, "instance": settings.instance}
+        self._drain_seconds = settings.times["drain_seconds"]
         self._callers = Callers(self._engine.cancel)
         self._replies = Replies(self._wire, self._engine.model.config, self._callers.leave)
-        self._replies.start(Metrics(self._engine, self._replies.outcomes, labels).update, METRICS_PERIOD)
+        self._replies.start()
         self._callers.start()
         self._engine.start()
+        metrics = Metrics(self._engine, self._replies.outcomes, labels)
+        self._watch = Watch(self._engine, settings.times["step_seconds"], metrics.update)
+        self._watch.start()
         log.info(
             "%s: %s on %s, %s, %d slots in %.1f MiB, loaded in %.2f s",
             settings.instance,
@@ -70,6 +72,7 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> None:
         """Submits each request, or has it refused by itself; the answers are sent later."""
         for request in requests:
+            self._replies.wait_for_room()
             sender = request.get_response_sender()
             try:
                 self._submit(request, sender)
@@ -78,17 +81,18 @@ class TritonPythonModel:
 
     def is_ready(self) -> bool:
         """Whether answers can be expected."""
-        return self._engine.ready and self._replies.alive
+        return self._engine.ready and self._replies.alive and self._watch.alive
 
     def finalize(self) -> None:
-        """Finishes what is under way, within PATIENCE seconds; the rest is answered with an error."""
-        self._engine.stop(PATIENCE)
+        """Finishes what is under way, within `drain_seconds`; the rest is answered with an error."""
+        self._engine.stop(self._drain_seconds)
+        self._watch.close()
         self._callers.close()
         self._replies.close()
 
     def _submit(self, request: Any, sender: Any) -> None:
         arrived = time.monotonic()
-        if not self._engine.alive:
+        if not self._engine.alive and self._engine.fault is None:
             raise RuntimeError("the engine's thread has ended; the model must be loaded again")
         control = read_control(request.parameters())
         if control.cancel is not None:
@@ -103,7 +107,7 @@ class TritonPythonModel:
             if len(targets) != len(rows):
                 raise RequestError(f"there are {len(targets)} targets for {len(rows)} sources; each needs one")
         options = self._options(self._wire.changes(request.parameters()))
-        kind = self._wire.form.task
+        kind, priority = self._wire.form.task, priority_of(request.parameters())
         wants_text = self._texts.written and self._wire.wants_text(from_text, request.requested_output_names())
         ticket = Ticket(sender, rows, self._texts.decode if wants_text else None)
         if self._wire.streams:
@@ -111,7 +115,7 @@ class TritonPythonModel:
         deadline = None if control.patience is None else arrived + control.patience
         progress, decode = self._replies.progress(ticket), self._texts.decode if self._texts.written else None
         wanted = [
-            Request(row, options, reply, kind, i, target, progress, deadline, decode)
+            Request(row, options, reply, kind, i, target, progress, deadline, decode, priority)
             for i, (row, reply, target) in enumerate(zip(rows, self._replies.expect(ticket), targets))
         ]
         self._callers.watch(sender, control.name or request.request_id(), wanted)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 ANSWERED, REFUSED, OVERLOADED, FAILED, CANCELLED, LATE = OUTCOMES = (
     *("answered", "refused", "overloaded", "failed", "cancelled", "deadline_exceeded"),
 )
+MOST_UNSENT = 4096  # results of rows; beside them there are those that wait and those that decode
 Result = Output | Exception
 
 
@@ -58,9 +59,7 @@ class Replies:
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
         self._thread = threading.Thread(target=self._loop, name="replies", daemon=True)
 
-    def start(self, tick: Callable[[], None], period: float) -> None:
-        """Starts the thread; it calls `tick` about every `period` seconds."""
-        self._tick, self._period = tick, period
+    def start(self) -> None:
         self._thread.start()
 
     @property
@@ -86,6 +85,11 @@ class Replies:
 
         return None if ticket.parts is None else report
 
+    def wait_for_room(self) -> None:
+        """Blocks while very many results wait to be sent: who asks faster than that waits, in Triton's own queue."""
+        while self._arrived.qsize() >= MOST_UNSENT and self.alive:
+            time.sleep(0.001)
+
     def refuse(self, sender: Any, error: Exception) -> None:
         """Answers with an error, soon. Nothing else may come for that sender."""
         self._arrived.put((Ticket(sender, [np.empty(0)]), 0, error))
@@ -100,17 +104,7 @@ class Replies:
         self._thread.join()
 
     def _loop(self) -> None:
-        due = time.monotonic()
-        while True:
-            if time.monotonic() >= due:
-                self._tick_once()
-                due = time.monotonic() + self._period
-            try:
-                arrival = self._arrived.get(timeout=max(0.0, due - time.monotonic()))
-            except Empty:
-                continue
-            if arrival is None:
-                return
+        while (arrival := self._arrived.get()) is not None:
             ticket, row, result = arrival
             if result is None:
                 self._send_part(ticket)
@@ -118,13 +112,6 @@ class Replies:
             ticket.results[row] = result
             if len(ticket.results) >= len(ticket.rows):
                 self._send(ticket)
-
-    def _tick_once(self) -> None:
-        try:
-            self._tick()
-        except Exception:  # whatever it is, answers go out
-            log.exception("no more ticks: one failed")
-            self._tick = lambda: None
 
     def _send_part(self, ticket: Ticket) -> None:
         assert ticket.parts is not None

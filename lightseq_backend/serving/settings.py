@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,14 @@ from lightseq_backend.serving.wire import GPT, TRANSFORMER, Wire, read_wire
 
 DEVICES = {"CPU": "cpu", "GPU": "cuda"}  # by Triton's instance kind
 PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}  # by device, the default first
-SIZES = ("slots", "max_beam_size", "queue", "prompt_tokens", "burst")  # fields of EngineConfig
+# Fields of EngineConfig.
+SIZES = ("slots", "max_beam_size", "queue", "queue_tokens", "queue_seconds", "prompt_tokens", "burst")
+QUEUE_TOKENS, QUEUE_SECONDS = 1 << 18, 300  # by default, or a full batch of the longest rows
+# Seconds: what a round of the engine may take before the instance counts as failed, and what is under way gets to
+# finish when the model is unloaded.
+TIMES = {"step_seconds": 60, "drain_seconds": 20}
 BURSTS = {"cpu": 1, "cuda": 4}  # the host's part of a burst must fit into the device's
-PARAMETERS = ("weights", "dialect", "precision", *SIZES, "tokenizer", "source_language")
+PARAMETERS = ("weights", "dialect", "precision", *SIZES, *TIMES, "tokenizer", "source_language")
 SUFFIXES = (".pb", ".hdf5", ".safetensors")  # of weight files, in the order in which they are looked for
 MODEL_TYPES = {"Transformer": TRANSFORMER, "Gpt": GPT}  # LightSeq's own parameter: what `model_type` may be
 TRITON_PARAMETERS = ("FORCE_CPU_ONLY_INPUT_TENSORS", "EXECUTION_ENV_PATH")
@@ -33,6 +38,7 @@ class Settings:
     max_rows   of one request
     tokenizer  directories that may hold one, and the source's language for those of many
     sizes      the fields of EngineConfig that config.pbtxt gives
+    times      seconds, by the names of TIMES
     """
 
     model: str
@@ -48,11 +54,12 @@ class Settings:
     tokenizer: tuple[Path, ...]
     source_language: str | None
     sizes: dict[str, int]
+    times: dict[str, int]
 
     def engine_config(self, config: Config) -> EngineConfig:
         """Room for what the model's file asks for by default, unless config.pbtxt says how much there is.
 
-        ConfigError when a full batch does not fit into the queue: it could never be accepted.
+        ConfigError when a full batch of the longest rows does not fit into the queue: it could never be accepted.
         """
         sizes = dict(self.sizes)
         plain = EngineConfig()
@@ -63,9 +70,17 @@ class Settings:
         sizes.setdefault("slots", max(plain.slots, beams))
         sizes.setdefault("max_beam_size", min(beams, sizes["slots"]))
         sizes.setdefault("queue", max(plain.queue, self.max_rows))
+        longest = self.max_rows * config.max_positions
+        sizes.setdefault("queue_tokens", max(QUEUE_TOKENS, longest))
+        sizes.setdefault("queue_seconds", QUEUE_SECONDS)
         sizes.setdefault("burst", BURSTS[self.device])
         if sizes["queue"] < self.max_rows:
             raise ConfigError(f"queue is {sizes['queue']}; max_batch_size lets a request have {self.max_rows} rows")
+        if sizes["queue_tokens"] < longest:
+            raise ConfigError(
+                f"queue_tokens is {sizes['queue_tokens']}; a request may have {self.max_rows} rows of "
+                f"{config.max_positions} tokens"
+            )
         return EngineConfig(**sizes, scores=scores)
 
 
@@ -79,7 +94,7 @@ def read_settings(args: Mapping[str, str], environment: Mapping[str, str] = os.e
         faults.append(f"instance kind is KIND_{args['model_instance_kind']}; kinds are KIND_CPU, KIND_GPU")
     wire = read_wire(model_config, faults)
     _check_parameters(given, device, wire, faults)
-    sizes = _sizes(given, faults)
+    sizes, times = _whole_numbers(given, SIZES, faults), _whole_numbers(given, tuple(TIMES), faults)
     _check_policies(model_config, faults)
     weights = _find_weights(args, given, model_config, wire.form.kind, environment, faults) if wire else None
     tokenizer = _tokenizer_directories(args, given, weights, faults)
@@ -101,6 +116,7 @@ def read_settings(args: Mapping[str, str], environment: Mapping[str, str] = os.e
         tokenizer=tokenizer,
         source_language=given.get("source_language"),
         sizes=sizes,
+        times=TIMES | times,
     )
 
 
@@ -122,16 +138,16 @@ def _check_parameters(given: Mapping[str, str], device: str, wire: Wire | None, 
         faults.append(f"model_type is {model_type!r}, but input {wire.input} is of a {wire.form.kind} model")
 
 
-def _sizes(given: Mapping[str, str], faults: list[str]) -> dict[str, int]:
-    sizes = {}
-    for key in SIZES:
+def _whole_numbers(given: Mapping[str, str], keys: Sequence[str], faults: list[str]) -> dict[str, int]:
+    numbers = {}
+    for key in keys:
         if key not in given:
             continue
         if given[key].isascii() and given[key].isdigit() and int(given[key]) > 0:
-            sizes[key] = int(given[key])
+            numbers[key] = int(given[key])
         else:
             faults.append(f"parameter {key} is {given[key]!r}; it must be a whole number from 1 up")
-    return sizes
+    return numbers
 
 
 def _check_policies(model_config: Mapping[str, Any], faults: list[str]) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from lightseq_backend.config import Config, GptConfig
 from lightseq_backend.errors import RequestError
-from lightseq_backend.request import GENERATE, SCORE, Hypothesis, Output
+from lightseq_backend.request import GENERATE, NORMAL, PRIORITIES, SCORE, Hypothesis, Output
 from lightseq_backend.serving.control import CONTROLS
 
 TRANSFORMER, GPT = "transformer", "gpt"  # the kinds of weight files, as weights.load calls them
@@ -32,12 +32,21 @@ TARGET_IDS, TARGET_TEXT = "target_ids", "target_text"
 FINAL, FIRST_TOKEN = "final", "first_token_ms"
 # An option and the output that its answer is in; of a model that scores, an output alone.
 DETAILS = "token_log_probabilities"
+PRIORITY = "queue_priority"  # a parameter of a request that is no option: how it waits, not what it gets
 Decode = Callable[[Iterable[int]], str]
 
 # Parameters of a request that are Triton's own affair: they never reach the options.
 TRITON_PARAMETERS = frozenset(
     ["sequence_id", "sequence_start", "sequence_end", "priority", "timeout", "headers", "binary_data_output"]
 )
+
+
+def priority_of(parameters: str) -> str:
+    """What a request's parameters, a JSON object as Triton gives it, say of its place in the queue."""
+    priority = (json.loads(parameters) if parameters else {}).get(PRIORITY, NORMAL)
+    if priority not in PRIORITIES:
+        raise RequestError(f"{PRIORITY} is {priority!r}; priorities are {', '.join(PRIORITIES)}")
+    return priority
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,7 @@ class Wire:
         changes = {
             name: value
             for name, value in values.items()
-            if name not in TRITON_PARAMETERS and name not in CONTROLS and not name.startswith("triton_")
+            if name not in TRITON_PARAMETERS and name not in (*CONTROLS, PRIORITY) and not name.startswith("triton_")
         }
         if self.form.task == SCORE:
             if changes:

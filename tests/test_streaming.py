@@ -360,7 +360,7 @@ def test_parts_wait_together_while_one_is_sent(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(module, "to_tensor", lambda name, tensor: (name, tensor))
     left: list[object] = []
     replies = module.Replies(wire(), TEXT, left.append)
-    replies.start(lambda: None, 60.0)
+    replies.start()
     row, options, sender = np.array([3]), DecodingOptions("greedy"), Sender()
     ticket = module.Ticket(sender, [row], parts=Parts(wire(), TEXT, row, options))
     (reply,), progress = replies.expect(ticket), replies.progress(ticket)

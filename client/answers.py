@@ -21,6 +21,7 @@ FLOAT_TYPES = ("FP16", "FP32", "FP64")
 TEXT_INPUT, TEXT_OUTPUT = "text_input", "text_output"  # Triton's own clients for text call them so
 FINAL, FIRST_TOKEN = "final", "first_token_ms"  # outputs of a model that streams
 DETAILS = "token_log_probabilities"  # an option, and the output that its answer is in
+LOG_PROBABILITY = "log_probability"
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,8 @@ def signature(task: str, model: str, metadata: Mapping[str, Any]) -> Signature:
             f"model {model} cannot {task}: that needs one integer input and {needs}; "
             f"it has inputs {_tensors(metadata['inputs'])} and outputs {_tensors(metadata['outputs'])}"
         )
+    if scores == [LOG_PROBABILITY]:
+        raise ModelError(f"model {model} cannot {task}: it gives {LOG_PROBABILITY}, which is not a loss")
     texts = {
         tensor["name"] for part in ("inputs", "outputs") for tensor in metadata[part] if tensor["datatype"] == "BYTES"
     }

@@ -274,6 +274,56 @@ template <typename X> __device__ __forceinline__ X* map_shared(X* address, unsig
 #endif
 }
 
+// Barriers in shared memory that also wait for bytes, sm_90 and later.
+typedef unsigned long long Barrier;
+
+__device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+#endif
+}
+
+// Barriers that this thread made are there for the copy engine and, after a cluster's barrier, for its other blocks.
+__device__ __forceinline__ void publish_barriers() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+#endif
+}
+
+// Arrives, and has the phase wait for that many bytes.
+__device__ __forceinline__ void barrier_expect(Barrier* barrier, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+#endif
+}
+
+// Until the phase of that parity is over.
+__device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n\t.reg .pred over;\n"
+                 "again_%=:\n\tmbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 over, [%0], %1;\n\t"
+                 "@!over bra again_%=;\n}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+#endif
+}
+
+// To the same variable of block `rank` of the cluster, whose `barrier` waits for the sixteen bytes.
+__device__ __forceinline__ void send(unsigned rank, float4* to, const float4& x, Barrier* barrier) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("{\n\t.reg .b32 there, counted;\n\tmapa.shared::cluster.u32 there, %0, %2;\n\t"
+                 "mapa.shared::cluster.u32 counted, %1, %2;\n\t"
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [there], {%3,%4,%5,%6}, [counted];\n}"
+                 ::"r"(shared_address(to)), "r"(shared_address(barrier)), "r"(rank), "f"(x.x), "f"(x.y), "f"(x.z),
+                 "f"(x.w) : "memory");
+#endif
+}
+
 // Programmatic dependent launch: nothing that an earlier kernel wrote may be read before wait_for_previous.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900

@@ -100,8 +100,11 @@ __device__ __forceinline__ float4 add(const float4& x, const float4& y) {
     return make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
 }
 
-// partial: the sums of each warp, [WARPS][ROWS][PARTIAL_STRIDE]; inbox: [SPLIT][OWN_ROWS][SENT_QUADS], if SPLIT > 1.
-__device__ __forceinline__ void finish(const float* partial, float4* inbox, const Epilogue& end, const Before& before) {
+// partial: the sums of each warp, [WARPS][ROWS][PARTIAL_STRIDE]; inbox, if SPLIT > 1: [SPLIT][OWN_ROWS][SENT_QUADS],
+// full once `arrived` says so.
+#define INBOX_BYTES (SPLIT * OWN_ROWS * SENT_QUADS * 16)
+__device__ __forceinline__ void finish(const float* partial, float4* inbox, Barrier* arrived, const Epilogue& end,
+                                       const Before& before) {
     auto over_warps = [&](int row, int column) {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
@@ -122,10 +125,10 @@ __device__ __forceinline__ void finish(const float* partial, float4* inbox, cons
         for (int turn = 0; turn < up(ROWS * SENT_QUADS, THREADS); turn++) {
             const int quad = turn * THREADS + threadIdx.x, row = quad / SENT_QUADS, column = quad % SENT_QUADS;
             if (row < ROWS)
-                map_shared(inbox, row / OWN_ROWS)[(rank * OWN_ROWS + row % OWN_ROWS) * SENT_QUADS + column] =
-                    over_warps(row, column * 4);
+                send(row / OWN_ROWS, inbox + (rank * OWN_ROWS + row % OWN_ROWS) * SENT_QUADS + column,
+                     over_warps(row, column * 4), arrived);
         }
-        cluster_sync();
+        barrier_wait(arrived, 0);
     }
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
@@ -241,11 +244,20 @@ linear(const T* x, int x_stride, const T* weight, const float* columns, float ep
     extern __shared__ __align__(128) char memory[];
     float* partial = reinterpret_cast<float*>(memory);
     float4* inbox = reinterpret_cast<float4*>(memory + WARPS * ROWS * PARTIAL_STRIDE * 4);
+    Barrier* arrived = reinterpret_cast<Barrier*>(memory + WARPS * ROWS * PARTIAL_STRIDE * 4 + INBOX_BYTES);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #if !LATE
     launch_next();
 #endif
-    if (SPLIT > 1) cluster_arrive();
+    if (SPLIT > 1) {
+        if (threadIdx.x == 0) {
+            barrier_init(arrived, 1);
+            publish_barriers();
+            barrier_expect(arrived, INBOX_BYTES);
+        }
+        __syncwarp();
+        cluster_arrive();
+    }
     const Source source(weight, wide);
     Weights weights[DEPTH];
 #pragma unroll
@@ -312,7 +324,7 @@ linear(const T* x, int x_stride, const T* weight, const float* columns, float ep
                 make_float4(of_row.x, of_row.y, 0.f, 0.f);
     }
     __syncthreads();
-    finish(partial, inbox, end, before);
+    finish(partial, inbox, arrived, end, before);
 }
 
 #else  // without INNER: kernels that need no constants

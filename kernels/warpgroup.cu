@@ -11,34 +11,6 @@
 
 // cuTensorMapEncodeTiled made it: a matrix, and the box of it that one copy takes.
 struct __align__(64) TensorMap { char bytes[128]; };
-typedef unsigned long long Barrier;
-
-__device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-
-// Barriers that this thread made are there for the copy engine.
-__device__ __forceinline__ void publish_barriers() {
-    asm volatile("fence.mbarrier_init.release.cluster;\n\tfence.proxy.async.shared::cta;" ::: "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(Barrier* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
-// Arrives, and has the phase wait for that many bytes of copies.
-__device__ __forceinline__ void barrier_expect(Barrier* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
-                 : "memory");
-}
-
-// Until the phase of that parity is over.
-__device__ __forceinline__ void barrier_wait(Barrier* barrier, int parity) {
-    asm volatile("{\n\t.reg .pred over;\n"
-                 "again_%=:\n\tmbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n\t@!over bra again_%=;\n}"
-                 ::"r"(shared_address(barrier)), "r"(parity) : "memory");
-}
-
 __device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
                  ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");

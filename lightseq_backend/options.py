@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any
 
 from lightseq_backend.errors import RequestError
@@ -81,50 +83,38 @@ class DecodingOptions:
         """Whether the log-probability of every token is kept: where a text is cut, its score is their sum."""
         return self.token_log_probabilities or self.stops
 
-    @property
+    @cached_property
     def searches(self) -> bool:
         return self.sampling_method in SEARCH_METHODS
 
-    @property
+    @cached_property
     def ruled(self) -> bool:
         """Whether any rule changes the scores."""
         return any(getattr(self, name) != nothing for name, nothing in NO_RULES.items())
 
-    @property
+    @cached_property
     def standard(self) -> bool:
         """Whether the standard search is what chooses. With one beam it is greedy; LightSeq's has no rules."""
         return self.sampling_method == STANDARD_BEAM or (self.sampling_method == GREEDY and self.ruled)
 
-    @property
+    @cached_property
     def width(self) -> int:
         """Rows a sequence needs: its beams, or its independent samples."""
         if self.sampling_method == GREEDY:
             return 1
         return self.beam_size if self.searches else self.num_hypotheses or 1
 
-    @property
+    @cached_property
     def hypotheses(self) -> int:
         """Hypotheses that go back to the caller."""
         return self.num_hypotheses or self.width
 
-    def with_changes(self, changes: dict[str, object], limits: DecodingLimits) -> DecodingOptions:
+    def with_changes(self, changes: Mapping[str, object], limits: DecodingLimits) -> DecodingOptions:
         """These options with a request's own settings; RequestError names each bad one with its limit."""
-        unknown = sorted(set(changes) - set(OPTION_TYPES))
-        if unknown:
-            raise RequestError(f"unknown option {', '.join(unknown)}; options are {', '.join(OPTION_TYPES)}")
-        values = {name: _typed(name, value) for name, value in changes.items()}
-        if values.get("sampling_method", self.sampling_method) not in METHODS:
-            raise RequestError(f"sampling_method is {values['sampling_method']!r}; methods are {', '.join(METHODS)}")
-        options = replace(self, **values)  # type: ignore[arg-type]
-        forgotten = _of_another_method(self.sampling_method, options.sampling_method)
-        # A request's own limit stands for the file's, whichever way that counts.
-        forgotten |= {"max_new_tokens": None} if "max_length" in values else {}
-        forgotten |= {"min_new_tokens": 0} if "min_length" in values else {}
-        options = replace(options, **{name: value for name, value in forgotten.items() if name not in values})
-        faults = [*_range_faults(options, set(values), limits), *_combination_faults(options, set(values))]
-        if faults:
-            raise RequestError("; ".join(faults))
-        return options
+        try:
+            return _changed(self, tuple((name, type(value), value) for name, value in changes.items()), limits)
+        except TypeError:  # a list, which cannot be looked up
+            return _changed.__wrapped__(self, tuple((name, list, value) for name, value in changes.items()), limits)
 
 
 @dataclass(frozen=True)
@@ -141,6 +131,30 @@ class DecodingLimits:
     def beams(self, method: str) -> int:
         """The widest search of that method."""
         return min(self.max_beam_size, self.candidates // 2) if method == STANDARD_BEAM else self.max_beam_size
+
+
+@lru_cache(maxsize=256)  # most requests of a server ask for the same
+def _changed(
+    before: DecodingOptions, given: tuple[tuple[str, type, object], ...], limits: DecodingLimits
+) -> DecodingOptions:
+    """given: name, type and value of each change; the type, because True is 1 to a look-up."""
+    changes = {name: value for name, _, value in given}
+    unknown = sorted(set(changes) - set(OPTION_TYPES))
+    if unknown:
+        raise RequestError(f"unknown option {', '.join(unknown)}; options are {', '.join(OPTION_TYPES)}")
+    values = {name: _typed(name, value) for name, value in changes.items()}
+    if values.get("sampling_method", before.sampling_method) not in METHODS:
+        raise RequestError(f"sampling_method is {values['sampling_method']!r}; methods are {', '.join(METHODS)}")
+    options = replace(before, **values)  # type: ignore[arg-type]
+    forgotten = _of_another_method(before.sampling_method, options.sampling_method)
+    # A request's own limit stands for the file's, whichever way that counts.
+    forgotten |= {"max_new_tokens": None} if "max_length" in values else {}
+    forgotten |= {"min_new_tokens": 0} if "min_length" in values else {}
+    options = replace(options, **{name: value for name, value in forgotten.items() if name not in values})
+    faults = [*_range_faults(options, set(values), limits), *_combination_faults(options, set(values))]
+    if faults:
+        raise RequestError("; ".join(faults))
+    return options
 
 
 OPTION_TYPES: dict[str, type] = {

@@ -124,7 +124,7 @@ class Sequence:
         columns = _columns(row, config)
         if isinstance(config, GptConfig):
             tokens, limit = _text(row, columns, request, config)
-            positions = np.arange(tokens.size)
+            positions = np.arange(tokens.size, dtype=np.int32)
             scored, given = tokens, 1
         else:
             # Padding is dropped, but its columns count: in the positions of what follows and in the step limit.
@@ -134,13 +134,15 @@ class Sequence:
         if request.decode is None and any(isinstance(word, str) for word in request.options.stop):
             raise RequestError("stop has words of text; without a tokenizer it takes words of ids")
         seed = request.options.seed
+        if seed is None:  # a draw from the system takes long
+            seed = 0 if request.kind == SCORE or request.options.searches else secrets.randbelow(MAX_SEED)
         return cls(
             request=request,
             tokens=tokens.astype(np.int32),
-            positions=positions.astype(np.int32),
+            positions=positions.astype(np.int32, copy=False),
             limit=limit,
-            seed=secrets.randbelow(MAX_SEED) if seed is None else seed,
-            scored=scored.astype(np.int32),
+            seed=seed,
+            scored=scored.astype(np.int32, copy=False),
             given=given,
             followed=request.kind == GENERATE and (request.progress is not None or request.options.stops),
         )
@@ -184,10 +186,13 @@ def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptCon
     return prompt, limit
 
 
+_NOTHING = np.zeros(0, np.int32)
+
+
 def _decoded(request: Request, config: TransformerConfig) -> tuple[np.ndarray, int]:
     """What a Transformer's decoder reads of a target, and how many of those tokens are not scored."""
     if request.kind != SCORE:
-        return np.zeros(0, np.int32), 0
+        return _NOTHING, 0
     if request.target is None:
         raise RequestError("this model translates; it scores a target that is given with its source")
     target = _without_filling(request.target, config)
@@ -223,17 +228,20 @@ def _without_filling(target: np.ndarray, config: TransformerConfig) -> np.ndarra
 
 def _columns(row: np.ndarray, config: Config) -> np.ndarray:
     """Where a row holds something else than padding; RequestError when this model cannot take the row."""
-    if row.ndim != 1 or not np.issubdtype(row.dtype, np.integer):
+    if row.ndim != 1 or row.dtype.kind not in "iu":
         raise RequestError(f"a row of ids is one-dimensional and integer; this one is {row.dtype} {list(row.shape)}")
     if row.size == 0:
         raise RequestError("the row is empty; it needs at least one id")
     if row.size > config.max_positions:
         raise RequestError(f"the row has {row.size} ids; this model takes {config.max_positions} (max_step)")
-    columns = np.flatnonzero(row != config.padding_id)
-    if columns.size == 0:
-        raise RequestError(f"the row holds only padding (id {config.padding_id})")
-    tokens = row if columns.size == row.size else row[columns]
-    if tokens.min() < 0 or tokens.max() >= config.input_vocabulary:
+    tokens, columns = row, np.arange(row.size, dtype=np.int32)
+    if np.count_nonzero(row == config.padding_id):
+        columns = np.flatnonzero(row != config.padding_id)
+        if columns.size == 0:
+            raise RequestError(f"the row holds only padding (id {config.padding_id})")
+        tokens = row[columns]
+    # Without a sign, a negative id is a large one.
+    if tokens.view(f"u{tokens.itemsize}").max() >= config.input_vocabulary:
         column = int(columns[np.flatnonzero((tokens < 0) | (tokens >= config.input_vocabulary))[0]])
         raise RequestError(
             f"id {int(row[column])} at column {column} is outside the vocabulary (0 to {config.input_vocabulary - 1})"

@@ -275,7 +275,8 @@ PRODUCTS = (
     Shape(7, 1, 19),
     Shape(19, 64, 1),
     Shape(50, 192, 5504, transposed=True),  # kernels/warpgroup.cu's, on Hopper
-    Shape(99, 1024, 1088),
+    Shape(63, 1024, 1088),
+    Shape(99, 1024, 4096, bias=False),
 )
 
 

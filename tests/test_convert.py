@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 import repositories
 import small_checkpoints
+import small_fairseq
 import weight_files
 
 from lightseq_backend import local, proof, weights
 from lightseq_backend.__main__ import main
 from lightseq_backend.config import GREEDY, STANDARD_BEAM, TOPK, TOPP
 from lightseq_backend.errors import ConfigError, WeightError
-from lightseq_backend.export import arrays, directory, huggingface
+from lightseq_backend.export import arrays, directory, fairseq, huggingface
 from lightseq_backend.weights.safetensors import read_tensors
 
 FAMILIES = sorted(small_checkpoints.CHECKPOINTS)
@@ -224,16 +225,25 @@ def test_comparison_holds_for_the_same_and_fails_for_others(tmp_path: Path) -> N
 # A server -------------------------------------------------------------------------------------------------------------
 
 
-def test_converted_models_are_served(tmp_path: Path, serve: Any) -> None:
-    for family in ("gpt2", "marian"):
+def test_converted_models_of_every_source_are_served(tmp_path: Path, serve: Any) -> None:
+    """What the server answers is what transformers generated when the checkpoints were made."""
+    expected = {family: small_checkpoints.FOLDER / family / "expected.npz" for family in small_checkpoints.CHECKPOINTS}
+    for family in expected:
         converted(small_checkpoints.FOLDER / family, tmp_path / family)
+    for name in small_fairseq.COMMITTED:
+        stored = small_fairseq.FOLDER / name
+        settings = json.loads(stored.with_suffix(".json").read_text())
+        model = fairseq.convert(settings, read_tensors(stored.with_suffix(".safetensors")), stored)
+        with directory.new_directory(tmp_path / f"fairseq-{name}") as partial:
+            directory.write(partial, f"fairseq-{name}", model)
+        expected[f"fairseq-{name}"] = stored.with_suffix(".expected.npz")
     with repositories.grpc(serve(tmp_path).grpc) as client:
-        for family, given, gives in (("gpt2", "token_ids", "result"), ("marian", "source_ids", "target_ids")):
-            expected = np.load(small_checkpoints.FOLDER / family / "expected.npz")
-            ids, wanted = expected["ids.0"].tolist(), expected["greedy.0"].tolist()
-            answer = repositories.ask(client, family, given, [ids], max_new_tokens=len(wanted))[gives].ravel().tolist()
-            text = answer[len(ids) :] if family == "gpt2" else answer
-            assert text[: len(wanted)] == wanted
+        for name, values in expected.items():
+            given, gives = ("token_ids", "result") if name == "gpt2" else ("source_ids", "target_ids")
+            ids, wanted = (np.load(values)[f"{part}.0"].tolist() for part in ("ids", "greedy"))
+            options = {"sampling_method": "greedy", "max_new_tokens": len(wanted)}
+            answer = repositories.ask(client, name, given, [ids], **options)[gives].ravel().tolist()
+            assert answer[len(ids) if name == "gpt2" else 0 :][: len(wanted)] == wanted, name
 
 
 def test_hdf5_file_is_served(tmp_path: Path, serve: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import repositories
 import small_checkpoints
 import small_models
 import weight_files
@@ -161,6 +162,23 @@ def test_converted_arrays_generate_what_the_reference_does(tmp_path: Path) -> No
         .hypotheses[0]
         .tokens.tolist()
     )
+
+
+def test_converted_arrays_are_served(tmp_path: Path, serve: Any) -> None:
+    (tmp_path / "models").mkdir()
+    models = {"t": small_models.transformer(2), "g": small_models.gpt(2)}
+    for name, model in models.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        assert main(["convert", str(npz(folder, *model)), str(tmp_path / "models" / name)]) == 0
+    greedy = {"sampling_method": "greedy"}
+    with repositories.grpc(serve(tmp_path / "models").grpc) as client:
+        for name, given, gives in (("t", "source_ids", "target_ids"), ("g", "token_ids", "result")):
+            expected = (
+                small_models.engine(*models[name]).answer([[5, 6, 7]], changes=greedy)[0].hypotheses[0].tokens.tolist()
+            )
+            answer = repositories.ask(client, name, given, [[5, 6, 7]], **greedy)[gives].ravel().tolist()
+            assert answer[3 if name == "g" else 0 :][: len(expected)] == expected
 
 
 # Weight files --------------------------------------------------------------------------------------------------------

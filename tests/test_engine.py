@@ -16,6 +16,7 @@ import small_models
 from lightseq_backend.config import DecodingOptions, EngineConfig
 from lightseq_backend.engine import Engine
 from lightseq_backend.engine.buffers import buckets
+from lightseq_backend.engine.graphs import ANY, STANDARD_SEARCHING
 from lightseq_backend.errors import ConfigError, Overloaded, RequestError
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
@@ -287,6 +288,28 @@ def test_no_step_is_queued_that_no_sequence_can_use(
     assert useful == [True] * engine.counts["steps"]
     if not staggered:
         assert bursts == [*range(burst, max(limits), burst), max(limits)]
+
+
+@pytest.mark.parametrize(
+    ("rules", "ruled"),
+    [
+        ({}, []),
+        ({"no_repeat_ngram_size": 2}, [0, 1, 2, 3, 4, 5]),
+        ({"forced_eos_token_id": 5}, [5]),
+        ({"min_new_tokens": 3}, [0, 1]),
+        ({"begin_suppress_tokens": [4], "forced_eos_token_id": 5}, [0, 5]),
+    ],
+)
+def test_steps_have_rules_where_they_act_alone(rules: dict[str, object], ruled: list[int]) -> None:
+    """Bursts of two steps, of a text of twelve tokens that never ends."""
+    engine = small_models.engine(*small_models.transformer(21, **{**TRANSFORMER, "end_bias": -1e4}), burst=2)
+    mixes, run_step = [], engine._steps.run
+    engine._steps.run = lambda rows, mix: (mixes.append(mix), run_step(rows, mix))  # type: ignore[method-assign]
+    changes = {"sampling_method": "standard_beam", "beam_size": 2, "max_new_tokens": 12, **rules}
+    found = engine.answer([[3, 4]], changes=changes)[0]
+    assert mixes == [ANY if burst in ruled else STANDARD_SEARCHING for burst in range(6) for _ in range(2)]
+    always = {**changes, "suppress_tokens": [engine.model.config.end_id]}  # which never comes: the rules act throughout
+    assert exactly(found) == exactly(engine.answer([[3, 4]], changes=always)[0])
 
 
 @pytest.mark.parametrize("model", MODELS)

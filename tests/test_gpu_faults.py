@@ -294,7 +294,7 @@ def test_refused_launch_is_explained_by_the_driver(monkeypatch: pytest.MonkeyPat
     )
     sys.modules["cupy"] = MagicMock()
     sys.modules["cupy"].RawKernel.return_value.kernel.ptr = 1
-    monkeypatch.setattr(launch, "_driver", lambda: driver)
+    monkeypatch.setattr(launch, "driver", lambda: driver)
     kernel = launch.Kernel("embed", "embed_rows", (("HALF", 1),))
     wanted = r"embed_rows was not launched: CUDA error 700 \(CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access"
     with pytest.raises(RuntimeError, match=wanted):

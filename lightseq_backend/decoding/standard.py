@@ -13,7 +13,7 @@ from lightseq_backend.config import Config, DecodingOptions, GptConfig
 from lightseq_backend.decoding.state import new_records
 from lightseq_backend.ops.choice import length_norm
 from lightseq_backend.ops.slots import EMPTY, RULES, STANDARD, UNTIL_FULL, UNTIL_NO_BETTER, UNTIL_NONE_CAN_BE
-from lightseq_backend.options import GREEDY, LISTED, NEVER
+from lightseq_backend.options import GREEDY, LISTED, NEVER, NO_RULES
 from lightseq_backend.request import Hypothesis, Output, Sequence
 
 OTHER_BEAMS = -1e9  # log-probability that the beams but the first start with
@@ -58,6 +58,21 @@ def finish(sequence: Sequence, records: np.ndarray, lanes: Mapping[str, np.ndarr
 def counted(options: DecodingOptions, config: Config) -> int:
     """Tokens in front of the answer that count as generated: a forced first one does, a request's prefix does not."""
     return 0 if isinstance(config, GptConfig) or options.decoder_prefix else len(config.prefix(options))
+
+
+def rules_act(sequence: Sequence, steps: int) -> bool:
+    """Whether the sequence's rules may change a score in its next `steps` steps: some do at the start or the limit
+    alone, and a step without rules is faster."""
+    options = sequence.request.options
+    if not options.ruled:
+        return False
+    starting = 1 if options.begin_suppress_tokens else 0
+    starting = max(starting, options.min_new_tokens or options.min_length)
+    ending = options.forced_eos_token_id is not None and sequence.queued + steps >= sequence.limit
+    return ending or sequence.queued < starting or any(getattr(options, name) != NO_RULES[name] for name in _ALWAYS)
+
+
+_ALWAYS = ("no_repeat_ngram_size", "repetition_penalty", "suppress_tokens", "bad_words_ids")
 
 
 def rules(sequence: Sequence, config: Config) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

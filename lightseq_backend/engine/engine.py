@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from lightseq_backend.config import DecodingLimits, DecodingOptions, EngineConfig, GptConfig
-from lightseq_backend.decoding import methods
+from lightseq_backend.decoding import methods, standard
 from lightseq_backend.decoding.stops import Stops
 from lightseq_backend.engine import scoring
 from lightseq_backend.engine.buffers import allocate, candidates
@@ -298,10 +298,10 @@ class Engine:
 
     def _burst(self) -> None:
         """Queues a burst of steps, then looks at how an earlier one ended while the device works on this one."""
-        mix = mix_of(one.request.options for one in self._active)
         # Nobody takes more steps than its limit: none is queued that no sequence can use.
         steps = min(self.config.burst, max(one.limit - one.queued for one in self._active))
         if steps > 0:
+            mix = mix_of((one.request.options, standard.rules_act(one, steps)) for one in self._active)
             for _ in range(steps):
                 self._steps.run(self._rows, mix)
             for one in self._active:
@@ -332,9 +332,12 @@ class Engine:
         first, last, state = min(slots), max(slots), self._buffers.state
         kept = {name: self._ops.get(getattr(state, name)[first : last + 1]) for name in methods.kept(done)}
         for sequence in done:
-            own = np.array(sequence.slots)
-            lanes = {name: array[own - first] for name, array in kept.items()}
-            self._retire(sequence, methods.finish(sequence, records[own], lanes))
+            lead, width = sequence.slots[0], len(sequence.slots)
+            own: Any = slice(lead - first, lead - first + width)
+            if sequence.slots[-1] - lead != width - 1:  # slots ascend
+                own = np.array(sequence.slots) - first
+            lanes = {name: array[own] for name, array in kept.items()}
+            self._retire(sequence, methods.finish(sequence, records[first : last + 1][own], lanes))
 
     def _follow(self, sequences: list[Sequence], records: np.ndarray, look: Look) -> dict[Sequence, Output]:
         """Reports on sequences that go on; the answers of those that stop words have ended."""

@@ -22,11 +22,11 @@ SEARCHING, SAMPLING, SEARCHING_AND_SAMPLING, STANDARD_SEARCHING, ANY = MIXES = (
 )
 
 
-def mix_of(options: Iterable[DecodingOptions]) -> str:
-    """The mix that takes sequences with these options."""
+def mix_of(wanted: Iterable[tuple[DecodingOptions, bool]]) -> str:
+    """The mix that takes sequences with these options, and whether rules of theirs act in the steps to come."""
     ruled, methods = False, set()
-    for one in options:
-        ruled = ruled or one.ruled
+    for one, acts in wanted:
+        ruled = ruled or acts
         methods.add(STANDARD_SEARCHING if one.standard else SEARCHING if one.searches else SAMPLING)
     if ruled or len(methods) > 1:
         return SEARCHING_AND_SAMPLING if methods == {SEARCHING, SAMPLING} and not ruled else ANY

@@ -380,7 +380,8 @@ class Cuda:
         """The fastest of the three for so many rows."""
         if self._streams(len(x), weight):
             return self._small_product
-        if weight.grouped is not None and warpgroup_launch.pays(len(x)) and x.strides[0] % 16 == x.data.ptr % 16 == 0:
+        pays = weight.grouped is not None and warpgroup_launch.pays(len(x), weight.inner, weight.wide)
+        if pays and x.strides[0] % 16 == x.data.ptr % 16 == 0:
             return self._group_product
         return self._large_product
 

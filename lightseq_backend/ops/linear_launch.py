@@ -108,7 +108,7 @@ def _chunk(half: bool) -> int:
 def _shared(rows: int, outputs: int, split: int, norm: bool) -> int:
     """Bytes, region by region as the kernel lays them out."""
     partial = _WARPS * rows * (outputs + 4) * 4
-    inbox = split * _up(rows, split) * (outputs // 4 + norm) * 16 if split > 1 else 0
+    inbox = split * _up(rows, split) * (outputs // 4 + norm) * 16 + 8 if split > 1 else 0  # and its barrier
     return partial + inbox
 
 

@@ -10,7 +10,7 @@ from lightseq_backend.ops.linear_launch import SMALL, Device, Plan
 ARCHITECTURE = "sm_90a"
 _OUTPUTS, _STAGE = 64, 64  # results of a block; columns of x in a stage
 _MULTIPLYING, _OBSERVING, _LOADING = 256, 128, 32  # threads
-_MOST_ROWS = 128
+_LARGE = 1 << 22  # elements of a weight
 _MOST_SPLIT = 4
 _HALF, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_128, _FILL_ZEROS = 6, 0, 3, 2, 0  # CUtensorMap*
 
@@ -20,9 +20,10 @@ def can(device: Device, inner: int, wide: int, half: bool) -> bool:
     return device.capability == 90 and half and inner % _STAGE == wide % _OUTPUTS == 0 and inner * wide > SMALL
 
 
-def pays(rows: int) -> bool:
-    """Whether it is faster than `linear` and than cuBLAS with a kernel for the LayerNorm; by measurement on an H200."""
-    return 32 < rows <= _MOST_ROWS
+def pays(rows: int, inner: int, wide: int) -> bool:
+    """Whether a step is faster with it than with `linear`, or cuBLAS and a kernel for the LayerNorm; by measurement on
+    an H200. What it asks of shared memory keeps the next kernel from beginning early, which costs with many rows."""
+    return 32 < rows <= (64 if inner * wide < _LARGE else 128)
 
 
 def packed(weight: Any) -> Any:

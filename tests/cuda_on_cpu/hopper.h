@@ -1,4 +1,4 @@
-// What kernels/warpgroup.cu does with inline PTX: barriers in shared memory, copies that end at one, tensor maps and
+// What kernels do with the inline PTX of Hopper alone: barriers in shared memory, copies that end at one, tensor maps and
 // products of a warpgroup, by their definition in the PTX manual. Nothing that is asked for happens before it is waited
 // for; until then the memory a copy goes to holds 0xFF.
 #pragma once
@@ -100,6 +100,12 @@ inline void barrier_wait(Barrier* barrier, int parity, CUDA_ON_CPU_HERE) {
         phase.waiting.push_back(current);
         yield();
     }
+}
+inline void send(unsigned rank, float4* to, const float4& x, Barrier* barrier) {
+    *map_shared(to, rank) = x;
+    cuda_on_cpu::Phase& phase = cuda_on_cpu::barriers.at(map_shared(barrier, rank));
+    phase.bytes -= 16;
+    cuda_on_cpu::settle(phase);
 }
 inline void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier) {
     cuda_on_cpu::start_copy(to, bytes, {nullptr, 0, {}, (const char*)from, 0, 0}, barrier);

@@ -1,0 +1,88 @@
+"""Kernels that begin before the one in front has ended read nothing too early: the same bits, however often."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cupy
+import numpy as np
+import pytest
+import small_models
+
+from lightseq_backend import ops
+from lightseq_backend.config import EngineConfig, GptConfig
+from lightseq_backend.engine import Engine, graphs
+from lightseq_backend.models.gpt import Gpt
+from lightseq_backend.models.transformer import Transformer
+from lightseq_backend.request import Request
+
+REPLAYS = 10_000
+POISON = 0xFF  # in every byte: not a number, of whatever size, and -1
+BEAMS = 4
+
+
+@pytest.mark.parametrize("rows", [8, 32, 64, 128])
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("kind", ["transformer", "gpt"])
+def test_step_is_the_same_ten_thousand_times(kind: str, precision: str, rows: int) -> None:
+    """A replay finds what kernels found that wait for each other, though all it works with is poisoned before."""
+    device = ops.load("cuda", 0, precision)
+    engine = decoding(kind, device, rows)
+    state, cache, work = engine._buffers.state, engine._buffers.cache, engine._buffers.work.first(rows)
+    step = graphs._step(engine.model, engine._buffers, rows, graphs.SEARCHING, device)
+    assert device._early, "this GPU begins no kernel early"
+    early = device.capture(step)
+    device._early = False
+    in_turn = device.capture(step)
+    device._early = True
+
+    advanced = [state.slots, state.history, cache.ancestors]
+    found = [*advanced, work.x, work.inner]
+    poisoned = [work.x, work.context, work.query, work.qkv, work.inner, state.ids, state.log_probabilities]
+    with device._stream:
+        before = [array.copy() for array in advanced]
+        differences = cupy.zeros((), np.int64)
+
+    def replay(run: Any) -> None:
+        for array, copy in zip(advanced, before, strict=True):
+            array[...] = copy
+        for array in poisoned:
+            array.data.memset_async(POISON, array.nbytes, device._stream)
+        run()
+
+    with device._stream:
+        replay(in_turn)
+        expected = [array.copy() for array in found]
+        assert any((array != copy).any() for array, copy in zip(advanced, before, strict=True))
+        for _ in range(REPLAYS):
+            replay(early)
+            for array, wanted in zip(found, expected, strict=True):
+                differences += cupy.count_nonzero(array.view(np.uint8) != wanted.view(np.uint8))
+    assert int(differences) == 0
+
+
+def decoding(kind: str, device: Any, rows: int) -> Engine:
+    """In the middle of texts that fill all rows; wide enough that a kernel has more blocks than one or two."""
+    sizes = {"hidden": 512, "heads": 8, "inner": 2048, "max_positions": 64}
+    vocabularies: dict[str, Any] = {
+        "source_vocabulary": 600,
+        "target_vocabulary": 601,
+        "end_bias": -100.0,
+        "extra_decode_length": 50,
+    }
+    if kind == "gpt":
+        vocabularies = {"vocabulary": 601, "padding_id": 601}
+    config, arrays = getattr(small_models, kind)(4, **sizes, **vocabularies)
+    model: Any = (Gpt if isinstance(config, GptConfig) else Transformer)(config, arrays, device)
+    room = {"slots": rows, "max_beam_size": BEAMS, "prompt_tokens": 1024, "burst": 1}
+    engine = Engine(model, EngineConfig(**room), device)
+    options = engine.options({"sampling_method": "beam_search", "beam_size": BEAMS, "max_new_tokens": 40})
+    random, answers = np.random.default_rng(rows), []
+    for _ in range(rows // BEAMS):
+        text = random.integers(3, config.input_vocabulary, random.integers(5, 20))
+        engine.submit([Request(text, options, answers.append)])
+    for _ in range(8):
+        engine.step()
+    device._stream.synchronize()
+    assert not answers
+    return engine

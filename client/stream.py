@@ -31,7 +31,7 @@ from lightseq_client.answers import (
     text_matrix,
     texts_of,
 )
-from lightseq_client.errors import INTERNAL, UNAVAILABLE, RequestFailed, RequestTimeout
+from lightseq_client.errors import INTERNAL, UNAVAILABLE, UNKNOWN, RequestFailed, RequestTimeout
 from lightseq_client.protocols import HTTP_STATUS, Outputs
 
 _SIDE_BY_SIDE = ("topk", "topp", "sample", "topk_greedy")  # methods whose texts stream each by itself
@@ -101,8 +101,8 @@ def _grpc(url: str, call: Call, rows: np.ndarray, request_id: str, timeout: floa
     given = grpc.InferInput(name, list(rows.shape), datatype)
     given.set_data_from_numpy(rows)
     try:
-        # The header has a refusal end the stream with its status, which otherwise does not travel.
-        client.start_stream(lambda result, error: arrived.put((result, error)), headers={"triton_grpc_error": "true"})
+        # Without the header triton_grpc_error, which would have a status travel: Triton 24.10 may end after it.
+        client.start_stream(lambda result, error: arrived.put((result, error)))
         client.async_stream_infer(call.model, [given], request_id=request_id, parameters=dict(call.parameters))
         while True:
             try:
@@ -110,7 +110,7 @@ def _grpc(url: str, call: Call, rows: np.ndarray, request_id: str, timeout: floa
             except queue.Empty:
                 raise RequestTimeout(timeout) from None
             if error is not None:
-                status = (error.status() or INTERNAL).removeprefix("StatusCode.")
+                status = (error.status() or UNKNOWN).removeprefix("StatusCode.")
                 raise RequestFailed(status, error.message() or "no reason given")
             outputs = {output.name: result.as_numpy(output.name) for output in result.get_response().outputs}
             yield outputs

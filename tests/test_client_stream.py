@@ -1,0 +1,103 @@
+"""The client's streams over both protocols, from the shipped models on a real Triton."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from test_serving import metrics_of
+
+from lightseq_backend.serving.embedded import EmbeddedServer
+from lightseq_client import GENERATE, TRANSLATE, Client, ModelError, RequestFailed, RowError, ServerText
+from lightseq_client.__main__ import main
+
+PROMPT = "twelve , thirteen ,"
+GREEDY: dict[str, Any] = {"sampling_method": "greedy", "max_new_tokens": 8}
+LONG: dict[str, Any] = {"sampling_method": "sample", "seed": 1, "max_new_tokens": 100, "min_new_tokens": 100}
+
+
+@pytest.fixture(params=["grpc", "http"])
+def client(request: pytest.FixtureRequest, server: EmbeddedServer) -> Iterator[Client]:
+    with Client(getattr(server, request.param), request.param) as connected:
+        yield connected
+
+
+def test_parts_join_to_the_answer_and_the_answer_is_the_other_models(client: Client) -> None:
+    *parts, last = client.stream(GENERATE, PROMPT, codec=ServerText(), **GREEDY)
+    (plain,) = client.generate([PROMPT], codec=ServerText(), **GREEDY)
+    assert last.answer is not None
+    assert last.answer.hypotheses == plain.hypotheses
+    assert PROMPT + "".join(part.texts[0] for part in parts) == plain.hypotheses[0].text
+    ids = tuple(id_ for part in parts for id_ in part.ids[0])
+    assert plain.hypotheses[0].ids[-len(ids) :] == ids
+    assert len(ids) == 8
+    assert last.first_token_ms is not None
+    assert 0 < last.first_token_ms < 1e3 * last.seconds
+    assert [part.seconds for part in parts] == sorted(part.seconds for part in parts)
+    assert all(part.answer is None for part in parts)
+
+
+def test_translation_streams_its_best_text(client: Client) -> None:
+    *parts, last = client.stream(TRANSLATE, "deux cent mille un", codec=ServerText(), num_hypotheses=2)
+    (plain,) = client.translate(["deux cent mille un"], codec=ServerText(), num_hypotheses=2)
+    assert last.answer is not None
+    assert last.answer.hypotheses == plain.hypotheses
+    assert "".join(part.texts[0] for part in parts) == plain.hypotheses[0].text
+
+
+def test_samples_of_ids_stream_side_by_side(client: Client) -> None:
+    options = {**LONG, "num_hypotheses": 3, "max_new_tokens": 9}
+    *parts, last = client.stream(GENERATE, [107, 12, 105], **{**options, "min_new_tokens": 9})
+    assert last.answer is not None
+    for number, found in enumerate(last.answer.hypotheses):
+        assert found.ids == (107, 12, 105, *(id_ for part in parts for id_ in part.ids[number]))
+        assert found.text == " ".join(["107 12 105", *(part.texts[number].strip() for part in parts)])
+
+
+def test_refusals_are_raised_with_their_status(client: Client) -> None:
+    with pytest.raises(RequestFailed, match="beam_size is 99") as refused:
+        list(client.stream(TRANSLATE, "deux", codec=ServerText(), beam_size=99))
+    assert refused.value.status == {"grpc": "UNKNOWN", "http": "INVALID_ARGUMENT"}[client.protocol]
+    with pytest.raises(RequestFailed, match="the deadline passed"):
+        list(client.stream(GENERATE, [107, 12], deadline_ms=0.001, **LONG))
+    with pytest.raises(RowError, match="the row is empty"):
+        client.stream(GENERATE, [])
+
+
+def test_models_that_stream_and_those_that_do_not_are_told_apart(client: Client) -> None:
+    with pytest.raises(ModelError, match="gpt_stream answers in parts"):
+        client.generate([[107]], model="gpt_stream")
+    with pytest.raises(ModelError, match="gpt does not stream"):
+        client.stream(GENERATE, [107], model="gpt")
+
+
+def test_stream_closed_early_is_stopped_on_the_server(server: EmbeddedServer, client: Client) -> None:
+    outcome = 'requests_total{outcome="cancelled"}'
+    before = metrics_of(server, "gpt_stream").get(outcome, 0)
+    stream = client.stream(GENERATE, [107, 12, 105], request_id="left", **{**LONG, "num_hypotheses": 8})
+    next(stream)
+    stream.close()
+    end = time.monotonic() + 10
+    while (now := metrics_of(server, "gpt_stream")).get(outcome, 0) == before:
+        assert time.monotonic() < end, now
+    assert now["slots_in_use"] == 0
+
+
+def test_command_streams(server: EmbeddedServer, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--sampling-method", "greedy", "--max-new-tokens", "4", "--url", server.grpc]
+    assert main(["generate", "--stream", "--text", PROMPT, "no such words here", *options]) == 1
+    captured = capfd.readouterr()
+    assert captured.out == " fourteen , fifteen ,\n\n"
+    assert "line 1: first token " in captured.err
+    assert "line 2: " in captured.err
+
+
+def test_command_streams_json(server: EmbeddedServer, capfd: pytest.CaptureFixture[str]) -> None:
+    options = ["--json", "--quiet", "--url", server.http, "--protocol", "http"]
+    assert main(["translate", "--stream", "--text", "mille", *options]) == 0
+    *parts, last = map(json.loads, capfd.readouterr().out.splitlines())
+    assert "".join(part["texts"][0] for part in parts) == last["hypotheses"][0]["text"] == "one thousand"
+    assert last["first_token_ms"] > 0

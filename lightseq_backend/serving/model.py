@@ -85,7 +85,7 @@ class TritonPythonModel:
         self._replies.close()
 
     def _submit(self, request: Any, sender: Any) -> None:
-        if not self._engine.alive and self._engine.fault is None:
+        if not (self._engine.alive or self._engine.fault or self._engine.stopping):  # these say it themselves
             raise RuntimeError("the engine's thread has ended; the model must be loaded again")
         rows, from_text = self._given(request, self._wire.input, TEXT_INPUT, self._wire.text_input, self._texts.rows)
         targets: list[Any] = [None] * len(rows)

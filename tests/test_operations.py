@@ -298,6 +298,25 @@ def test_unloading_and_loading_under_load_answers_every_request_once(served: Emb
     assert ask(client, "reloaded", "source_ids", CASES[0]["source_ids"])["target_ids"].tolist() == expected(CASES[0])
 
 
+def test_stopping_server_answers_what_it_cannot_finish(tmp_path: Path) -> None:
+    parameters = {"burst": 100, "slots": 4, "queue": 4000}
+    write_model(tmp_path, "slow", golden("t01_base.pb"), TRANSFORMER, parameters=parameters)
+    outcomes: Counter[str] = Counter()
+    with EmbeddedServer(tmp_path, device="cpu", stop_timeout=5) as server, grpc(server.grpc) as client:
+        answers = [ask_later(client, "slow", "source_ids", CASES[0]["source_ids"]) for _ in range(3000)]
+        answers[0]()
+        server.stop()
+        for answer in answers:
+            try:
+                answer()
+                outcomes["answered"] += 1
+            except InferenceServerException as error:
+                outcomes[error.message()] += 1
+    refused = {"the engine was stopped", "the engine is stopping"}  # these came while it was
+    assert outcomes["the engine was stopped"] > 0
+    assert set(outcomes) <= {"answered", *refused}
+
+
 def test_killed_model_process_harms_no_other_model_and_is_loaded_again(served: EmbeddedServer, client: Any) -> None:
     """What it was busy with is never answered by Triton 24.10: the caller's own timeout is what ends it."""
     busy = [ask_later(client, "killed", "source_ids", CASES[0]["source_ids"]) for _ in range(30)]

@@ -26,10 +26,12 @@ from types import TracebackType
 
 from lightseq_backend.errors import ConfigError
 from lightseq_backend.serving.device import DEVICES, choose_device
+from lightseq_backend.serving.notice import NOTICE_VARIABLE
 
 LOOPBACK = "127.0.0.1"
 TRITON_VARIABLE = "LIGHTSEQ_TRITON"  # names the directory of the Triton to use
 ADMIN_KEY_VARIABLE = "LIGHTSEQ_ADMIN_KEY"
+MARGIN = 4.0  # seconds before the end of stop_timeout
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 RESTRICTED_APIS = "model-repository,shared-memory,trace,logging"  # what changes the server, for those with the key
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -116,7 +118,7 @@ class EmbeddedServer:
     shm_bytes    shared memory a model instance starts with
     log_to_terminal  pass Triton's log on instead of keeping it for `log`
     stop_timeout  seconds until a server that does not end is killed; Triton uses them up while a client keeps an
-                 HTTP connection open, idle or not
+                 HTTP connection open, idle or not. Models answer what they have not done MARGIN before with an error
     environment  variables added to the server's, hence to every model's, environment
     The thread that starts the server must outlive it: the kernel ends the server with that thread.
     """
@@ -231,6 +233,7 @@ class EmbeddedServer:
         """Let running requests finish, end the server and whatever it started, drop its temporary files."""
         process, self._process = self._process, None
         if process is not None:
+            self._ask_models_to_finish()
             _end(process, self._stop_timeout)
         if self._directory is not None:
             self._last_log = self.log
@@ -246,6 +249,13 @@ class EmbeddedServer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+    def _ask_models_to_finish(self) -> None:
+        """Triton tells a model that it must end once all its requests are answered, however long that takes."""
+        if self._directory is not None:
+            notice = Path(self._directory.name) / "stopping"
+            notice.with_suffix(".new").write_text(str(max(1.0, self._stop_timeout - MARGIN)))
+            notice.with_suffix(".new").rename(notice)
 
     def _reachable(self, port: int) -> str:
         return f"{LOOPBACK if self._address == '0.0.0.0' else self._address}:{port}"
@@ -313,6 +323,7 @@ class EmbeddedServer:
         environment.setdefault("TOKENIZERS_PARALLELISM", "false")
         if self.device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment[NOTICE_VARIABLE] = str(libpython.parent / "stopping")
         return environment | self._environment
 
     def _wait_until_ready(self) -> None:

@@ -92,7 +92,7 @@ class TritonPythonModel:
 
     def _submit(self, request: Any, sender: Any) -> None:
         arrived = time.monotonic()
-        if not self._engine.alive and self._engine.fault is None:
+        if not (self._engine.alive or self._engine.fault or self._engine.stopping):  # these say it themselves
             raise RuntimeError("the engine's thread has ended; the model must be loaded again")
         control = read_control(request.parameters())
         if control.cancel is not None:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 
 from lightseq_backend.engine.engine import Engine
+from lightseq_backend.serving.notice import seconds_left
 
 log = logging.getLogger(__name__)
 
@@ -15,7 +16,8 @@ PERIOD = 1.0  # seconds
 
 class Watch:
     """Gives an engine up, with the reason, when a round takes longer than `limit` seconds or its thread has ended;
-    answers what has waited for too long; calls `update`. Triton 24.10 asks no model whether it is ready: this does.
+    answers what has waited for too long; stops it when the server is about to end; calls `update`. Triton 24.10 asks no
+    model whether it is ready: this does.
     """
 
     def __init__(self, engine: Engine, limit: float, update: Callable[[], None], period: float = PERIOD):
@@ -42,6 +44,9 @@ class Watch:
             self._give_up(f"a step has taken {taken:.1f} s; the limit is {self._limit:g} s (step_seconds)")
         elif not engine.alive and not self._ending.is_set() and not engine.stopping:
             self._give_up("the engine's thread has ended")
+        elif not engine.stopping and (left := seconds_left()) is not None:
+            log.info("the server is stopping: %g s for what is under way", left)
+            engine.stop(left)
         else:
             engine.expire()
 

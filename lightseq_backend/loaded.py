@@ -13,7 +13,7 @@ from lightseq_backend.answers import Answer, Failure, Hypothesis, Score
 from lightseq_backend.config import Config, DecodingOptions, GptConfig
 from lightseq_backend.errors import ConfigError, RequestError
 from lightseq_backend.request import GENERATE, SCORE, Output
-from lightseq_backend.serving.wire import ids_of_text, prompt_of
+from lightseq_backend.serving.wire import prompt_of, text_of
 from lightseq_backend.streams import Row, results
 from lightseq_backend.text.rows import source_row, target_row
 
@@ -179,9 +179,11 @@ class Model:
         if isinstance(rows, str):
             raise TypeError("rows is one text; it must be several: put it into a list")
 
+        decode = None if self.tokenizer is None else self.tokenizer.decode
+
         def answers() -> Iterator[Made | Failure]:
             taken = (_row(read, stream.parse, number, given) for number, given in enumerate(rows, stream.first))
-            for row, result in results(self._engine, taken, kind, options, self._window, stream.ahead):
+            for row, result in results(self._engine, taken, kind, options, self._window, stream.ahead, decode):
                 if isinstance(result, Output):
                     yield made_of(row, result)
                 elif not isinstance(result, RequestError):
@@ -219,7 +221,7 @@ class Model:
         for one in output.hypotheses:
             ids, parts, written = (*prompt, *one.tokens.tolist()), one.token_log_probabilities, None
             if self.tokenizer is not None:
-                written = self.tokenizer.decode(ids_of_text(row.ids, one, self.config))
+                written = text_of(row.ids, one, self.config, self.tokenizer.decode)
             each = None if parts is None else tuple(parts.tolist())
             hypotheses.append(Hypothesis(ids, written, one.score, one.finished, each))
         return Answer(row.number, tuple(hypotheses), len(prompt))

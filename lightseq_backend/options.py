@@ -29,6 +29,7 @@ MOST_STOPS, MOST_STOP = 64, 256  # stop words of a request, ids or characters of
 LISTED = 1024  # numbers that the lists of one request's rules may take in device memory
 
 Ids = tuple[int, ...]
+StopWord = Ids | str
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class DecodingOptions:
     begin_suppress_tokens: Ids = ()
     bad_words_ids: tuple[Ids, ...] = ()
     forced_eos_token_id: int | None = None
-    stop: tuple[Ids | str, ...] = ()
+    stop: tuple[StopWord, ...] = ()
     include_stop: bool = False
     end_ids: Ids = ()
 
@@ -261,12 +262,12 @@ def _listed(name: str, value: object) -> object:
         raise RequestError(f"{name} is {value!r}; it takes a value of type list") from None
 
 
-def _stop_words(given: object) -> tuple[Ids | str, ...]:
+def _stop_words(given: object) -> tuple[StopWord, ...]:
     """One text, or a list of texts, of words of ids and of single ids; TypeError for anything else."""
     words = [given] if isinstance(given, str) else given
     if not isinstance(words, list | tuple):
         raise TypeError
-    found: list[Ids | str] = []
+    found: list[StopWord] = []
     for word in words:
         ids = [word] if type(word) is int else word
         if not isinstance(ids, str | list | tuple) or (

@@ -60,6 +60,7 @@ class Output:
     first_token: float | None = None
 
 
+Decode = Callable[[Iterable[int]], str]
 Progress = Callable[[tuple[np.ndarray, ...]], None]
 
 
@@ -88,7 +89,7 @@ class Request:
     target: np.ndarray | None = None
     progress: Progress | None = None
     deadline: float | None = None
-    decode: Callable[[Iterable[int]], str] | None = None
+    decode: Decode | None = None
     priority: str = NORMAL
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from lightseq_backend.config import MAX_SEED, DecodingOptions
 from lightseq_backend.engine import Engine
 from lightseq_backend.errors import RequestError
-from lightseq_backend.request import Output, Request
+from lightseq_backend.request import Decode, Output, Request
 
 Result = Output | Exception
 _STREAMS = 65536  # that samples of one seed are kept apart by; rows beyond take the next seed
@@ -30,9 +30,15 @@ class Row:
 
 
 def results(
-    engine: Engine, rows: Iterable[Row], kind: str, options: DecodingOptions, window: int, ahead: int = 1
+    engine: Engine,
+    rows: Iterable[Row],
+    kind: str,
+    options: DecodingOptions,
+    window: int,
+    ahead: int = 1,
+    decode: Decode | None = None,
 ) -> Iterator[tuple[Row, Result]]:
-    """Each row with its output, or with what is wrong with it.
+    """Each row with its output, or with what is wrong with it. decode: the text of ids, for stop words of text.
 
     Rows are read a window at a time and submitted longest first; while one window is answered, `ahead` further ones
     are under way, so that the engine is never without work. The engine must be started.
@@ -42,7 +48,7 @@ def results(
     while True:
         part = list(islice(rows, window))
         if part:
-            sent.append(_Window(engine, part, kind, options))
+            sent.append(_Window(engine, part, kind, options, decode))
         elif not sent:
             return
         if len(sent) > ahead or not part:
@@ -50,8 +56,8 @@ def results(
 
 
 class _Window:
-    def __init__(self, engine: Engine, rows: list[Row], kind: str, options: DecodingOptions):
-        self._rows = rows
+    def __init__(self, engine: Engine, rows: list[Row], kind: str, options: DecodingOptions, decode: Decode | None):
+        self._rows, self._decode = rows, decode
         self._arrived: SimpleQueue[tuple[int, Result]] = SimpleQueue()
         for place in sorted(range(len(rows)), key=lambda place: -rows[place].ids.size):
             row = rows[place]
@@ -71,7 +77,7 @@ class _Window:
         def reply(result: Result) -> None:
             self._arrived.put((place, result))
 
-        return Request(row.ids, options, reply, kind, stream, row.target)
+        return Request(row.ids, options, reply, kind, stream, row.target, decode=self._decode)
 
     def results(self) -> Iterator[tuple[Row, Result]]:
         found: dict[int, Result] = {}

@@ -64,6 +64,14 @@ def test_ids_get_what_the_engine_gives(translator: Model) -> None:
         ]
 
 
+def test_continuation_ends_before_its_stop_word(gpt: Model) -> None:
+    options = {"sampling_method": "greedy", "max_new_tokens": 30}
+    (answer,) = gpt.generate(["twelve , thirteen"], stop="fifteen", **options)
+    assert answer.text == "twelve , thirteen , fourteen , "
+    (answer,) = gpt.generate(["twelve , thirteen"], end_ids=[15], **options)  # the id of fourteen
+    assert (answer.text, answer.best.ids[-1]) == ("twelve , thirteen ,", 15)
+
+
 def test_continuation_begins_with_its_prompt(gpt: Model) -> None:
     (answer,) = gpt.generate(["twelve , thirteen"], sampling_method="greedy")
     prompt = gpt.tokenizer.encode("twelve , thirteen")

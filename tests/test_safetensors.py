@@ -243,3 +243,10 @@ def test_configuration_spells_out_what_follows_and_may_leave_it_out(tmp_path: Pa
     }
     config_path(path).write_text(json.dumps(values))  # as files were before
     assert weights.load(path)[0] == config
+
+
+def test_stop_words_come_back_from_a_file(tmp_path: Path) -> None:
+    options = DecodingOptions("greedy", stop=("a", (3, 4)), end_ids=(5,), include_stop=True)
+    config, arrays = small_models.gpt(decoding=options)
+    weights.save(tmp_path / "gpt.safetensors", config, arrays)
+    assert weights.load(tmp_path / "gpt.safetensors")[0].decoding == options

@@ -56,8 +56,7 @@ def kept(sequences: Iterable[Sequence]) -> list[str]:
 def looked_at(sequences: Iterable[Sequence]) -> list[str]:
     """Names of the arrays that `begun` and, where a stop word has ended a text, `finish_early` read."""
     options = [one.request.options for one in sequences]
-    names = {"history"} if options else set()
-    names |= {"pool" for one in options if one.standard} | {"details" for one in options if one.stops}
+    names = {"history"} | {"pool" for one in options if one.standard} | {"details" for one in options if one.stops}
     return sorted(names)
 
 

@@ -381,7 +381,8 @@ class Engine:
             for one in fresh:
                 one.seen = now, steps[one.slots[0]]
         done = [one for one in ran if one.slots and ended[one.slots[0]]]
-        stopped = self._follow([one for one in ran if one.followed and one.slots and one not in done], records, look)
+        going_on = [one for one in ran if one.followed and one.slots and one not in done] if look.arrays else []
+        stopped = self._follow(going_on, records, look)
         if not done and not stopped:
             return
         self._leave([*done, *stopped])

@@ -30,8 +30,10 @@ class Look:
     @classmethod
     def at(cls, sequences: list[Sequence], state: DecodingState, ops: ModuleType) -> Look:
         """Queues copies of what sequences that are followed have found; of no others, nothing is copied."""
+        if not sequences:
+            return cls(0, {})
         slots = [slot for one in sequences for slot in one.slots]
-        lanes = slice(min(slots), max(slots) + 1) if slots else slice(0, 0)
+        lanes = slice(min(slots), max(slots) + 1)
         names = methods.looked_at(sequences)
         return cls(lanes.start, {name: ops.fetch(getattr(state, name)[lanes]) for name in names})
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from lightseq_backend.config import Config, DecodingOptions
 from lightseq_backend.decoding import methods
-from lightseq_backend.request import Output
-from lightseq_backend.serving.wire import ALL, FINAL, FIRST_TOKEN, TEXT_OUTPUT, Decode, Wire, prompt_of_text, text_of
+from lightseq_backend.request import Decode, Output
+from lightseq_backend.serving.wire import ALL, FINAL, FIRST_TOKEN, TEXT_OUTPUT, Wire, prompt_of_text, text_of
 from lightseq_backend.text.tokenizer import NO_TOKEN
 
 _CONTEXT = 8  # tokens that are decoded once more, so that what is new is read as what goes on

@@ -15,10 +15,10 @@ import triton_python_backend_utils as pb_utils
 
 from lightseq_backend.config import Config
 from lightseq_backend.errors import Cancelled, DeadlineExceeded, NotUnderWay, Overloaded, RequestError
-from lightseq_backend.request import Output, Progress
+from lightseq_backend.request import Decode, Output, Progress
 from lightseq_backend.serving.parts import Parts
 from lightseq_backend.serving.tensors import to_tensor
-from lightseq_backend.serving.wire import Decode, Wire
+from lightseq_backend.serving.wire import Wire
 
 log = logging.getLogger(__name__)
 

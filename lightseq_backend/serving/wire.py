@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from lightseq_backend.config import Config, GptConfig
 from lightseq_backend.errors import RequestError
-from lightseq_backend.request import GENERATE, NORMAL, PRIORITIES, SCORE, Hypothesis, Output
+from lightseq_backend.request import GENERATE, NORMAL, PRIORITIES, SCORE, Decode, Hypothesis, Output
 from lightseq_backend.serving.control import CONTROLS
 
 TRANSFORMER, GPT = "transformer", "gpt"  # the kinds of weight files, as weights.load calls them
@@ -33,7 +33,6 @@ FINAL, FIRST_TOKEN = "final", "first_token_ms"
 # An option and the output that its answer is in; of a model that scores, an output alone.
 DETAILS = "token_log_probabilities"
 PRIORITY = "queue_priority"  # a parameter of a request that is no option: how it waits, not what it gets
-Decode = Callable[[Iterable[int]], str]
 
 # Parameters of a request that are Triton's own affair: they never reach the options.
 TRITON_PARAMETERS = frozenset(

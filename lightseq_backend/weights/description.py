@@ -78,7 +78,13 @@ def _typed(made: type, values: dict[str, Any], prefix: str, faults: list[str]) -
 
 
 _TYPES: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
-_JSON_TYPES = {"Dialect": "str", "DecodingOptions": "dict", "Ids": "list of ids", "tuple[Ids, ...]": "list of lists"}
+_JSON_TYPES = {
+    "Dialect": "str",
+    "DecodingOptions": "dict",
+    "Ids": "list of ids",
+    "tuple[Ids, ...]": "list of lists",
+    "tuple[StopWord, ...]": "list of texts and lists",
+}
 
 
 def _wanted(annotation: str) -> str:
@@ -99,6 +105,8 @@ def _fits(value: Any, annotation: str) -> bool:
             return all(_fits(id_, "int") for id_ in value)
         if part == "list of lists" and isinstance(value, list):
             return all(_fits(ids, "Ids") for ids in value)
+        if part == "list of texts and lists" and isinstance(value, list):
+            return all(isinstance(word, str) or _fits(word, "Ids") for word in value)
         if part in _TYPES and isinstance(value, _TYPES[part]) and (part == "bool") == isinstance(value, bool):
             return True
     return False

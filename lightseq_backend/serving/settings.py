@@ -15,7 +15,7 @@ from lightseq_backend.request import SCORE
 from lightseq_backend.serving.wire import GPT, TRANSFORMER, Wire, read_wire
 
 DEVICES = {"CPU": "cpu", "GPU": "cuda"}  # by Triton's instance kind
-PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}  # by device, the default first
+PRECISIONS = {"cpu": ("fp32", "int8"), "cuda": ("fp16", "fp32", "int8")}  # by device, the default first
 SIZES = ("slots", "max_beam_size", "queue", "prompt_tokens", "burst")  # fields of EngineConfig
 BURSTS = {"cpu": 1, "cuda": 4}  # the host's part of a burst must fit into the device's
 PARAMETERS = ("weights", "dialect", "precision", *SIZES, "tokenizer", "source_language")

@@ -91,7 +91,13 @@ def test_transposed_weights_are_packed_as_they_are() -> None:
     ops = Ops(True, HOPPER, int8=True)
     one, other = ops.matrix(weight), ops.matrix(np.asfortranarray(weight))
     np.testing.assert_array_equal(one.memory, other.memory)
-    assert one.memory.nbytes == 3 * 32 * 3 * 16  # 72 and 40 filled up; a byte a weight
+    assert one.memory.nbytes == (3 * 32) * (3 * 16)  # 72 and 40 filled up; a byte a weight
+
+
+def test_weights_take_half_of_the_packed_form_of_fp16() -> None:
+    weight = operands("float32", 1, 1024, 512)[1]
+    half, int8 = (Ops(True, HOPPER, int8=int8).matrix(weight) for int8 in (False, True))
+    assert int8.memory.nbytes + int8.columns.nbytes == half.memory.nbytes // 2 + 4 * 512
 
 
 def test_bytes_are_fragments_of_both_steps_of_a_chunk() -> None:

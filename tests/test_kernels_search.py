@@ -175,6 +175,24 @@ def test_vocabulary_writes_the_same_logits_without_looking_for_the_best(precisio
     assert np.array_equal(alone, beside)
 
 
+@pytest.mark.parametrize(("rows", "inner", "wide"), [(1, 64, 19), (7, 1000, 257), (33, 520, 700)])
+def test_vocabulary_with_int8_weights_is_that_of_the_rounded_ones(rows: int, inner: int, wide: int) -> None:
+    head = a_head(rows, inner, wide)
+    x, norm, weight = head["x"].astype(np.float16).astype(np.float64), head["norm"], head["output"].weight
+    logits = np.full((rows, wide), np.nan, np.float32)
+    statistics, choices = vocabulary(
+        "float16", **head, best=2, group=min(32, -(-rows // 8) * 8), logits=logits, int8=True
+    )
+    folded = norm.gain[:, None].astype(np.float64) * weight
+    steps = np.abs(folded).max(axis=0) / 127
+    normed = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-6)
+    expected = normed @ (np.round(folded / steps) * steps) + norm.bias.astype(np.float64) @ weight
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-3)
+    of_tiles = tiled(logits, 2, -1)
+    np.testing.assert_allclose(statistics, of_tiles[0], rtol=1e-5)
+    assert np.array_equal(choices, of_tiles[1])
+
+
 def test_vocabulary_of_many_rows_takes_two_tiles_at_a_time() -> None:
     head = a_head(40)
     few = vocabulary("float16", **head, best=2, group=8)

@@ -44,7 +44,7 @@ _ATTENDING_WARPS = 8  # of a multiprocessor: half its registers, the rest is for
 @dataclass(frozen=True)
 class Matrix:
     """A weight [inner, wide], twice or three times: `plain` for cuBLAS ([wide, inner] if transposed), `packed` and
-    `grouped` for our own kernels, linear.cu and warpgroup.cu (None where that has none). Of int8 there is `packed` alone.
+    `grouped` for our own kernels, linear.cu and warpgroup.cu (None where that has none). Of int8, `packed` alone.
 
     plain    has columns of zeros up to a multiple of _ALIGNED_COLUMNS: cuBLAS is six times slower with odd ones
     columns  None, or what our own need besides: for a LayerNorm that is folded in (linear_launch.fold), scales of int8

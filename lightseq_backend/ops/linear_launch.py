@@ -72,8 +72,8 @@ def plan(
     """The launch for x [rows, inner] . W [inner, wide]. Any number of rows; it pays where `pays` says so.
 
     half: fp16 storage, else float. norm: x goes through the LayerNorm that W was packed with. aligned: rows of x begin
-    at, and consist of, pieces of sixteen bytes. int8: W is, and half true. The order of a sum over `inner` depends on the weight and the device,
-    not on `rows`.
+    at, and consist of, pieces of sixteen bytes. int8: W is, and half true. The order of a sum over `inner` depends on
+    the weight and the device, not on `rows`.
     """
     outputs, split, late = _shape(device, rows, _up(inner, _chunk(half)), wide)
     for count in (count for count in (32, 16, 8) if count == 8 or count < 2 * rows):

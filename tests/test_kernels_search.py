@@ -183,10 +183,10 @@ def test_vocabulary_with_int8_weights_is_that_of_the_rounded_ones(rows: int, inn
     statistics, choices = vocabulary(
         "float16", **head, best=2, group=min(32, -(-rows // 8) * 8), logits=logits, int8=True
     )
-    folded = norm.gain[:, None].astype(np.float64) * weight
-    steps = np.abs(folded).max(axis=0) / 127
+    folded = norm.gain[:, None] * weight  # in float32: near the middle of two steps it decides
+    steps = np.abs(folded).max(axis=0) / np.float32(127)
     normed = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-6)
-    expected = normed @ (np.round(folded / steps) * steps) + norm.bias.astype(np.float64) @ weight
+    expected = normed @ (np.round(folded / steps).astype(np.float64) * steps) + norm.bias.astype(np.float64) @ weight
     np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-3)
     of_tiles = tiled(logits, 2, -1)
     np.testing.assert_allclose(statistics, of_tiles[0], rtol=1e-5)

@@ -40,7 +40,7 @@ def plan(device: Device, rows: int, inner: int, vocabulary: int, half: bool, int
         "INNER": inner,
         "ROWS": group,
         "WARPS": warps,
-        "MOST_DEPTH": _DEPTHS[bits],
+        "MOST_DEPTH": 3 if int8 and group > 32 else _DEPTHS[bits],
         "WEIGHT_BITS": bits,
     }
     return Plan(tuple(definitions.items()), (groups, blocks, 1), (1, 1, 1), shared, 32 * warps)

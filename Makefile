@@ -42,8 +42,8 @@ serve: setup ## Serve model_repository in the foreground until Ctrl-C
 .PHONY: test
 test: setup ## Run all tests that need no GPU
 	@./setup.sh kernels
-	@OMP_NUM_THREADS=$(cores) OPENBLAS_NUM_THREADS=$(cores) TOKENIZERS_PARALLELISM=false \
-	    $(python) -m pytest --durations=15 $(TESTS)
+	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
+	    $(python) -m pytest --durations=15 -n $(cores) --maxprocesses 4 --dist loadfile $(TESTS)
 
 .PHONY: test-faults
 test-faults: setup ## Run the tests of overload and faults at full length: 10,000 requests, 5,000 damaged files

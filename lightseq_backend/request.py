@@ -183,6 +183,13 @@ class Sequence:
         token = (now - first) / (steps - steps_by_then) if steps > steps_by_then else None
         return Timing(self.admitted - self.arrived, first - self.arrived, token, now - self.arrived)
 
+    def lanes(self, first: int = 0) -> slice | np.ndarray:
+        """Its slots, which ascend, as an index into an array of the lanes from `first` on; of neighbours, a slice."""
+        lead, width = self.slots[0] - first, len(self.slots)
+        if self.slots[-1] - self.slots[0] == width - 1:
+            return slice(lead, lead + width)
+        return np.array(self.slots) - first
+
     @property
     def rows(self) -> int:
         """Of the larger of the passes that read it."""

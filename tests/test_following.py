@@ -10,7 +10,7 @@ import pytest
 import small_models
 
 from lightseq_backend.engine import Engine
-from lightseq_backend.errors import Cancelled, DeadlineExceeded, RequestError
+from lightseq_backend.errors import Cancelled, DeadlineExceeded, Overloaded, RequestError
 from lightseq_backend.ops import cpu
 from lightseq_backend.request import Output, Request
 
@@ -337,6 +337,28 @@ def test_deadline_counts_while_a_request_waits_and_while_it_runs() -> None:
     engine.step()
     assert [type(result) for result in runs.results] == [DeadlineExceeded]
     assert (engine.idle, engine.slots_in_use, engine._departures._timed) == (True, 0, {})
+
+
+def test_deadline_is_forgotten_of_what_is_answered_before_submit_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = gpt()
+    enqueue = engine._scheduler.enqueue
+
+    def answered_at_once(sequences: list[Any]) -> None:
+        enqueue(sequences)
+        run(engine)
+
+    monkeypatch.setattr(engine._scheduler, "enqueue", answered_at_once)
+    assert Caller(engine, {"sampling_method": "greedy"}, deadline=time.monotonic() + 0.2).output
+    time.sleep(0.25)
+    assert engine._departures.due() == {}
+
+
+def test_deadline_is_forgotten_of_what_is_refused() -> None:
+    engine = gpt(queue=1)
+    Caller(engine, LONG)
+    with pytest.raises(Overloaded):
+        Caller(engine, LONG, deadline=time.monotonic() - 1)
+    assert engine._departures.due() == {}
 
 
 def test_deadline_in_time_changes_nothing() -> None:

@@ -143,9 +143,14 @@ class Engine:
         if self.fault:
             raise RuntimeError(self.fault)
         sequences = [Sequence.of(request, self.model.config) for request in requests]
-        self._scheduler.enqueue(sequences)
-        for request in requests:
+        for request in requests:  # before the engine's thread can have answered and forgotten it
             self._departures.expect(request)
+        try:
+            self._scheduler.enqueue(sequences)
+        except Overloaded:
+            for request in requests:
+                self._departures.forget(request)
+            raise
 
     def cancel(self, requests: Iterable[Request], error: Exception) -> None:
         """Has requests answered with the error and their slots freed before the next burst, unless they have had an
@@ -396,22 +401,18 @@ class Engine:
         first, last, state = min(slots), max(slots), self._buffers.state
         kept = {name: self._ops.get(getattr(state, name)[first : last + 1]) for name in methods.kept(done)}
         for sequence in done:
-            lead, width = sequence.slots[0], len(sequence.slots)
-            own: Any = slice(lead - first, lead - first + width)
-            if sequence.slots[-1] - lead != width - 1:  # slots ascend
-                own = np.array(sequence.slots) - first
-            lanes = {name: array[own] for name, array in kept.items()}
-            self._retire(sequence, methods.finish(sequence, records[first : last + 1][own], lanes))
+            lanes = {name: array[sequence.lanes(first)] for name, array in kept.items()}
+            self._retire(sequence, methods.finish(sequence, records[sequence.lanes()], lanes))
 
     def _follow(self, sequences: list[Sequence], records: np.ndarray, look: Look) -> dict[Sequence, Output]:
         """Reports on sequences that go on; the answers of those that stop words have ended."""
         stopped: dict[Sequence, Output] = {}
         arrays = look.read() if sequences else {}
         for sequence in sequences:
-            own = np.array(sequence.slots)
-            lanes = {name: array[own - look.first] for name, array in arrays.items()}
-            if follow(sequence, records[own], lanes):
-                stopped[sequence] = methods.finish_early(sequence, records[own], lanes)
+            own = records[sequence.lanes()]
+            lanes = {name: array[sequence.lanes(look.first)] for name, array in arrays.items()}
+            if follow(sequence, own, lanes):
+                stopped[sequence] = methods.finish_early(sequence, own, lanes)
         return stopped
 
     def _score(self, sequences: list[Sequence]) -> None:

@@ -1,6 +1,11 @@
 // common: what every kernel is built on. Joined in front of each source before it is compiled, because CuPy's cache
 // does not see the text of included files. HALF is 1 for fp16 storage, 0 for fp32. Sums are float in either.
+// WEIGHT_BITS is 8 where weights of products are int8 (HALF is 1 then), else not given or as HALF says.
 #include <cuda_fp16.h>
+
+#ifndef WEIGHT_BITS
+#define WEIGHT_BITS (HALF ? 16 : 32)
+#endif
 
 #if HALF
 typedef __half T;
@@ -380,6 +385,39 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const Left& a, const
     mma1688(d, a.high, b.high);
 }
 #define ONE 0x3f800000u
+#endif
+
+// A lane's weights of one chunk and sixteen outputs: sixteen bytes a step or, where they are int8, for both steps. An
+// int8 is kept as the number plus 128: next to the byte 0x64 that is the half 1024 + 128 + number, so one subtraction,
+// which is exact, makes halves of two. Their scale is the output's, for the sum.
+#define WEIGHT_PIECES (WEIGHT_BITS == 8 ? 1 : 2)
+struct Weight { uint4 piece[WEIGHT_PIECES]; };
+
+__device__ __forceinline__ void load_chunk(Weight& to, const uint4* source, bool inside) {
+    const unsigned zero = WEIGHT_BITS == 8 ? 0x80808080u : 0u;
+#pragma unroll
+    for (int i = 0; i < WEIGHT_PIECES; i++)
+        to.piece[i] = inside ? load_weight(source + 32 * i) : make_uint4(zero, zero, zero, zero);
+}
+
+#if WEIGHT_BITS == 8
+typedef unsigned char Stored;
+__device__ __forceinline__ unsigned two_halves(unsigned bytes, unsigned selector) {
+    const unsigned biased = __byte_perm(bytes, 0x64646464u, selector), bias = 0x64806480u;
+    const __half2 x =
+        __hsub2(*reinterpret_cast<const __half2*>(&biased), *reinterpret_cast<const __half2*>(&bias));
+    return *reinterpret_cast<const unsigned*>(&x);
+}
+__device__ __forceinline__ Left left_operand(const Weight& weight, int step) {
+    const uint4& both = weight.piece[0];
+    const unsigned x = step ? both.z : both.x, y = step ? both.w : both.y;
+    return {{two_halves(x, 0x4140), two_halves(x, 0x4342), two_halves(y, 0x4140), two_halves(y, 0x4342)}};
+}
+#else
+typedef T Stored;
+__device__ __forceinline__ Left left_operand(const Weight& weight, int step) {
+    return left_operand(weight.piece[step]);
+}
 #endif
 
 // The two steps of a chunk; `piece` is a lane's sixteen bytes of a row.

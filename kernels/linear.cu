@@ -5,6 +5,7 @@
 //   OUTPUTS  columns of the result a block takes: 32 or 64
 //   SPLIT    blocks of a cluster that share the sum over INNER (1 before sm_90)
 //   NORM     1 where x goes through a LayerNorm that is folded into W, else 0
+//   WEIGHT_BITS  8 where W is int8 with a scale per output, which NORM and the sums over INNER do not see
 //   ALIGNED  1 where rows of x begin at multiples of 16 bytes and INNER is made of such pieces
 //   LATE     1 where the next kernel may begin once x is on its way, 0 where it may begin at once
 // The order of a sum depends on INNER and SPLIT alone, never on the rows: a row's result is the same whatever other
@@ -23,14 +24,14 @@
 #define SHARE up(SLICE, WARPS)   // chunks of a warp
 #define EVEN (CHUNKS % (SPLIT * WARPS) == 0)
 // Chunks whose weights are under way, in registers.
-#define DEPTH least(SHARE, 8 / TILES)
+#define DEPTH least(SHARE, 16 / WEIGHT_PIECES / TILES)
 
 // The end of a product: sums over warps and over the cluster, and what is done to the result --------------------------
 
 struct Epilogue {
     const T* bias;         // [wide] or null
     const T* residual;     // [rows, wide] or null; may be out
-    const float* columns;  // [2][wide], where NORM
+    const float* columns;  // [2][wide] where NORM, and behind them the scales where W is int8
     T* out;                // [rows, wide]
     int residual_stride, out_stride, rows, wide, activation;
     float scale, epsilon;
@@ -49,6 +50,9 @@ struct Before {
     Four bias[TURNS], residual[TURNS];
 #if NORM
     float4 sums[TURNS], offsets[TURNS];
+#endif
+#if WEIGHT_BITS == 8
+    float4 scales[TURNS];
 #endif
 };
 
@@ -69,18 +73,26 @@ __device__ __forceinline__ Four load_four(const T* from, int column, int wide) {
     return four;
 }
 
+// Four of a line of end.columns, zeros from `wide` on.
+__device__ __forceinline__ float4 load_columns(const Epilogue& end, int line, int column) {
+    float values[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        values[i] = column + i < end.wide ? end.columns[(long long)line * end.wide + column + i] : 0.f;
+    return make_float4(values[0], values[1], values[2], values[3]);
+}
+
 __device__ __forceinline__ void prepare(const Epilogue& end, Before& before) {
 #pragma unroll
     for (int turn = 0; turn < TURNS; turn++) {
         const int column = blockIdx.x / SPLIT * OUTPUTS + own_column(turn);
         before.bias[turn] = load_four(end.bias, column, end.bias ? end.wide : 0);
 #if NORM
-        float values[8];
-#pragma unroll
-        for (int i = 0; i < 8; i++)
-            values[i] = column + i % 4 < end.wide ? end.columns[i / 4 * end.wide + column + i % 4] : 0.f;
-        before.sums[turn] = make_float4(values[0], values[1], values[2], values[3]);
-        before.offsets[turn] = make_float4(values[4], values[5], values[6], values[7]);
+        before.sums[turn] = load_columns(end, 0, column);
+        before.offsets[turn] = load_columns(end, 1, column);
+#endif
+#if WEIGHT_BITS == 8
+        before.scales[turn] = load_columns(end, 2 * NORM, column);
 #endif
     }
 }
@@ -136,13 +148,22 @@ __device__ __forceinline__ void finish(const float* partial, float4* inbox, Barr
         if (own < 0 || row >= end.rows) continue;
         const int column = blockIdx.x / SPLIT * OUTPUTS + own_column(turn);
         float4 sum = SPLIT > 1 ? over_cluster(own, own_column(turn)) : over_warps(own, own_column(turn));
+#if WEIGHT_BITS == 8
+        const float4 by = before.scales[turn];
+#else
+        const float4 by = make_float4(1.f, 1.f, 1.f, 1.f);
+#endif
 #if NORM
         const float4 moments = SPLIT > 1 ? over_cluster(own, OUTPUTS) : over_warps(own, OUTPUTS);
         const float mean = moments.x / INNER, variance = fmaxf(moments.y / INNER - mean * mean, 0.f);
         const float factor = 1.f / sqrtf(variance + end.epsilon);
         const float4 less = before.sums[turn], more = before.offsets[turn];
-        sum = make_float4((sum.x - mean * less.x) * factor + more.x, (sum.y - mean * less.y) * factor + more.y,
-                          (sum.z - mean * less.z) * factor + more.z, (sum.w - mean * less.w) * factor + more.w);
+        sum = make_float4((sum.x - mean * less.x) * (factor * by.x) + more.x,
+                          (sum.y - mean * less.y) * (factor * by.y) + more.y,
+                          (sum.z - mean * less.z) * (factor * by.z) + more.z,
+                          (sum.w - mean * less.w) * (factor * by.w) + more.w);
+#else
+        sum = make_float4(sum.x * by.x, sum.y * by.y, sum.z * by.z, sum.w * by.w);
 #endif
         const float sums[4] = {sum.x, sum.y, sum.z, sum.w};
         Four four;
@@ -163,7 +184,7 @@ __device__ __forceinline__ void finish(const float* partial, float4* inbox, Barr
 // A block is alone with its latencies: what is computed between wait_for_previous and the loads of x delays every
 // kernel behind, so all addresses are made before (`settle`).
 
-struct Weights { uint4 value[TILES][2]; };
+struct Weights { Weight tile[TILES]; };
 
 __device__ __forceinline__ void settle(const T*& pointer) {
 #ifndef CUDA_ON_CPU
@@ -176,25 +197,22 @@ struct Source {
     const uint4* packed;
     int tile, tiles, warp, count;
 
-    __device__ __forceinline__ Source(const T* weight, int wide) : warp(threadIdx.x / 32) {
+    __device__ __forceinline__ Source(const Stored* weight, int wide) : warp(threadIdx.x / 32) {
         const int first = blockIdx.x % SPLIT * SLICE;
         tile = blockIdx.x / SPLIT * TILES;
         tiles = up(wide, 16);
         count = most(0, least(SLICE, CHUNKS - first));
-        packed = reinterpret_cast<const uint4*>(weight) + ((long long)tile * CHUNKS + first + warp) * 64 +
-                 threadIdx.x % 32;
+        packed = reinterpret_cast<const uint4*>(weight) +
+                 ((long long)tile * CHUNKS + first + warp) * (32 * WEIGHT_PIECES) + threadIdx.x % 32;
     }
     __device__ __forceinline__ bool has(int share) const {
         return EVEN || (share < SHARE && warp + share * WARPS < count);
     }
     __device__ __forceinline__ void load(Weights& weights, int share) const {
 #pragma unroll
-        for (int m = 0; m < TILES; m++) {
-            const uint4* source = packed + (m * CHUNKS + share * WARPS) * 64;
-            const bool inside = has(share) && tile + m < tiles;
-            weights.value[m][0] = inside ? load_weight(source) : make_uint4(0, 0, 0, 0);
-            weights.value[m][1] = inside ? load_weight(source + 32) : make_uint4(0, 0, 0, 0);
-        }
+        for (int m = 0; m < TILES; m++)
+            load_chunk(weights.tile[m], packed + (m * CHUNKS + share * WARPS) * (32 * WEIGHT_PIECES),
+                       has(share) && tile + m < tiles);
     }
 };
 
@@ -208,7 +226,7 @@ __device__ __forceinline__ void multiply(Sums& sums, const Weights& weights, con
         for (int n = 0; n < ROW_TILES; n++) rows[n] = right_operand(x[n], step);
 #pragma unroll
         for (int m = 0; m < TILES; m++) {
-            const Left outputs = left_operand(weights.value[m][step]);
+            const Left outputs = left_operand(weights.tile[m], step);
 #pragma unroll
             for (int n = 0; n < ROW_TILES; n++) multiply_add(sums[m][n], outputs, rows[n]);
         }
@@ -232,13 +250,14 @@ __device__ __forceinline__ void hand_over(float* own, const Sums& sums) {
 //   null, may be out; out T [rows, wide]; rows residual_stride and out_stride apart
 //   NORM: W has each row times its gain, columns float [2][wide] the sums of W's columns and (bias of the norm) . W:
 //   layer_norm(x) . W = (x . W - mean * columns[0]) / deviation + columns[1]; the moments of x come with the product
+//   W int8: number * scale of its column, float [wide] behind those columns; x . W and columns[0] are without the scale
 //   grid (SPLIT * ceil(wide / OUTPUTS), ceil(rows / ROWS)), cluster (SPLIT), block 256, shared memory as
 //   linear_launch.py says; moves the weights once, x wide / OUTPUTS times (from L2); needs sm_75 where HALF, else sm_80
 // Chunks of x under way, in registers.
 #define STAGES least(SHARE, most(1, (SHARE > 4 ? 8 : 16) / ROW_TILES))
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-linear(const T* x, int x_stride, const T* weight, const float* columns, float epsilon, const T* bias,
+linear(const T* x, int x_stride, const Stored* weight, const float* columns, float epsilon, const T* bias,
        const T* residual, int residual_stride, T* out, int out_stride, int rows, int wide, int activation,
        float scale) {
     extern __shared__ __align__(128) char memory[];
@@ -330,26 +349,39 @@ linear(const T* x, int x_stride, const T* weight, const float* columns, float ep
 #else  // without INNER: kernels that need no constants
 
 // packed = W in the order linear reads it; zeros beyond W
-//   source T: W[k, n] at k * row_stride + n * column_stride, [inner, wide]
-//   packed T [ceil(wide / 16)][ceil(inner / CHUNK)][2 steps][32 lanes][16 bytes]: lane (g, t) of step s has outputs g
-//            and g + 8 of the k whose x are in half s of its piece of sixteen bytes: where HALF 8 t + 4 s to
-//            8 t + 4 s + 3, a fragment of mma.m16n8k16; else 4 t + 2 s and the next, of mma.m16n8k8
+//   source T, or signed char where W is int8: W[k, n] at k * row_stride + n * column_stride, [inner, wide]
+//   packed [ceil(wide / 16)][ceil(inner / CHUNK)][2 steps][32 lanes][16 bytes]: lane (g, t) of step s has outputs g
+//          and g + 8 of the k whose x are in half s of its piece of sixteen bytes: where HALF 8 t + 4 s to
+//          8 t + 4 s + 3, a fragment of mma.m16n8k16; else 4 t + 2 s and the next, of mma.m16n8k8
+//          int8: [..][..][32 lanes][2 steps][8 bytes], the number plus 128
 //   one thread for sixteen bytes of packed; grid ceil(pieces / 256), block 256
-extern "C" __global__ void pack_weight(const T* source, long long row_stride, long long column_stride, T* packed,
-                                       int inner, int wide) {
+#if WEIGHT_BITS == 8
+typedef signed char Given;
+__device__ __forceinline__ Stored stored(Given x) { return (Stored)(x + 128); }
+#else
+typedef T Given;
+__device__ __forceinline__ Stored stored(Given x) { return x; }
+#endif
+constexpr int PIECE = 16 / (int)sizeof(Stored);  // weights
+struct __align__(16) Piece { Stored value[PIECE]; };
+
+extern "C" __global__ void pack_weight(const Given* source, long long row_stride, long long column_stride,
+                                       Stored* packed, int inner, int wide) {
     const long long piece = (long long)blockIdx.x * blockDim.x + threadIdx.x;
-    float values[LANE_WIDTH];
     const int chunks = up(inner, CHUNK), tiles = up(wide, 16);
-    if (piece >= (long long)tiles * chunks * 64) return;
-    const int lane = piece % 32, step = piece / 32 % 2, chunk = piece / 64 % chunks, tile = piece / 64 / chunks;
+    if (piece >= (long long)tiles * chunks * 32 * WEIGHT_PIECES) return;
+    const int lane = piece % 32, chunk = piece / (32 * WEIGHT_PIECES) % chunks;
+    const int tile = piece / (32 * WEIGHT_PIECES) / chunks;
     constexpr int PAIR = LANE_WIDTH / 4;  // k that a register holds
+    Piece result;
 #pragma unroll
-    for (int i = 0; i < LANE_WIDTH; i++) {
-        const int n = tile * 16 + lane / 4 + i / PAIR % 2 * 8;
-        const int k = chunk * CHUNK + lane % 4 * LANE_WIDTH + step * 2 * PAIR + i / (2 * PAIR) * PAIR + i % PAIR;
-        values[i] = k < inner && n < wide ? to_float(source[k * row_stride + n * column_stride]) : 0.f;
+    for (int i = 0; i < PIECE; i++) {
+        const int step = WEIGHT_PIECES == 1 ? i / LANE_WIDTH : piece / 32 % 2, j = i % LANE_WIDTH;
+        const int n = tile * 16 + lane / 4 + j / PAIR % 2 * 8;
+        const int k = chunk * CHUNK + lane % 4 * LANE_WIDTH + step * 2 * PAIR + j / (2 * PAIR) * PAIR + j % PAIR;
+        result.value[i] = stored(k < inner && n < wide ? source[k * row_stride + n * column_stride] : Given(0));
     }
-    store16(packed + piece * LANE_WIDTH, values);
+    reinterpret_cast<Piece*>(packed)[piece] = result;
 }
 
 // x = activation(scale * x + b), in place, after cuBLAS

@@ -4,6 +4,7 @@
 //   INNER   width of x
 //   ROWS    rows a block takes: a multiple of 8, up to 64. blockIdx.x counts such groups
 //   WARPS   warps of a block, 8 or 16; a block takes WARPS / 8 tiles at a time
+//   WEIGHT_BITS  as kernels/linear.cu
 //   MOST_DEPTH, PREFETCH  chunks of weights on their way to registers and to L2
 // Every sum has an order that depends on INNER alone: a row's result is the same whatever rows come with it.
 
@@ -17,7 +18,8 @@ constexpr int LOGIT_STRIDE = TILE + 4;  // floats; the rows that a warp touches 
 constexpr float LOG2_E = 1.4426950408889634f;
 
 struct Task {
-    const T *x, *weight, *bias;
+    const T *x, *bias;
+    const Stored* weight;
     const float* columns;
     const int* rows;
     const Slot* slots;
@@ -151,29 +153,27 @@ constexpr int DEPTH = least(CHUNKS, MOST_DEPTH);
 constexpr int TURNS = up(CHUNKS, DEPTH);
 constexpr int ROW_STRIDE = CHUNK * (CHUNKS + 1 - CHUNKS % 2);  // rows 64 bytes apart modulo 128
 
-struct Weights { uint4 step[2]; };
-
-__device__ __forceinline__ void load_weights(Weights& weights, const Task& task, int tile, int chunk) {
+__device__ __forceinline__ void load_weights(Weight& weights, const Task& task, int tile, int chunk) {
     int own = tile * (TILE / 16) + threadIdx.x / 32;
     bool inside = chunk < CHUNKS && own < up(task.vocabulary, 16);
     const uint4* packed = reinterpret_cast<const uint4*>(task.weight);
-    const uint4* source = packed + ((long long)own * CHUNKS + chunk) * 64 + threadIdx.x % 32;
-    weights.step[0] = inside ? load_weight(source) : make_uint4(0, 0, 0, 0);
-    weights.step[1] = inside ? load_weight(source + 32) : make_uint4(0, 0, 0, 0);
+    load_chunk(weights, packed + ((long long)own * CHUNKS + chunk) * (32 * WEIGHT_PIECES) + threadIdx.x % 32, inside);
 }
 
 // Asks for what follows a warp's first DEPTH chunks of a tile, as far as PREFETCH chunks, to be brought to L2: memory
 // has something to do while the block waits for x or searches.
 #ifndef PREFETCH
-#define PREFETCH 8
+#define PREFETCH (16 / WEIGHT_PIECES)
 #endif
 __device__ __forceinline__ void prefetch_weights(const Task& task, int tile) {
 #if __CUDA_ARCH__ >= 900 && !defined(CUDA_ON_CPU)
     constexpr int COUNT = least(PREFETCH, CHUNKS) - DEPTH;
     int own = tile * (TILE / 16) + threadIdx.x / 32;
     if (COUNT <= 0 || own >= up(task.vocabulary, 16) || threadIdx.x % 32) return;
-    const uint4* from = reinterpret_cast<const uint4*>(task.weight) + ((long long)own * CHUNKS + DEPTH) * 64;
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(COUNT * 1024) : "memory");
+    const uint4* from =
+        reinterpret_cast<const uint4*>(task.weight) + ((long long)own * CHUNKS + DEPTH) * (32 * WEIGHT_PIECES);
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(COUNT * 512 * WEIGHT_PIECES)
+                 : "memory");
 #endif
 }
 
@@ -232,7 +232,7 @@ __device__ __forceinline__ void run(const Task& task, float epsilon) {
     float* logits = reinterpret_cast<float*>(held + ROWS * ROW_STRIDE);  // [SPAN][ROWS][LOGIT_STRIDE]
     float2* statistics = reinterpret_cast<float2*>(logits + SPAN * ROWS * LOGIT_STRIDE);
     int tiles = up(task.vocabulary, TILE), lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    Weights weights[DEPTH];
+    Weight weights[DEPTH];
 #pragma unroll
     for (int i = 0; i < DEPTH; i++) load_weights(weights[i], task, blockIdx.y * SPAN, i);
     prefetch_weights(task, blockIdx.y * SPAN);
@@ -243,7 +243,7 @@ __device__ __forceinline__ void run(const Task& task, float epsilon) {
     __syncthreads();
     for (int tile = blockIdx.y * SPAN; tile < tiles; tile += gridDim.y * SPAN) {
         int part = threadIdx.x / 256, column = threadIdx.x / 32 % 8 * 16 + g, id = (tile + part) * TILE + column;
-        float sums[ROWS / 8][4] = {}, bias[2], less[2], more[2];
+        float sums[ROWS / 8][4] = {}, bias[2], less[2], more[2], by[2];
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             int own = id + 8 * i;
@@ -251,13 +251,14 @@ __device__ __forceinline__ void run(const Task& task, float epsilon) {
             bias[i] = load_bias(own, task);
             less[i] = inside ? task.columns[own] : 0.f;
             more[i] = inside ? task.columns[task.vocabulary + own] : 0.f;
+            by[i] = WEIGHT_BITS == 8 && inside ? task.columns[2 * task.vocabulary + own] : 1.f;
         }
         for (int turn = 0; turn < TURNS; turn++) {
 #pragma unroll
             for (int i = 0; i < DEPTH; i++) {
                 int chunk = turn * DEPTH + i;
                 if (chunk < CHUNKS) {
-                    const Left first = left_operand(weights[i].step[0]), second = left_operand(weights[i].step[1]);
+                    const Left first = left_operand(weights[i], 0), second = left_operand(weights[i], 1);
 #pragma unroll
                     for (int n = 0; n < ROWS / 8; n++) {
                         const T* from = held + (8 * n + g) * ROW_STRIDE + CHUNK * chunk + LANE_WIDTH * t;
@@ -278,7 +279,7 @@ __device__ __forceinline__ void run(const Task& task, float epsilon) {
             for (int i = 0; i < 4; i++) {
                 int row = 8 * n + 2 * t + i % 2;
                 float2 moments = statistics[row];
-                float normed = (sums[n][i] - moments.x * less[i / 2]) * moments.y + more[i / 2];
+                float normed = (sums[n][i] - moments.x * less[i / 2]) * (moments.y * by[i / 2]) + more[i / 2];
                 own[row * LOGIT_STRIDE + i / 2 * 8] = finish_logit(normed, bias[i / 2], id + i / 2 * 8, task);
             }
         __syncthreads();
@@ -290,8 +291,8 @@ __device__ __forceinline__ void run(const Task& task, float epsilon) {
 // vocabulary: logits = scale * (layer_norm(x) . W) + b, and of each tile of TILE ids for each row
 //   statistics[r, tile] = (largest, sum of exp(logit - largest)), the banned id included
 //   choices[r, tile] = its `best` best logits but the banned id, best first (common.cuh Choice; 0 where it has no more)
-//   x T [count, INNER]   weight T packed by kernels/linear.cu pack_weight, columns float [2][vocabulary]: the LayerNorm
-//   is folded into them as for kernels/linear.cu linear   bias T [vocabulary] or null
+//   x T [count, INNER]   weight packed by kernels/linear.cu pack_weight, columns float [2][vocabulary] (int8: [3]): the
+//   LayerNorm is folded into them as for kernels/linear.cu linear   bias T [vocabulary] or null
 //   rows int32 [count], slots Slot [lanes], or both null: then a row wants no more choices than its sequence has beams
 //   logits float [count, vocabulary], rows `stride` apart, or null
 //   statistics float2 [count, tiles] or null: then choices neither
@@ -300,11 +301,11 @@ __device__ __forceinline__ void run(const Task& task, float epsilon) {
 //   time; block 32 * WARPS, dynamic shared memory: vocabulary_launch.py
 //   moves W once (for more than one group of rows again, from L2); needs sm_75 where HALF, else sm_80
 extern "C" __global__ void __launch_bounds__(THREADS, 16 / WARPS)
-vocabulary(const T* x, const T* weight, const float* columns, const T* bias, const int* rows, const Slot* slots,
+vocabulary(const T* x, const Stored* weight, const float* columns, const T* bias, const int* rows, const Slot* slots,
            float* logits, int stride, float2* statistics, Choice* choices, int count, int vocabulary, int best,
            int banned, float epsilon, float scale) {
     launch_next();
-    run({x, weight, bias, columns, rows, slots, logits, statistics, choices, stride, count, vocabulary, best, banned,
+    run({x, bias, weight, columns, rows, slots, logits, statistics, choices, stride, count, vocabulary, best, banned,
          scale},
         epsilon);
 }

@@ -24,7 +24,7 @@ def load(
 
     path             a weight file, or a directory that holds one (transformer.pb, gpt.safetensors, ...)
     device           "cpu", "gpu" or "auto": the GPU where one can be used, else the CPU
-    precision        "fp16" or "fp32"; fp16 on a GPU and fp32 on a CPU where it is not said
+    precision        "fp16" (GPU), "fp32" or "int8" (weights); fp16 on a GPU and fp32 on a CPU where it is not said
     dialect          "head" or "v0": the LightSeq release whose reading of the file holds
     tokenizer        directory of the tokenizer's files; that of the weights where it is not said
     source_language  for tokenizers of many languages

@@ -10,6 +10,7 @@ from cuda_on_cpu import Kernels, TensorMap
 
 from lightseq_backend.models.layers import Linear, Norm
 from lightseq_backend.ops import cpu, linear_launch, warpgroup_launch
+from lightseq_backend.ops.int8 import quantise
 
 Array = np.ndarray[Any, Any]
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
@@ -26,6 +27,7 @@ class Packed:
     memory: Array
     grouped: Array | None
     columns: Array | None
+    folded: bool
     inner: int
     wide: int
 
@@ -33,9 +35,9 @@ class Packed:
 class Ops:
     """Functions of ops/cpu.py by kernels compiled for a device; `matrix` takes any strides."""
 
-    def __init__(self, half: bool, device: linear_launch.Device):
+    def __init__(self, half: bool, device: linear_launch.Device, int8: bool = False):
         self.FLOAT = np.dtype(np.float16 if half else np.float32)
-        self.half, self.device = half, device
+        self.half, self.device, self.int8 = half, device, int8
         self.allocate, self.view, self.put, self.fetch = cpu.allocate, cpu.view, cpu.put, cpu.fetch
 
     def kernels(self, source: str, **definitions: int) -> Kernels:
@@ -48,17 +50,25 @@ class Ops:
         return np.ascontiguousarray(array, self.FLOAT)
 
     def matrix(self, array: Array, norm: Norm | None = None) -> Packed:
-        source, columns = np.asarray(array), None
-        if norm is not None:
+        source, columns = np.asarray(array, np.float32 if self.int8 else None), None
+        if norm is not None and self.int8:
+            source, columns = linear_launch.fold_int8(source, *(part.astype(np.float32) for part in norm))
+        elif norm is not None:
             source, columns = linear_launch.fold(source, norm.gain, norm.bias, self.FLOAT)
-        source = source.astype(self.FLOAT)  # keeps the order of a transposed view
+        elif self.int8:
+            source, columns = quantise(source)
+        if not self.int8:
+            source = source.astype(self.FLOAT)  # keeps the order of a transposed view
         inner, wide = source.shape
-        memory = np.full(linear_launch.packed_elements(inner, wide, self.half), np.nan, self.FLOAT)
+        count = linear_launch.packed_elements(inner, wide, self.half)
+        memory = np.full(count, 77, np.uint8) if self.int8 else np.full(count, np.nan, self.FLOAT)
         strides = (np.int64(stride // source.itemsize) for stride in source.strides)
-        grid = -(-memory.nbytes // 16 // 256)
-        self.kernels("linear.cu").launch("pack_weight", grid, 256, (source, *strides, memory, *integers(inner, wide)))
-        can = warpgroup_launch.can(self.device, inner, wide, self.half)
-        return Packed(memory, warpgroup_launch.packed(source) if can else None, columns, inner, wide)
+        kernels = self.kernels("linear.cu", WEIGHT_BITS=linear_launch.weight_bits(self.half, self.int8))
+        arguments = (source, *strides, memory, *integers(inner, wide))
+        kernels.launch("pack_weight", -(-memory.nbytes // 16 // 256), 256, arguments)
+        can = not self.int8 and warpgroup_launch.can(self.device, inner, wide, self.half)
+        grouped = warpgroup_launch.packed(source) if can else None
+        return Packed(memory, grouped, columns, norm is not None, inner, wide)
 
     def embed_tokens(
         self, tokens: Array, positions: Array, token_table: Array, position_table: Array, out: Array
@@ -91,7 +101,7 @@ class Ops:
     def norm_linear(
         self, x: Array, norm: Norm, linear: Linear, epsilon: float, activation: str, normed: Array, out: Array
     ) -> None:
-        if linear.weight.columns is None:
+        if not linear.weight.folded:
             self.layer_norm(x, norm, epsilon, normed)
             self._launch(normed, linear, out, None, activation)
         else:
@@ -107,9 +117,9 @@ class Ops:
             return
         aligned = weight.inner * x.itemsize % 16 == 0 and x.strides[0] % 16 == 0 and x.ctypes.data % 16 == 0
         norm = epsilon is not None
-        plan = linear_launch.plan(self.device, len(x), weight.inner, weight.wide, self.half, norm, aligned)
+        plan = linear_launch.plan(self.device, len(x), weight.inner, weight.wide, self.half, norm, aligned, self.int8)
         arguments = (
-            x, self._stride(x), weight.memory, weight.columns if norm else None, np.float32(epsilon or 0), linear.bias,
+            x, self._stride(x), weight.memory, weight.columns, np.float32(epsilon or 0), linear.bias,
             residual, np.int32(0) if residual is None else self._stride(residual), out, self._stride(out),
             *integers(len(x), weight.wide, ACTIVATIONS[activation]), np.float32(scale),
         )  # fmt: skip

@@ -191,7 +191,7 @@ BAD_MODELS = {
     "half_the_outputs": ["outputs are target_ids; they must be one of: target_ids + target_scores;"],
     "mixed": ["input source_ids is of a transformer model, but output result of a gpt model"],
     "float_ids": ["input source_ids is TYPE_FP32; it must be TYPE_INT32 or TYPE_INT64"],
-    "half_precision": ["precision is 'fp16'; a CPU computes in fp32"],
+    "half_precision": ["precision is 'fp16'; a CPU computes in fp32 or int8"],
     "no_queue": ["queue is 2; max_batch_size lets a request have 8 rows"],
     "no_slots": ["beam_size is 4; it must be from 1 to 2, this model's maximum"],
     "bert": ["model_type is 'Bert'; this backend serves Transformer, Gpt"],

@@ -23,7 +23,7 @@ SHARED = {70: 96, 75: 64, 80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  
 def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
     """Definitions that each source is compiled with for a GPU: Transformer-big's and GPT-2's.
 
-    Of either precision where the code in the kernels changes, fp16 alone for the GPUs between.
+    Of each precision where the code in the kernels changes, without fp32 for the GPUs between.
     """
     device = Device(architecture, 132, SHARED[architecture] * 1024)
     products = [
@@ -37,6 +37,10 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
         )
     ]
     precisions = [{"HALF": 1}, {"HALF": 0}]
+    int8 = [
+        dict(plan(device, rows, inner, wide, True, norm, True, int8=True).definitions)
+        for rows, inner, wide, norm in ((32, 1024, 4096, True), (32, 4096, 1024, False), (8, 1600, 4800, True))
+    ]
     if architecture not in (75, 80, 90):
         precisions, products = precisions[:1], products[:2]
     groups = [
@@ -47,14 +51,20 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
     return {
         "attention.cu": [{**precision, "HEAD_SIZE": 64} for precision in precisions],
         "embed.cu": precisions,
-        "linear.cu": [*precisions, *products],
+        "linear.cu": [*precisions, *products, {"HALF": 1, "WEIGHT_BITS": 8}, *int8],
         "norm.cu": precisions,
         "sampling.cu": [{"HALF": 1}],
         "search.cu": [{"HALF": 1}],
         "standard_search.cu": [{"HALF": 1}],
         "vocabulary.cu": [
-            dict(vocabulary_launch.plan(device, 32, 1024, 30016, bool(precision["HALF"])).definitions)
-            for precision in precisions
+            *(
+                dict(vocabulary_launch.plan(device, 32, 1024, 30016, bool(precision["HALF"])).definitions)
+                for precision in precisions
+            ),
+            *(
+                dict(vocabulary_launch.plan(device, rows, 1024, 30016, True, int8=True).definitions)
+                for rows in (8, 32, 64)
+            ),
         ],
         "warpgroup.cu": groups,
     }

@@ -52,6 +52,12 @@ def check(arguments: Arguments, expected: Arguments, names: tuple[str, ...], tol
 # The vocabulary ------------------------------------------------------------------------------------------------------
 
 
+def packed_int8(numbers: Array) -> Array:
+    """Numbers [inner, wide] in the order of kernels/linear.cu pack_weight: the two steps of a lane side by side."""
+    pieces = packed(numbers.astype(np.float16)).reshape(-1, 2, 32, 8)  # chunk, step, lane, weight
+    return np.ascontiguousarray(pieces.swapaxes(1, 2) + 128).astype(np.uint8).reshape(-1)
+
+
 def packed(weight: Array) -> Array:
     """weight [inner, wide] in the order of kernels/linear.cu pack_weight."""
     inner, wide = weight.shape
@@ -65,22 +71,27 @@ def packed(weight: Array) -> Array:
 def vocabulary(
     precision: str, x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, banned: int, best: int,
     logits: Array | None = None, group: int = 32, rows: Array | None = None, slots: Array | None = None,
-    blocks: int = 0, device: Device = H100,
+    blocks: int = 0, device: Device = H100, int8: bool = False,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Statistics [rows, tiles, 2] and choices [rows, tiles, best] of every tile."""
+    """Statistics [rows, tiles, 2] and choices [rows, tiles, best] of every tile. int8: with weights of that."""
     count, inner = x.shape
     wide = output.weight.shape[1]
     tiles = vocabulary_launch.tiles(wide)
-    plan = vocabulary_launch.plan(device, group, inner, wide, precision == "float16")
+    plan = vocabulary_launch.plan(device, group, inner, wide, precision == "float16", int8)
     statistics = np.full((count, tiles, 2), np.nan, np.float32)
     choices = np.full((count, tiles, best), 0, np.uint64)
     definitions: dict[str, Any] = dict(plan.definitions)
     kernels = VOCABULARY_KERNELS.setdefault(plan.definitions, Kernels("vocabulary.cu", **definitions))
-    folded, columns = linear_launch.fold(output.weight, norm.gain, norm.bias, np.dtype(precision))
+    if int8:
+        numbers, columns = linear_launch.fold_int8(output.weight, norm.gain, norm.bias)
+        weight = packed_int8(numbers)
+    else:
+        folded, columns = linear_launch.fold(output.weight, norm.gain, norm.bias, np.dtype(precision))
+        weight = packed(folded)
     kernels.launch(
         "vocabulary", (-(-count // group), blocks or tiles), plan.threads,
         (
-            x.astype(precision), packed(folded), columns,
+            x.astype(precision), weight, columns,
             None if output.bias is None else output.bias.astype(precision), rows, slots, logits, np.int32(wide),
             statistics if best else None, choices if best else None,
             *(np.int32(number) for number in (count, wide, best, banned)), np.float32(epsilon), np.float32(scale),
@@ -162,6 +173,24 @@ def test_vocabulary_writes_the_same_logits_without_looking_for_the_best(precisio
     vocabulary(precision, **head, best=2, group=24, logits=beside)
     assert not np.isnan(alone).any()
     assert np.array_equal(alone, beside)
+
+
+@pytest.mark.parametrize(("rows", "inner", "wide"), [(1, 64, 19), (7, 1000, 257), (33, 520, 700)])
+def test_vocabulary_with_int8_weights_is_that_of_the_rounded_ones(rows: int, inner: int, wide: int) -> None:
+    head = a_head(rows, inner, wide)
+    x, norm, weight = head["x"].astype(np.float16).astype(np.float64), head["norm"], head["output"].weight
+    logits = np.full((rows, wide), np.nan, np.float32)
+    statistics, choices = vocabulary(
+        "float16", **head, best=2, group=min(32, -(-rows // 8) * 8), logits=logits, int8=True
+    )
+    folded = norm.gain[:, None] * weight  # in float32: near the middle of two steps it decides
+    steps = np.abs(folded).max(axis=0) / np.float32(127)
+    normed = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-6)
+    expected = normed @ (np.round(folded / steps).astype(np.float64) * steps) + norm.bias.astype(np.float64) @ weight
+    np.testing.assert_allclose(logits, expected, rtol=1e-4, atol=1e-3)
+    of_tiles = tiled(logits, 2, -1)
+    np.testing.assert_allclose(statistics, of_tiles[0], rtol=1e-5)
+    assert np.array_equal(choices, of_tiles[1])
 
 
 def test_vocabulary_of_many_rows_takes_two_tiles_at_a_time() -> None:

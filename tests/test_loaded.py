@@ -305,7 +305,7 @@ def test_directory_may_be_named_by_its_weights(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"device": "tpu"}, "device is 'tpu'; devices are auto, cpu, gpu"),
-        ({"device": "cpu", "precision": "fp16"}, "precision is 'fp16'; a CPU computes in fp32"),
+        ({"device": "cpu", "precision": "fp16"}, "precision is 'fp16'; a CPU computes in fp32 or int8"),
         ({"device": "cpu", "window": 0}, "window is 0"),
         ({"device": "cpu", "slots": 0}, "slots is 0"),
         ({"device": "cpu", "tokenizer": "/nowhere"}, "no tokenizer in /nowhere"),

@@ -226,7 +226,7 @@ def test_only_a_model_that_scores_is_made_ready_to(tmp_path: Path) -> None:
 
 def test_all_faults_of_a_configuration_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
-        settings(tmp_path, parameters={"slotz": 1, "slots": 0, "dialect": "v7", "precision": "int8"})
+        settings(tmp_path, parameters={"slotz": 1, "slots": 0, "dialect": "v7", "precision": "int4"})
     assert len(str(error.value).splitlines()) == 5  # and the missing weights
 
 

@@ -15,11 +15,11 @@ def load(device: str, device_id: int = 0, precision: str = "fp32") -> Any:
     ConfigError for any other device, a precision it does not compute in, or a GPU that cannot be used.
     """
     if device == "cpu":
-        if precision != "fp32":
-            raise ConfigError(f"precision is {precision!r}; a CPU computes in fp32")
-        from lightseq_backend.ops import cpu
+        if precision not in ("fp32", "int8"):
+            raise ConfigError(f"precision is {precision!r}; a CPU computes in fp32 or int8")
+        from lightseq_backend.ops import cpu, cpu_int8
 
-        return cpu
+        return cpu if precision == "fp32" else cpu_int8
     if device == "cuda":
         try:
             from lightseq_backend.ops.cuda import Cuda

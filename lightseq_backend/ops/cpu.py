@@ -33,8 +33,15 @@ class Norm(NamedTuple):
     bias: Array
 
 
-class Linear(NamedTuple):
+class Folded(NamedTuple):
+    """A weight with the LayerNorm in front of it: layer_norm(x) . W = ((x - mean) / deviation) . weight + offsets."""
+
     weight: Array
+    offsets: Array
+
+
+class Linear(NamedTuple):
+    weight: Any  # Array or, only for operations with a LayerNorm in front, Folded
     bias: Array | None
 
 
@@ -166,18 +173,19 @@ def linear(x: Array, linear: Linear, out: Array) -> None:
 def norm_linear(
     x: Array, norm: Norm, linear: Linear, epsilon: float, activation: str, normed: Array, out: Array
 ) -> None:
-    """normed = layer_norm(x); out = activation(normed . W + b).
+    """normed = layer_norm(x), without gain and bias if they are in W; out = activation(normed . W + b).
 
     x, normed: [rows, in], not the same memory; out: [rows, out]; activation: none, relu, gelu (tanh form), gelu_erf
     or silu.
     """
-    layer_norm(x, norm, epsilon, normed)
+    weight, offsets = _normalise(x, norm, linear, epsilon, normed)
 
     def finish(part: Array, columns: slice) -> None:
+        _add_bias(part, offsets, columns)
         _add_bias(part, linear.bias, columns)
         _ACTIVATIONS[activation](part)
 
-    product(normed, linear.weight, out, finish)
+    product(normed, weight, out, finish)
 
 
 def linear_residual(x: Array, linear: Linear, residual: Array, out: Array) -> None:
@@ -185,6 +193,15 @@ def linear_residual(x: Array, linear: Linear, residual: Array, out: Array) -> No
     change = scratch("change", out.shape)
     product(x, linear.weight, change, lambda part, columns: _add_bias(part, linear.bias, columns))
     np.add(residual, change, out=out)
+
+
+def _normalise(x: Array, norm: Norm, linear: Linear, epsilon: float, normed: Array) -> tuple[Array, Array | None]:
+    """normed = layer_norm(x), as far as it is not in the weight; that, and what is to be added to the product."""
+    if isinstance(linear.weight, Folded):
+        layer_norm(x, Norm(np.ones(1, FLOAT), np.zeros(1, FLOAT)), epsilon, normed)
+        return linear.weight
+    layer_norm(x, norm, epsilon, normed)
+    return linear.weight, None
 
 
 def _add_bias(part: Array, bias: Array | None, columns: slice) -> None:
@@ -365,14 +382,15 @@ def vocabulary_logits(
     x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array
 ) -> None:
     """logits = scale * (layer_norm(x) . W) + b. x, normed: [rows, hidden]; logits: [rows, vocabulary]."""
-    layer_norm(x, norm, epsilon, normed)
+    weight, offsets = _normalise(x, norm, output, epsilon, normed)
 
     def finish(part: Array, columns: slice) -> None:
+        _add_bias(part, offsets, columns)
         if scale != 1:
             part *= FLOAT.type(scale)
         _add_bias(part, output.bias, columns)
 
-    product(normed, output.weight, logits, finish)
+    product(normed, weight, logits, finish)
 
 
 def vocabulary_search(

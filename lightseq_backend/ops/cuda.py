@@ -20,12 +20,17 @@ import numpy as np
 from lightseq_backend.errors import ConfigError
 from lightseq_backend.ops import device, linear_launch, vocabulary_launch, warpgroup_launch
 from lightseq_backend.ops.cublas import WORKSPACE, Cublas
+from lightseq_backend.ops.int8 import quantise
 from lightseq_backend.ops.launch import Kernel, driver
 from lightseq_backend.ops.slots import RULES, SLOT
 from lightseq_backend.ops.transfer import Transfers
 
 Array = Any
-PRECISIONS: dict[str, np.dtype[Any]] = {"fp16": np.dtype(np.float16), "fp32": np.dtype(np.float32)}
+PRECISIONS: dict[str, np.dtype[Any]] = {  # of all but the weights of products, which are int8 in that
+    "fp16": np.dtype(np.float16),
+    "fp32": np.dtype(np.float32),
+    "int8": np.dtype(np.float16),
+}
 SEARCHED_ROWS = 64  # up to so many rows the vocabulary goes through our own kernel, above through cuBLAS
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
 _ARCHITECTURES = {"warpgroup": warpgroup_launch.ARCHITECTURE}
@@ -39,22 +44,25 @@ _ATTENDING_WARPS = 8  # of a multiprocessor: half its registers, the rest is for
 @dataclass(frozen=True)
 class Matrix:
     """A weight [inner, wide], twice or three times: `plain` for cuBLAS ([wide, inner] if transposed), `packed` and
-    `grouped` for our own kernels, linear.cu and warpgroup.cu (None where that has none).
+    `grouped` for our own kernels, linear.cu and warpgroup.cu (None where that has none). Of int8, `packed` alone.
 
     plain    has columns of zeros up to a multiple of _ALIGNED_COLUMNS: cuBLAS is six times slower with odd ones
-    columns  None, or what our own need besides where a LayerNorm is folded into them (linear_launch.fold)
+    columns  None, or what our own need besides: for a LayerNorm that is folded in (linear_launch.fold), scales of int8
+    folded   whether one is
     """
 
-    plain: Array
+    plain: Array | None
     transposed: bool
     packed: Array
     grouped: Array | None
     columns: Array | None
+    folded: bool
     inner: int
     wide: int
 
     @property
     def aligned_width(self) -> int:
+        assert self.plain is not None
         return int(self.plain.shape[0 if self.transposed else 1])
 
 
@@ -73,7 +81,7 @@ class Cuda:
             raise ConfigError(f"precision is {precision!r}; a GPU computes in {' or '.join(PRECISIONS)}")
         self.FLOAT = PRECISIONS[precision]
         self.device_id = device_id
-        self._half = precision == "fp16"
+        self._half, self._int8 = precision != "fp32", precision == "int8"
         device.check(cupy.cuda, device_id)
         self._device = cupy.cuda.Device(device_id)
         self._device.use()
@@ -82,6 +90,10 @@ class Cuda:
         self._limits = linear_launch.Device(
             capability, attributes["MultiProcessorCount"], attributes["MaxSharedMemoryPerBlockOptin"]
         )
+        if self._int8 and capability < 75:
+            raise ConfigError(
+                f"precision is int8, which needs a GPU of compute capability 7.5; this one has {capability / 10}"
+            )
         self._early = early and capability >= 90
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._transfers = Transfers(self._stream)
@@ -102,6 +114,8 @@ class Cuda:
     def matrix(self, array: np.ndarray, norm: Any = None) -> Matrix:
         inner, wide = array.shape
         transposed = array.T.flags.c_contiguous and not array.flags.c_contiguous
+        if self._int8:
+            return self._int8_matrix(array, norm)
         columns = None
         with self._stream:
             source = self._upload(array.T if transposed else array)
@@ -110,14 +124,33 @@ class Cuda:
                 whole, gain, bias = (cupy.asarray(part, np.float32) for part in (array, norm.gain, norm.bias))
                 source, columns = linear_launch.fold(whole, gain, bias, self.FLOAT)
                 source = cupy.ascontiguousarray(source.T if transposed else source)
-            packed = cupy.empty(linear_launch.packed_elements(inner, wide, self._half), self.FLOAT)
-            strides = (1, inner) if transposed else (wide, 1)
-            arguments = (source, *strides, packed, inner, wide)
-            self._launch("linear", "pack_weight", (-(-packed.nbytes // 16 // 256),), 256, arguments)
+            packed = self._packed(source, (1, inner) if transposed else (wide, 1), inner, wide)
             grouped = None
             if warpgroup_launch.can(self._limits, inner, wide, self._half):
                 grouped = warpgroup_launch.packed(source.T if transposed else source)
-        return Matrix(plain, transposed, packed, grouped, columns, inner, wide)
+        return Matrix(plain, transposed, packed, grouped, columns, norm is not None, inner, wide)
+
+    def _int8_matrix(self, array: np.ndarray, norm: Any) -> Matrix:
+        inner, wide = array.shape
+        with self._stream:
+            weight = cupy.asarray(array, np.float32)
+            if norm is None:
+                numbers, columns = quantise(weight)
+            else:
+                gain, bias = (cupy.asarray(part, np.float32) for part in (norm.gain, norm.bias))
+                numbers, columns = linear_launch.fold_int8(weight, gain, bias)
+            packed = self._packed(cupy.ascontiguousarray(numbers), (wide, 1), inner, wide)
+        return Matrix(None, False, packed, None, columns, norm is not None, inner, wide)
+
+    def _packed(self, source: Array, strides: tuple[int, int], inner: int, wide: int) -> Array:
+        """source in the order of kernels/linear.cu pack_weight; strides: in numbers, of W's two axes."""
+        dtype = np.dtype(np.uint8) if self._int8 else self.FLOAT
+        packed = cupy.empty(linear_launch.packed_elements(inner, wide, self._half), dtype)
+        self._launch(
+            "linear", "pack_weight", (-(-packed.nbytes // 16 // 256),), 256, (source, *strides, packed, inner, wide),
+            WEIGHT_BITS=linear_launch.weight_bits(self._half, self._int8),
+        )  # fmt: skip
+        return packed
 
     def vector(self, array: np.ndarray) -> Array:
         return self._upload(array)
@@ -133,6 +166,8 @@ class Cuda:
         if not is_matrix:
             return math.prod(shape) * self.FLOAT.itemsize
         inner, wide = shape
+        if self._int8:  # and what is left of a folded norm, and scales
+            return linear_launch.packed_elements(inner, wide, half=True) + 3 * 4 * wide
         plain, packed = inner * _aligned(wide), linear_launch.packed_elements(inner, wide, self._half)
         grouped = inner * wide if warpgroup_launch.can(self._limits, inner, wide, self._half) else 0
         return (plain + packed + grouped) * self.FLOAT.itemsize
@@ -217,7 +252,7 @@ class Cuda:
         self, x: Array, norm: Any, linear: Any, epsilon: float, activation: str, normed: Array, out: Array
     ) -> None:
         product = self._product_for(x, linear.weight)
-        if product != self._large_product and linear.weight.columns is not None:
+        if product != self._large_product and linear.weight.folded:
             product(x, linear, out, activation=activation, epsilon=epsilon)
             return
         self.layer_norm(x, norm, epsilon, normed)
@@ -373,12 +408,14 @@ class Cuda:
         return linear_launch.pays(self._limits, rows, weight.inner, weight.wide, self._half)
 
     def _searches(self, rows: int, weight: Matrix) -> bool:
+        if self._int8:
+            return True
         fits = vocabulary_launch.fits(self._limits, weight.inner, self._half)
         return rows <= SEARCHED_ROWS and fits and self._streams(1, weight)
 
     def _product_for(self, x: Array, weight: Matrix) -> Callable[..., None]:
-        """The fastest of the three for so many rows."""
-        if self._streams(len(x), weight):
+        """The fastest of the three for so many rows; of int8 weights there is one."""
+        if self._int8 or self._streams(len(x), weight):
             return self._small_product
         pays = weight.grouped is not None and warpgroup_launch.pays(len(x), weight.inner, weight.wide)
         if pays and x.strides[0] % 16 == x.data.ptr % 16 == 0:
@@ -392,9 +429,11 @@ class Cuda:
         """out = residual + activation(x . W + b); with epsilon, of the LayerNorm of x that is folded into W."""
         weight: Matrix = linear.weight
         norm = epsilon is not None
-        assert norm == (weight.columns is not None)
+        assert norm == weight.folded
         aligned = weight.inner * x.itemsize % 16 == 0 and x.strides[0] % 16 == 0 and x.data.ptr % 16 == 0
-        plan = linear_launch.plan(self._limits, len(x), weight.inner, weight.wide, self._half, norm, aligned)
+        plan = linear_launch.plan(
+            self._limits, len(x), weight.inner, weight.wide, self._half, norm, aligned, self._int8
+        )
         arguments = (
             x, _stride(x), weight.packed, weight.columns, epsilon or 0.0, linear.bias,
             residual, 0 if residual is None else _stride(residual),
@@ -460,7 +499,7 @@ class Cuda:
     ) -> None:  # fmt: skip
         weight: Matrix = output.weight
         assert weight.columns is not None
-        plan = vocabulary_launch.plan(self._limits, len(x), weight.inner, weight.wide, self._half)
+        plan = vocabulary_launch.plan(self._limits, len(x), weight.inner, weight.wide, self._half, self._int8)
         arguments = (
             x, weight.packed, weight.columns, output.bias, rows, slots,
             logits, 0 if logits is None else _stride(logits), statistics, choices,

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from lightseq_backend.ops.int8 import quantise
+
 _WARPS = 8
 SMALL = 1 << 20  # elements of a weight that is too little for others at up to 128 rows
 
@@ -32,7 +34,7 @@ class Device:
 
 
 def packed_elements(inner: int, wide: int, half: bool) -> int:
-    """Elements that pack_weight writes; its grid is this / (8 if half else 4) / 256, rounded up."""
+    """Elements that pack_weight writes, sixteen bytes a thread."""
     chunk = _chunk(half)
     return _up(wide, 16) * 16 * _up(inner, chunk) * chunk
 
@@ -48,6 +50,13 @@ def fold(weight: Any, gain: Any, bias: Any, dtype: Any) -> tuple[Any, Any]:
     return folded, np.stack((folded.sum(0, dtype=np.float32), (weight * bias[:, None]).sum(0)))
 
 
+def fold_int8(weight: Any, gain: Any, bias: Any) -> tuple[Any, Any]:
+    """`fold` into int8: as rounded, the numbers [inner, wide] and float32 [3, wide]: sums (of the numbers, which are
+    without the scale), offsets and scales."""
+    numbers, scales = quantise(weight * gain[:, None])
+    return numbers, np.stack((numbers.sum(0, dtype=np.float32), (weight * bias[:, None]).sum(0), scales))
+
+
 def pays(device: Device, rows: int, inner: int, wide: int, half: bool) -> bool:
     """Whether `linear` is faster than cuBLAS and a kernel for the LayerNorm in front; by measurement on an H200."""
     if device.capability < (75 if half else 80):  # the tensor cores' instructions
@@ -57,12 +66,14 @@ def pays(device: Device, rows: int, inner: int, wide: int, half: bool) -> bool:
     return rows <= 64
 
 
-def plan(device: Device, rows: int, inner: int, wide: int, half: bool, norm: bool, aligned: bool) -> Plan:
+def plan(
+    device: Device, rows: int, inner: int, wide: int, half: bool, norm: bool, aligned: bool, int8: bool = False
+) -> Plan:
     """The launch for x [rows, inner] . W [inner, wide]. Any number of rows; it pays where `pays` says so.
 
     half: fp16 storage, else float. norm: x goes through the LayerNorm that W was packed with. aligned: rows of x begin
-    at, and consist of, pieces of sixteen bytes. The order of a sum over `inner` depends on the weight and the device,
-    not on `rows`.
+    at, and consist of, pieces of sixteen bytes. int8: W is, and half true. The order of a sum over `inner` depends on
+    the weight and the device, not on `rows`.
     """
     outputs, split, late = _shape(device, rows, _up(inner, _chunk(half)), wide)
     for count in (count for count in (32, 16, 8) if count == 8 or count < 2 * rows):
@@ -78,9 +89,15 @@ def plan(device: Device, rows: int, inner: int, wide: int, half: bool, norm: boo
         "SPLIT": split,
         "LATE": late,
         "ALIGNED": int(aligned),
+        "WEIGHT_BITS": weight_bits(half, int8),
     }
     grid = (split * _up(wide, outputs), _up(rows, count), 1)
     return Plan(tuple(definitions.items()), grid, (split, 1, 1), shared)
+
+
+def weight_bits(half: bool, int8: bool) -> int:
+    """What kernels are compiled with: bits of a weight."""
+    return 8 if int8 else 16 if half else 32
 
 
 def _shape(device: Device, rows: int, chunks: int, wide: int) -> tuple[int, int, int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from lightseq_backend.ops.linear_launch import Device, Plan
+from lightseq_backend.ops.linear_launch import Device, Plan, weight_bits
 
 TILE = 128
 _ROWS = 64  # of a block, at most
 _RESIDENT = 16  # warps of one multiprocessor
-_DEPTHS = {True: 4, False: 3}  # chunks of weights under way, by half; what registers there are
+_DEPTHS = {8: 4, 16: 4, 32: 3}  # chunks of weights under way, by the bits of one; what registers there are
 
 
 def tiles(vocabulary: int) -> int:
@@ -20,8 +20,11 @@ def fits(device: Device, inner: int, half: bool) -> bool:
     return _shared(8, inner, half, 8) <= device.shared
 
 
-def plan(device: Device, rows: int, inner: int, vocabulary: int, half: bool) -> Plan:
-    """The launch for x [rows, inner], which no result depends on. Any number of rows; it pays up to 64. It must fit."""
+def plan(device: Device, rows: int, inner: int, vocabulary: int, half: bool, int8: bool = False) -> Plan:
+    """The launch for x [rows, inner], which no result depends on. Any number of rows; it pays up to 64. It must fit.
+
+    int8: W is, and half true.
+    """
     assert fits(device, inner, half)
     for group in range(min(_ROWS, -(-rows // 8) * 8), 0, -8):
         warps = 8 if group <= 16 else 16
@@ -31,7 +34,15 @@ def plan(device: Device, rows: int, inner: int, vocabulary: int, half: bool) -> 
     span = warps // 8
     groups = -(-rows // group)
     blocks = min(-(-tiles(vocabulary) // span), max(1, _RESIDENT // warps * device.multiprocessors // groups))
-    definitions = {"HALF": int(half), "INNER": inner, "ROWS": group, "WARPS": warps, "MOST_DEPTH": _DEPTHS[half]}
+    bits = weight_bits(half, int8)
+    definitions = {
+        "HALF": int(half),
+        "INNER": inner,
+        "ROWS": group,
+        "WARPS": warps,
+        "MOST_DEPTH": 3 if int8 and group > 32 else _DEPTHS[bits],
+        "WEIGHT_BITS": bits,
+    }
     return Plan(tuple(definitions.items()), (groups, blocks, 1), (1, 1, 1), shared, 32 * warps)
 
 

@@ -15,7 +15,7 @@ from lightseq_backend.request import SCORE
 from lightseq_backend.serving.wire import GPT, TRANSFORMER, Wire, read_wire
 
 DEVICES = {"CPU": "cpu", "GPU": "cuda"}  # by Triton's instance kind
-PRECISIONS = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}  # by device, the default first
+PRECISIONS = {"cpu": ("fp32", "int8"), "cuda": ("fp16", "fp32", "int8")}  # by device, the default first
 # Fields of EngineConfig.
 SIZES = ("slots", "max_beam_size", "queue", "queue_tokens", "queue_seconds", "prompt_tokens", "burst")
 QUEUE_TOKENS, QUEUE_SECONDS = 1 << 18, 300  # by default, or a full batch of the longest rows

@@ -241,6 +241,15 @@ def test_shipped_model_scores_as_on_the_cpu(precision: str) -> None:
     np.testing.assert_allclose(found, expected, atol={"fp32": 1e-4, "fp16": 2e-2}[precision])
 
 
+@pytest.mark.parametrize(("path", "rows"), [(TRANSLATOR, translations), (COUNTER, counts)], ids=["transformer", "gpt"])
+def test_shipped_model_answers_with_int8_weights_as_on_the_cpu(path: Any, rows: Any) -> None:
+    asked = rows()
+    gpu, cpu = (best(engine(*weights.load(path), device, "int8", **WIDE).answer(asked)) for device in ("cuda", "cpu"))
+    equal = sum(one == other for one, other in zip(gpu, cpu, strict=True))
+    print(f"{equal} of {len(asked)} answers are equal")
+    assert equal >= 0.97 * len(asked)
+
+
 # Many models on one GPU ----------------------------------------------------------------------------------------------
 
 Asked = tuple[list[Any], str, dict[str, Any] | None]
@@ -277,7 +286,7 @@ def ask_all(engines: list[Engine], ask: Callable[[int], None]) -> None:
         one.stop()
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
 def test_engines_side_by_side_give_what_each_gives_alone(precision: str) -> None:
     models = [(getattr(small_models, kind)(5), asked) for kind, asked in several()]
     engines = [engine(*model, "cuda", precision) for model, _ in models]

@@ -114,7 +114,7 @@ def test_weights_that_do_not_fit_are_refused_before_any_is_uploaded(precision: s
     assert int(message[1]) <= free / MIB + 1
 
 
-@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("precision", ["fp16", "fp32", "int8"])
 def test_bytes_of_weights_are_what_they_take(precision: str) -> None:
     config, arrays = small_models.gpt(1, **LARGE)
     gpu = ops.load("cuda", 0, precision)

@@ -1,0 +1,31 @@
+"""ops/cpu.py with weights of products rounded to int8: what ops/cuda.py computes with precision int8, in float32.
+
+It is the specification of those numbers and saves no memory or time: the rounded weights are kept in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from lightseq_backend.ops import cpu
+from lightseq_backend.ops.int8 import dequantise, quantise
+
+
+def __getattr__(name: str) -> Any:
+    return getattr(cpu, name)
+
+
+def matrix(array: cpu.Array, norm: cpu.Norm | None = None) -> cpu.Array | cpu.Folded:
+    """As ops/cpu.py's; a norm is folded in before the weight is rounded, as it is on the GPU."""
+    weight = np.asarray(array, np.float32)
+    if norm is None:
+        return dequantise(*quantise(weight))
+    gain, bias = (np.asarray(part, np.float32) for part in norm)
+    return cpu.Folded(dequantise(*quantise(weight * gain[:, None])), bias @ weight)
+
+
+def weight_bytes(shape: tuple[int, ...], is_matrix: bool) -> int:
+    return 4 * math.prod(shape) if is_matrix else 0

@@ -235,14 +235,13 @@ __device__ __forceinline__ void multiply(Sums& sums, const Weights& weights, con
 
 // A warp's sums to where `finish` looks for them: own is the warp's part of partial.
 __device__ __forceinline__ void hand_over(float* own, const Sums& sums) {
-    const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    own += threadIdx.x % 4 * 2 * PARTIAL_STRIDE + threadIdx.x % 32 / 4;
 #pragma unroll
     for (int m = 0; m < TILES; m++)
 #pragma unroll
         for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++)
-                own[(8 * n + 2 * t + i % 2) * PARTIAL_STRIDE + 16 * m + g + i / 2 * 8] = sums[m][n][i];
+            for (int i = 0; i < 4; i++) own[(8 * n + i % 2) * PARTIAL_STRIDE + 16 * m + i / 2 * 8] = sums[m][n][i];
 }
 
 // out[r] = residual[r] + activation(scale * (x[r] . W) + b); with NORM, x[r] . W stands for layer_norm(x[r]) . W

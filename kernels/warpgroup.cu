@@ -1,5 +1,4 @@
-// warpgroup: matrix products for 33 to 128 rows by the instructions that Hopper alone has (sm_90a): tensor maps, bulk
-// copies that end at a barrier in shared memory, products of a warpgroup from shared memory. Only where HALF. With
+// warpgroup: matrix products for 33 to 128 rows by the instructions that Hopper alone has. With
 //   ROWS    rows a block takes: 64 or 128; blockIdx.y counts such groups
 //   INNER   width of x, a multiple of 64
 //   SPLIT   blocks of a cluster that share the sum over INNER
@@ -7,67 +6,7 @@
 //   NORM    1 where x goes through a LayerNorm that is folded into W, else 0
 // What many rows cost is x: every block reads all of it. Loaded by threads it comes at 1 TB/s, by the copy engine at 5.
 
-#ifndef CUDA_ON_CPU  // tests/cuda_on_cpu/hopper.h defines the same for g++
-
-// cuTensorMapEncodeTiled made it: a matrix, and the box of it that one copy takes.
-struct __align__(64) TensorMap { char bytes[128]; };
-__device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
-}
-
-// The map's box at (column, row); zeros beyond the matrix.
-__device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int column, int row, Barrier* barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3}], [%4];"
-                 ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)) : "memory");
-}
-
-__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-}
-
-// Where a warpgroup's operand is, as the PTX manual's matrix descriptor: core matrices of eight rows of sixteen bytes,
-// each contiguous, `along` bytes from one to the next along the sum and 128 across.
-__device__ __forceinline__ unsigned long long plain_operand(const void* at, int along) {
-    return (shared_address(at) & 0x3ffff) >> 4 | (unsigned long long)along << 12 | 8ull << 32;
-}
-// The same for rows of 128 bytes in the 128-byte swizzle: sixteen bytes c of row r are at c ^ r % 8.
-__device__ __forceinline__ unsigned long long swizzled_operand(const void* at) {
-    return (shared_address(at) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
-}
-
-__device__ __forceinline__ void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most `pending` committed groups are under way.
-template <int pending> __device__ __forceinline__ void warpgroup_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
-
-// d += a . b: a 64 x 16, b 16 x (8 tiles), d[tile] as mma.m16n8k16's; warp w of the group has rows 16 w to 16 w + 15.
-#define FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
-__device__ __forceinline__ void warpgroup_multiply(float (&d)[4][4], unsigned long long a, unsigned long long b) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1, 0, 0;"
-                 : FOUR(0), FOUR(1), FOUR(2), FOUR(3) : "l"(a), "l"(b));
-#else
-    __trap();
-#endif
-}
-__device__ __forceinline__ void warpgroup_multiply(float (&d)[8][4], unsigned long long a, unsigned long long b) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
-                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"
-                 : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7) : "l"(a), "l"(b));
-#else
-    __trap();
-#endif
-}
-#undef FOUR
-
-#endif  // CUDA_ON_CPU
+#include "hopper.cuh"
 
 #define OUTPUTS 64     // of a block
 #define MULTIPLIERS 2  // warpgroups, each with half of the rows
@@ -216,11 +155,11 @@ warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, 
 
     if (SPLIT > 1) cluster_arrive();
     if (multiplies) {
-        float* own = partial + warp / 4 * (ROWS / MULTIPLIERS) * PARTIAL_STRIDE + 16 * (warp % 4) + g;
+        float* own = partial + (warp / 4 * (ROWS / MULTIPLIERS) + 2 * t) * PARTIAL_STRIDE + 16 * (warp % 4) + g;
 #pragma unroll
         for (int n = 0; n < ROW_TILES; n++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) own[(8 * n + 2 * t + i % 2) * PARTIAL_STRIDE + i / 2 * 8] = sums[n][i];
+            for (int i = 0; i < 4; i++) own[(8 * n + i % 2) * PARTIAL_STRIDE + i / 2 * 8] = sums[n][i];
     }
     if (SPLIT > 1) cluster_wait();  // all have begun: their shared memory may be written
     if (observes) {

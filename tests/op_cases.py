@@ -90,16 +90,17 @@ def run(ops: ModuleType, case: Case) -> dict[str, Array]:
     for name, value in arguments.items():
         # An array given twice (out = residual) stays one array.
         norm = arguments["norm"] if case.folds else None
-        placed.setdefault(id(value), _place(ops, value, name in case.float32, norm))
+        matrix = ops.vocabulary_matrix if case.op.startswith("vocabulary") else ops.matrix
+        placed.setdefault(id(value), _place(ops, value, name in case.float32, partial(matrix, norm=norm)))
     getattr(ops, case.op)(**{name: placed[id(value)] for name, value in arguments.items()})
     return {name: ops.fetch(placed[id(arguments[name])])() for name in case.outputs}
 
 
-def _place(ops: ModuleType, value: Any, float32: bool, norm: Norm | None) -> Any:
+def _place(ops: ModuleType, value: Any, float32: bool, matrix: Callable[[Array], Any]) -> Any:
     if isinstance(value, Norm):
         return Norm(ops.vector(value.gain), ops.vector(value.bias))
     if isinstance(value, Linear):
-        return Linear(ops.matrix(value.weight, norm), None if value.bias is None else ops.vector(value.bias))
+        return Linear(matrix(value.weight), None if value.bias is None else ops.vector(value.bias))
     if isinstance(value, Table):
         return ops.table(value.array)
     if not isinstance(value, np.ndarray):
@@ -517,6 +518,8 @@ HEADS = (
     Shape(7, 768, 1000, transposed=True, bias=False),
     Shape(19, 1000, 257),
     Shape(99, 64, 30016, transposed=True, bias=False),
+    Shape(40, 1024, 500),
+    Shape(70, 256, 50257),
 )  # with a bias: a Transformer, whose logits are scaled; without: a GPT
 
 

@@ -9,7 +9,7 @@ import cuda_on_cpu
 import nvrtc
 import pytest
 
-from lightseq_backend.ops import vocabulary_launch, warpgroup_launch
+from lightseq_backend.ops import launch, vocabulary_launch, warpgroup_launch
 from lightseq_backend.ops.linear_launch import Device, plan
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
@@ -67,6 +67,11 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
             ),
         ],
         "warpgroup.cu": groups,
+        "warpgroup_vocabulary.cu": [
+            dict(warpgroup_launch.vocabulary_plan(device, rows, 1024, 30016).definitions)
+            for rows in (8, 32, 64, 128)
+            if warpgroup_launch.can_search(device, 1024, half=True)
+        ],
     }
 
 
@@ -74,8 +79,8 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
 def compiled(source: str, architecture: int) -> list[tuple[dict[str, Any], dict[str, nvrtc.Resources]]]:
     """What the kernels of a source take, for each of its definitions."""
     assert TOOLKIT is not None
-    text = cuda_on_cpu.joined(source)
-    target = warpgroup_launch.ARCHITECTURE.removeprefix("sm_") if source == "warpgroup.cu" else architecture
+    text = launch.source(source.removesuffix(".cu"))
+    target = warpgroup_launch.ARCHITECTURE.removeprefix("sm_") if source.startswith("warpgroup") else architecture
     return [(definition, TOOLKIT.compile(text, target, definition)) for definition in builds(architecture)[source]]
 
 
@@ -94,7 +99,7 @@ def test_kernels_compile(architecture: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("source", ["linear.cu", "attention.cu", "vocabulary.cu", "warpgroup.cu"])
+@pytest.mark.parametrize("source", ["linear.cu", "attention.cu", "vocabulary.cu", "warpgroup.cu", "warpgroup_vocabulary.cu"])
 def test_hot_kernels_do_not_spill(source: str, architecture: int) -> None:
     for definition, kernels in compiled(source, architecture):
         for name, resources in kernels.items():

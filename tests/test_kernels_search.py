@@ -8,11 +8,11 @@ import cuda_on_cpu
 import numpy as np
 import op_cases
 import pytest
-from cuda_on_cpu import Kernels
+from cuda_on_cpu import Kernels, TensorMap
 from op_cases import TOLERANCE, Arguments, Array, Case
 
 from lightseq_backend.models.layers import Linear, Norm
-from lightseq_backend.ops import cpu, linear_launch, vocabulary_launch
+from lightseq_backend.ops import cpu, linear_launch, vocabulary_launch, warpgroup_launch
 from lightseq_backend.ops.linear_launch import Device
 from lightseq_backend.ops.slots import SAMPLE, SLOT
 
@@ -66,6 +66,33 @@ def packed(weight: Array) -> Array:
     # k = 4 odd (4 chunk + t) + odd (2 step + pair) + one; output = 16 tile + 8 half + g
     parts = filled.reshape(-1, 4, 2, 2, odd, filled.shape[1] // 16, 2, 8)  # chunk, t, step, pair, one, tile, half, g
     return np.ascontiguousarray(parts.transpose(5, 0, 2, 7, 1, 3, 6, 4)).reshape(-1)
+
+
+def warpgroup_vocabulary(
+    x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, banned: int, best: int,
+    logits: Array | None = None, blocks: int = 0, **changed: int,
+) -> tuple[Array, Array]:  # fmt: skip
+    """As `vocabulary` in half precision, by the kernel that Hopper has for it; changed: definitions."""
+    (count, inner), wide = x.shape, output.weight.shape[1]
+    plan = warpgroup_launch.vocabulary_plan(H100, count, inner, wide)
+    definitions = {**dict(plan.definitions), **changed}
+    statistics = np.full((count, vocabulary_launch.tiles(wide), 2), np.nan, np.float32)
+    choices = np.zeros((count, vocabulary_launch.tiles(wide), best), np.uint64)
+    folded, columns = linear_launch.fold(output.weight, norm.gain, norm.bias, np.dtype(np.float16))
+    kernels = VOCABULARY_KERNELS.setdefault(
+        tuple(definitions.items()), Kernels("warpgroup_vocabulary.cu", **definitions)
+    )
+    kernels.launch(
+        "warpgroup_vocabulary", (plan.grid[0], blocks or plan.grid[1]), plan.threads,
+        (
+            TensorMap(x.astype(np.float16), (64, definitions["ROWS"])), warpgroup_launch.packed(folded), columns,
+            None if output.bias is None else output.bias.astype(np.float16), None, None, logits, np.int32(wide),
+            statistics if best else None, choices if best else None,
+            *(np.int32(number) for number in (count, wide, best, banned)), np.float32(epsilon), np.float32(scale),
+        ),
+        shared=plan.shared,
+    )  # fmt: skip
+    return statistics, choices
 
 
 def vocabulary(
@@ -199,6 +226,46 @@ def test_vocabulary_of_many_rows_takes_two_tiles_at_a_time() -> None:
     for group, blocks in ((64, 0), (24, 1)):
         for one, other in zip(vocabulary("float16", **head, best=2, group=group, blocks=blocks), few, strict=True):
             assert np.array_equal(one, other)
+
+
+# rows, inner, ids, blocks: as many tiles to a block as that leaves it
+@pytest.mark.parametrize(
+    ("rows", "inner", "wide", "blocks"),
+    [(3, 256, 257, 1), (13, 1024, 128, 0), (32, 192, 700, 2), (50, 64, 900, 3), (130, 320, 520, 1)],
+)
+def test_vocabulary_by_warpgroups_finds_the_best_of_every_tile(rows: int, inner: int, wide: int, blocks: int) -> None:
+    head = a_head(rows, inner, wide)
+    head = rounded({**head, "output": Linear(head["output"].weight / np.float32(inner**0.5), None)}, "float16")
+    banned, best, logits = wide - 3, 5, np.full((rows, wide), np.nan, np.float32)
+    given = {name: head[name] for name in HEAD}
+    expected = wanted("vocabulary_logits", {**given, "normed": np.empty_like(head["x"]), "logits": logits})
+    statistics, choices = warpgroup_vocabulary(**given, banned=banned, best=best, logits=logits, blocks=blocks)
+    np.testing.assert_allclose(logits, expected["logits"], rtol=TOLERANCE["float16"], atol=TOLERANCE["float16"])
+    of_tiles = tiled(logits, best, banned)  # for exactly these logits
+    np.testing.assert_allclose(statistics, of_tiles[0], rtol=1e-5)
+    assert np.array_equal(choices, of_tiles[1])
+
+
+def test_vocabulary_by_warpgroups_needs_no_logits() -> None:
+    head = a_head(9, 64, 700)
+    logits = np.full((9, 700), np.nan, np.float32)
+    with_logits = warpgroup_vocabulary(**head, best=2, logits=logits)
+    for one, other in zip(with_logits, warpgroup_vocabulary(**head, best=2), strict=True):
+        assert np.array_equal(one, other)
+    alone = np.full((9, 700), np.nan, np.float32)
+    warpgroup_vocabulary(**head, best=0, logits=alone)
+    assert np.array_equal(alone, logits)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 33, 64, 65, 128, 200])
+@pytest.mark.parametrize(("inner", "wide"), [(64, 200), (1024, 30016), (1600, 50257), (8192, 256206)])
+def test_vocabulary_by_warpgroups_has_a_launch_that_fits(rows: int, inner: int, wide: int) -> None:
+    plan = warpgroup_launch.vocabulary_plan(H100, rows, inner, wide)
+    definitions = dict(plan.definitions)
+    assert plan.shared <= H100.shared and plan.threads <= 1024
+    assert plan.grid[0] * definitions["ROWS"] >= rows
+    assert 1 <= plan.grid[1] <= -(-vocabulary_launch.tiles(wide) // definitions["SPAN"])
+    assert definitions["ROWS"] <= 64 or definitions["DEPTH"] <= inner // 64
 
 
 def test_vocabulary_is_left_to_cublas_where_a_block_has_no_room() -> None:

@@ -27,7 +27,7 @@ class Gpt:
         names = [f"layer.{i}" for i in range(config.layers)]
         self.layers = [(read.attention(name, "attention"), read.feed_forward(name)) for name in names]
         self.head = Head(
-            read.norm("norm"), read.linear("output", "norm"), config.logit_scale, config.banned_id, epsilon
+            read.norm("norm"), read.vocabulary("output", "norm"), config.logit_scale, config.banned_id, epsilon
         )
 
     def cache_plan(self, lanes: int) -> Plan:

@@ -52,11 +52,18 @@ class Reader:
 
     def linear(self, name: str, norm: str | None = None) -> Linear:
         """norm: the LayerNorm always in front of it, whose result nothing else reads."""
+        return self._linear(name, norm, self._ops.matrix)
+
+    def vocabulary(self, name: str, norm: str) -> Linear:
+        """What the operations of the vocabulary take, and no other."""
+        return self._linear(name, norm, self._ops.vocabulary_matrix)
+
+    def _linear(self, name: str, norm: str | None, matrix: Callable[..., Any]) -> Linear:
         weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
         before = Norm(self._weights[f"{norm}.gain"], self._weights[f"{norm}.bias"]) if norm else None
         if before is not None:
             check_folded(f"{name}.weight", weight, f"{norm}.gain", before.gain, self._ops.FLOAT)
-        placed = self._placed(self._ops.matrix, weight, before)
+        placed = self._placed(matrix, weight, before)
         return Linear(placed, None if bias is None else self._placed(self._ops.vector, bias))
 
     def joined(self, names: Sequence[str]) -> Linear:

@@ -47,7 +47,7 @@ class Transformer:
         self.encoder_norm = read.norm("encoder.norm")
         self.head = Head(
             read.norm("decoder.norm"),
-            read.linear("output", "decoder.norm"),
+            read.vocabulary("output", "decoder.norm"),
             config.logit_scale,
             config.banned_id,
             epsilon,

@@ -62,6 +62,11 @@ def matrix(array: Array, norm: Norm | None = None) -> Array:
     return np.asarray(array, FLOAT)
 
 
+def vocabulary_matrix(array: Array, norm: Norm | None = None) -> Array:
+    """The same for a weight that only operations of the vocabulary use."""
+    return matrix(array, norm)
+
+
 def vector(array: Array) -> Array:
     """A gain or bias [width] as operations want it."""
     return np.ascontiguousarray(array, FLOAT)

@@ -27,5 +27,9 @@ def matrix(array: cpu.Array, norm: cpu.Norm | None = None) -> cpu.Array | cpu.Fo
     return cpu.Folded(dequantise(*quantise(weight * gain[:, None])), bias @ weight)
 
 
+def vocabulary_matrix(array: cpu.Array, norm: cpu.Norm | None = None) -> cpu.Array | cpu.Folded:
+    return matrix(array, norm)
+
+
 def weight_bytes(shape: tuple[int, ...], is_matrix: bool) -> int:
     return 4 * math.prod(shape) if is_matrix else 0

@@ -31,9 +31,9 @@ PRECISIONS: dict[str, np.dtype[Any]] = {  # of all but the weights of products, 
     "fp32": np.dtype(np.float32),
     "int8": np.dtype(np.float16),
 }
-SEARCHED_ROWS = 64  # up to so many rows the vocabulary goes through our own kernel, above through cuBLAS
+SEARCHED_ROWS = 64  # up to so many rows the vocabulary goes through vocabulary.cu, above through cuBLAS
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
-_ARCHITECTURES = {"warpgroup": warpgroup_launch.ARCHITECTURE}
+_ARCHITECTURES = dict.fromkeys(("warpgroup", "warpgroup_vocabulary"), warpgroup_launch.ARCHITECTURE)
 _ALIGNED_COLUMNS = 8
 _RESERVE = 128 << 20  # bytes; graphs, the kernels' code and work space are made after all else
 _QUERIES = 64  # queries that one block of packed_attention takes
@@ -44,7 +44,8 @@ _ATTENDING_WARPS = 8  # of a multiprocessor: half its registers, the rest is for
 @dataclass(frozen=True)
 class Matrix:
     """A weight [inner, wide], twice or three times: `plain` for cuBLAS ([wide, inner] if transposed), `packed` and
-    `grouped` for our own kernels, linear.cu and warpgroup.cu (None where that has none). Of int8, `packed` alone.
+    `grouped` for our own kernels, those of warps and of warpgroups (None where there is none that would read it). Of
+    int8, `packed` alone.
 
     plain    has columns of zeros up to a multiple of _ALIGNED_COLUMNS: cuBLAS is six times slower with odd ones
     columns  None, or what our own need besides: for a LayerNorm that is folded in (linear_launch.fold), scales of int8
@@ -53,7 +54,7 @@ class Matrix:
 
     plain: Array | None
     transposed: bool
-    packed: Array
+    packed: Array | None
     grouped: Array | None
     columns: Array | None
     folded: bool
@@ -112,6 +113,14 @@ class Cuda:
         self._stream.use()
 
     def matrix(self, array: np.ndarray, norm: Any = None) -> Matrix:
+        return self._matrix(array, norm, warpgroup_launch.can(self._limits, *array.shape, self._half), True)
+
+    def vocabulary_matrix(self, array: np.ndarray, norm: Any = None) -> Matrix:
+        can = warpgroup_launch.can_search(self._limits, array.shape[0], self._half)
+        return self._matrix(array, norm, can, not can)
+
+    def _matrix(self, array: np.ndarray, norm: Any, grouped: bool, packed: bool) -> Matrix:
+        """With or without what the one or the other of our kernels reads."""
         inner, wide = array.shape
         transposed = array.T.flags.c_contiguous and not array.flags.c_contiguous
         if self._int8:
@@ -124,11 +133,10 @@ class Cuda:
                 whole, gain, bias = (cupy.asarray(part, np.float32) for part in (array, norm.gain, norm.bias))
                 source, columns = linear_launch.fold(whole, gain, bias, self.FLOAT)
                 source = cupy.ascontiguousarray(source.T if transposed else source)
-            packed = self._packed(source, (1, inner) if transposed else (wide, 1), inner, wide)
-            grouped = None
-            if warpgroup_launch.can(self._limits, inner, wide, self._half):
-                grouped = warpgroup_launch.packed(source.T if transposed else source)
-        return Matrix(plain, transposed, packed, grouped, columns, norm is not None, inner, wide)
+            strides = (1, inner) if transposed else (wide, 1)
+            lanes = self._packed(source, strides, inner, wide) if packed else None
+            groups = warpgroup_launch.packed(source.T if transposed else source) if grouped else None
+        return Matrix(plain, transposed, lanes, groups, columns, norm is not None, inner, wide)
 
     def _int8_matrix(self, array: np.ndarray, norm: Any) -> Matrix:
         inner, wide = array.shape
@@ -410,6 +418,8 @@ class Cuda:
     def _searches(self, rows: int, weight: Matrix) -> bool:
         if self._int8:
             return True
+        if weight.packed is None:
+            return rows <= warpgroup_launch.SEARCHED_ROWS
         fits = vocabulary_launch.fits(self._limits, weight.inner, self._half)
         return rows <= SEARCHED_ROWS and fits and self._streams(1, weight)
 
@@ -452,7 +462,7 @@ class Cuda:
         weight: Matrix = linear.weight
         norm = epsilon is not None
         plan = warpgroup_launch.plan(self._limits, len(x), weight.inner, weight.wide, norm)
-        x_map = warpgroup_launch.tensor_map(driver(), x.data.ptr, len(x), weight.inner, _stride(x))
+        x_map = warpgroup_launch.tensor_map(driver(), x.data.ptr, len(x), weight.inner, _stride(x), plan)
         arguments = (
             x_map, weight.grouped, weight.columns, epsilon or 0.0, linear.bias,
             residual, 0 if residual is None else _stride(residual),
@@ -499,16 +509,23 @@ class Cuda:
     ) -> None:  # fmt: skip
         weight: Matrix = output.weight
         assert weight.columns is not None
-        plan = vocabulary_launch.plan(self._limits, len(x), weight.inner, weight.wide, self._half, self._int8)
+        if weight.packed is None:
+            family = name = "warpgroup_vocabulary"
+            plan = warpgroup_launch.vocabulary_plan(self._limits, len(x), weight.inner, weight.wide)
+            x_map = warpgroup_launch.tensor_map(driver(), x.data.ptr, len(x), weight.inner, _stride(x), plan)
+            operands = (x_map, weight.grouped)
+        else:
+            family = name = "vocabulary"
+            plan = vocabulary_launch.plan(self._limits, len(x), weight.inner, weight.wide, self._half, self._int8)
+            operands = (x, weight.packed)
         arguments = (
-            x, weight.packed, weight.columns, output.bias, rows, slots,
+            *operands, weight.columns, output.bias, rows, slots,
             logits, 0 if logits is None else _stride(logits), statistics, choices,
             len(x), weight.wide, best, banned, epsilon, scale,
         )  # fmt: skip
         self._launch(
-            "vocabulary", "vocabulary", plan.grid, plan.threads, arguments,
-            shared=plan.shared, **dict(plan.definitions),
-        )  # fmt: skip
+            family, name, plan.grid, plan.threads, arguments, shared=plan.shared, **dict(plan.definitions)
+        )
 
     def _vocabulary_products(
         self, x: Array, norm: Any, output: Any, epsilon: float, normed: Array, logits: Array

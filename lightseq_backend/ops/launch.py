@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import re
 import struct
 from collections.abc import Sequence
 from importlib import resources
@@ -16,6 +17,7 @@ from typing import Any
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_*
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _MOST_ARGUMENTS = 24
+_INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _FLOAT, _FLOAT_BYTES = struct.Struct("<I"), struct.Struct("<f")
 
 
@@ -44,7 +46,7 @@ class Kernel:
         target = (f"-arch={architecture}",) if architecture else ()  # NVRTC heeds the first, CuPy adds its own behind
         options = (*target, "-std=c++17", *(f"-D{key}={value}" for key, value in defines))
         self.name = name
-        self._kernel = cupy.RawKernel(_source(family), name, options=options)
+        self._kernel = cupy.RawKernel(source(family), name, options=options)
         self._shared = 48 * 1024
         # Written anew for every launch, made once: a prefill pass makes hundreds of launches.
         self._values = (ctypes.c_uint64 * _MOST_ARGUMENTS)()
@@ -129,7 +131,11 @@ def _explained(status: int) -> str:
 
 
 @functools.cache
-def _source(family: str) -> str:
-    """common.cuh and kernels/<family>.cu as one text: CuPy's cache does not look into what a source includes."""
+def source(family: str) -> str:
+    """common.cuh, what kernels/<family>.cu includes of kernels/, and that file itself as one text, with lines that keep
+    their numbers in messages: CuPy's cache does not look into what a source includes."""
     kernels = resources.files("lightseq_kernels")
-    return (kernels / "common.cuh").read_text() + (kernels / f"{family}.cu").read_text()
+    own = (kernels / f"{family}.cu").read_text()
+    names = ["common.cuh", *_INCLUDE.findall(own), f"{family}.cu"]
+    texts = [_INCLUDE.sub("", (kernels / name).read_text()) for name in names]
+    return "\n".join(f'#line 1 "{name}"\n{text}' for name, text in zip(names, texts))

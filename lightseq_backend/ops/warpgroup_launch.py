@@ -1,17 +1,23 @@
-"""How kernels/warpgroup.cu is compiled and launched for a product: constants, grid, cluster, shared memory."""
+"""How kernels/warpgroup.cu and warpgroup_vocabulary.cu are compiled and launched: constants, grid, cluster, memory."""
 
 from __future__ import annotations
 
 import ctypes
 from typing import Any
 
+import numpy as np
+
 from lightseq_backend.ops.linear_launch import SMALL, Device, Plan
+from lightseq_backend.ops.vocabulary_launch import TILE, tiles
 
 ARCHITECTURE = "sm_90a"
 _OUTPUTS, _STAGE = 64, 64  # results of a block; columns of x in a stage
 _MULTIPLYING, _OBSERVING, _LOADING = 256, 128, 32  # threads
 _LARGE = 1 << 22  # elements of a weight
 _MOST_SPLIT = 4
+_SEARCHED = (8, 16, 32, 64, 128)  # rows of a block of the vocabulary's kernel
+_MOST_DEPTH = 8
+SEARCHED_ROWS = _SEARCHED[-1]  # up to so many it pays
 _HALF, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_128, _FILL_ZEROS = 6, 0, 3, 2, 0  # CUtensorMap*
 
 
@@ -26,10 +32,16 @@ def pays(rows: int, inner: int, wide: int) -> bool:
     return 32 < rows <= (64 if inner * wide < _LARGE else 128)
 
 
+def can_search(device: Device, inner: int, half: bool) -> bool:
+    """Whether there is such a kernel for a vocabulary's weight [inner, any]."""
+    return device.capability == 90 and half and inner % _STAGE == 0
+
+
 def packed(weight: Any) -> Any:
-    """W [inner, wide], NumPy or CuPy, in the order the kernel reads it: [wide / 64][inner / 8][64][8]."""
+    """W [inner, wide], NumPy or CuPy, in the order the kernels read it: [ceil(wide / 64)][inner / 8][64][8]."""
     inner, wide = weight.shape
-    return weight.reshape(inner // 8, 8, wide // _OUTPUTS, _OUTPUTS).transpose(2, 0, 3, 1).copy().reshape(-1)
+    whole = np.pad(weight, ((0, 0), (0, -wide % _OUTPUTS))) if wide % _OUTPUTS else weight
+    return whole.reshape(inner // 8, 8, -1, _OUTPUTS).transpose(2, 0, 3, 1).copy().reshape(-1)
 
 
 def plan(device: Device, rows: int, inner: int, wide: int, norm: bool) -> Plan:
@@ -52,15 +64,32 @@ def plan(device: Device, rows: int, inner: int, wide: int, norm: bool) -> Plan:
     )
 
 
-def tensor_map(library: ctypes.CDLL, address: int, rows: int, inner: int, stride: int) -> ctypes.Array[ctypes.c_char]:
-    """A CUtensorMap of x half [rows, inner], rows `stride` numbers apart, for boxes as `plan` has them for that many.
+def vocabulary_plan(device: Device, rows: int, inner: int, vocabulary: int) -> Plan:
+    """The launch for x [rows, inner] and a weight that `can_search`, which no result depends on. Any number of rows."""
+    count = next(count for count in _SEARCHED if rows <= count or count == _SEARCHED[-1])
+    span = 2 if count > 64 else 1
+    depth = _MOST_DEPTH if count <= 64 else min(_MOST_DEPTH, inner // _STAGE)
+    while _vocabulary_shared(count, span, depth) > device.shared:
+        depth -= 1
+    groups = -(-rows // count)
+    blocks = min(-(-tiles(vocabulary) // span), max(1, device.multiprocessors // groups))
+    definitions = {"HALF": 1, "ROWS": count, "INNER": inner, "SPAN": span, "DEPTH": depth}
+    threads = 2 * span * 128 + min(64, max(32, count)) + _LOADING
+    shared = _vocabulary_shared(count, span, depth)
+    return Plan(tuple(definitions.items()), (groups, blocks, 1), (1, 1, 1), shared, threads)
+
+
+def tensor_map(
+    library: ctypes.CDLL, address: int, rows: int, inner: int, stride: int, plan: Plan
+) -> ctypes.Array[ctypes.c_char]:
+    """A CUtensorMap of x half [rows, inner], rows `stride` numbers apart, for the boxes of a plan.
 
     library: the CUDA driver. address and stride in bytes are multiples of 16.
     """
     room = (ctypes.c_char * 192)()  # 128 bytes that begin at a multiple of 64
     made = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
     sizes, strides = (ctypes.c_uint64 * 2)(inner, rows), (ctypes.c_uint64 * 1)(2 * stride)
-    box, steps = (ctypes.c_uint32 * 2)(_STAGE, _rows(rows)), (ctypes.c_uint32 * 2)(1, 1)
+    box, steps = (ctypes.c_uint32 * 2)(_STAGE, dict(plan.definitions)["ROWS"]), (ctypes.c_uint32 * 2)(1, 1)
     status = library.cuTensorMapEncodeTiled(
         made, _HALF, 2, ctypes.c_void_p(address), sizes, strides, box, steps,
         _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_128, _FILL_ZEROS,
@@ -81,3 +110,10 @@ def _shared(rows: int, split: int, depth: int, norm: bool) -> int:
     row = (_OUTPUTS + 4) * 4
     own, sharers = rows // split, 128 // rows
     return max(stages, rows * row) + (split - 1) * own * row + norm * split * sharers * own * 8 + 2 * depth * 8
+
+
+def _vocabulary_shared(rows: int, span: int, depth: int) -> int:
+    stages = depth * (span * TILE + rows) * _STAGE * 2
+    logits = span * rows * (TILE + 4) * 4
+    beside = span * TILE * 16 + rows * 8 + (2 * depth + 1) * 8
+    return (max(stages, logits) if rows > 64 else stages + logits) + beside

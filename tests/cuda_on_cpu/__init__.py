@@ -31,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+from lightseq_backend.ops.launch import source
+
 Array = np.ndarray[Any, Any]
 Size = int | tuple[int, ...]
 
@@ -104,14 +106,8 @@ class Kernels:
 
     @functools.cached_property
     def _library(self) -> ctypes.CDLL:
-        text = joined(self.source) if self._text is None else self._text
+        text = source(self.source.removesuffix(".cu")) if self._text is None else self._text
         return ctypes.CDLL(str(_compiled(text, self._definitions)))
-
-
-def joined(source: str) -> str:
-    """common.cuh and a source, with lines that keep their numbers in messages."""
-    parts = [f'#line 1 "{name}"\n' + (KERNELS / name).read_text() for name in ("common.cuh", source)]
-    return "\n".join(parts)
 
 
 def kernel_names(text: str, definitions: Mapping[str, int | str]) -> list[str]:

@@ -72,6 +72,7 @@ inline void start_copy(void* to, size_t bytes, Copy copy, Barrier* barrier) {
 
 inline void prefetch_map(const TensorMap*) {}
 inline void publish_barriers() {}
+inline void publish_writes() {}
 inline void barrier_init(Barrier* barrier, int arrivals) {
     cuda_on_cpu::Phase phase;
     phase.arrivals = phase.pending = arrivals;
@@ -101,6 +102,7 @@ inline void barrier_wait(Barrier* barrier, int parity, CUDA_ON_CPU_HERE) {
         yield();
     }
 }
+inline void block_wait(Barrier* barrier, int parity, CUDA_ON_CPU_HERE) { barrier_wait(barrier, parity, file, line); }
 inline void send(unsigned rank, float4* to, const float4& x, Barrier* barrier) {
     *map_shared(to, rank) = x;
     cuda_on_cpu::Phase& phase = cuda_on_cpu::barriers.at(map_shared(barrier, rank));

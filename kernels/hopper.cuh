@@ -1,0 +1,97 @@
+// hopper: the instructions that Hopper alone has (sm_90a): tensor maps, bulk copies that end at a barrier in shared memory,
+// products of a warpgroup from shared memory. Only where HALF.
+
+#ifndef CUDA_ON_CPU  // tests/cuda_on_cpu/hopper.h defines the same for g++
+
+// cuTensorMapEncodeTiled made it: a matrix, and the box of it that one copy takes.
+struct __align__(64) TensorMap { char bytes[128]; };
+__device__ __forceinline__ void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+
+// The map's box at (column, row); zeros beyond the matrix.
+__device__ __forceinline__ void copy_box(void* to, const TensorMap* map, int column, int row, Barrier* barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3}], [%4];"
+                 ::"r"(shared_address(to)), "l"(map), "r"(column), "r"(row), "r"(shared_address(barrier)) : "memory");
+}
+
+// barrier_wait for what this block's threads and copies do: does not look at the cluster's memory, nor empty L1 for it.
+__device__ __forceinline__ void block_wait(Barrier* barrier, int parity) {
+    asm volatile("{\n\t.reg .pred over;\n"
+                 "again_%=:\n\tmbarrier.try_wait.parity.shared::cta.b64 over, [%0], %1;\n\t"
+                 "@!over bra again_%=;\n}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+
+// What this thread did to shared memory comes before what the copy engine does there after the next barrier.
+__device__ __forceinline__ void publish_writes() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+__device__ __forceinline__ void prefetch_map(const TensorMap* map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
+// Where a warpgroup's operand is, as the PTX manual's matrix descriptor: core matrices of eight rows of sixteen bytes,
+// each contiguous, `along` bytes from one to the next along the sum and 128 across.
+__device__ __forceinline__ unsigned long long plain_operand(const void* at, int along) {
+    return (shared_address(at) & 0x3ffff) >> 4 | (unsigned long long)along << 12 | 8ull << 32;
+}
+// The same for rows of 128 bytes in the 128-byte swizzle: sixteen bytes c of row r are at c ^ r % 8.
+__device__ __forceinline__ unsigned long long swizzled_operand(const void* at) {
+    return (shared_address(at) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+__device__ __forceinline__ void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most `pending` committed groups are under way.
+template <int pending> __device__ __forceinline__ void warpgroup_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
+}
+
+// d += a . b: a 64 x 16, b 16 x (8 tiles), d[tile] as mma.m16n8k16's; warp w of the group has rows 16 w to 16 w + 15.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[1][4], unsigned long long a, unsigned long long b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 "
+                 "{%0,%1,%2,%3}, %4, %5, 1, 1, 1, 0, 0;"
+                 : FOUR(0) : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[2][4], unsigned long long a, unsigned long long b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, 1, 1, 1, 0, 0;"
+                 : FOUR(0), FOUR(1) : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[4][4], unsigned long long a, unsigned long long b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, %16, %17, 1, 1, 1, 0, 0;"
+                 : FOUR(0), FOUR(1), FOUR(2), FOUR(3) : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[8][4], unsigned long long a, unsigned long long b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, %32, %33, 1, 1, 1, 0, 0;"
+                 : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7) : "l"(a), "l"(b));
+}
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[16][4], unsigned long long a, unsigned long long b) {
+    asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"
+                 "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31,"
+                 "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,"
+                 "%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63}, %64, %65, 1, 1, 1, 0, 0;"
+                 : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7),
+                   FOUR(8), FOUR(9), FOUR(10), FOUR(11), FOUR(12), FOUR(13), FOUR(14), FOUR(15) : "l"(a), "l"(b));
+}
+#undef FOUR
+#else
+template <int tiles>
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[tiles][4], unsigned long long a, unsigned long long b) {
+    __trap();
+}
+#endif
+
+// A barrier of `count` threads of the block; number 0 is __syncthreads'.
+__device__ __forceinline__ void named_barrier(int number, int count) {
+    asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(count) : "memory");
+}
+
+#endif  // CUDA_ON_CPU

@@ -267,7 +267,10 @@ def _copy(weight: Any) -> Any:
 
 def _streamed(linear: Any) -> Any:
     """The array of a weight that a product of few rows reads."""
-    return linear.weight.packed if hasattr(linear.weight, "packed") else linear.weight
+    weight = linear.weight
+    if isinstance(weight, np.ndarray):
+        return weight
+    return weight.grouped if weight.packed is None else weight.packed
 
 
 _STREAM = """

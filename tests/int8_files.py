@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import weight_files
 from weight_files import DECODERS, HIDDEN
@@ -35,6 +34,8 @@ def messages(kind: str, seed: int = 0, kv_clips: tuple[float, ...] = (0.5,) * DE
 
 def hdf5(path: Path, message: Any) -> Path:
     """The message as LightSeq's exporters write it: uint8 datasets, and each clip_max in its group."""
+    import h5py
+
     with h5py.File(path, "w") as file:
         for part, value in message.ListFields():
             if part.name == "model_conf":

@@ -14,6 +14,8 @@ from lightseq_backend.ops import cpu
 from lightseq_backend.ops.int8 import dequantise, quantise
 from lightseq_backend.quantised import Rounded
 
+PRECISION = "int8"
+
 
 def __getattr__(name: str) -> Any:
     return getattr(cpu, name)
@@ -36,5 +38,6 @@ def vocabulary_matrix(array: cpu.Array | Rounded, norm: cpu.Norm | None = None) 
     return matrix(array, norm)
 
 
-def weight_bytes(shape: tuple[int, ...], is_matrix: bool) -> int:
-    return 4 * math.prod(shape) if is_matrix else 0
+def weight_bytes(shape: tuple[int, ...], use: str) -> int:
+    """Of a product's weight the rounded copy, in float32, and what is left of a folded norm."""
+    return 4 * (math.prod(shape) + shape[-1]) if use in ("matrix", "vocabulary_matrix") else 0

@@ -19,7 +19,7 @@ import cupy
 import numpy as np
 
 from lightseq_backend.errors import ConfigError
-from lightseq_backend.ops import device, linear_launch, vocabulary_launch, warpgroup_launch
+from lightseq_backend.ops import device, linear_launch, vocabulary_launch, warpgroup_launch, weight_memory
 from lightseq_backend.ops.cublas import WORKSPACE, Cublas
 from lightseq_backend.ops.int8 import quantise
 from lightseq_backend.ops.launch import Kernel, driver
@@ -37,7 +37,6 @@ PRECISIONS: dict[str, np.dtype[Any]] = {  # of all but the weights of products, 
 SEARCHED_ROWS = 64  # up to so many rows the vocabulary goes through vocabulary.cu, above through cuBLAS
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
 _ARCHITECTURES = dict.fromkeys(("warpgroup", "warpgroup_vocabulary"), warpgroup_launch.ARCHITECTURE)
-_ALIGNED_COLUMNS = 8
 _RESERVE = 128 << 20  # bytes; graphs, the kernels' code and work space are made after all else
 _QUERIES = 64  # queries that one block of packed_attention takes
 _REACH = 32  # steps that a warp of decode_attention looks at together
@@ -50,7 +49,7 @@ class Matrix:
     `grouped` for our own kernels, those of warps and of warpgroups (None where there is none that would read it). Of
     int8, `packed` alone; of a vocabulary that no kernel takes as int8, `plain` alone.
 
-    plain    has columns of zeros up to a multiple of _ALIGNED_COLUMNS: cuBLAS is six times slower with odd ones
+    plain    has columns of zeros up to a multiple of ALIGNED_COLUMNS: cuBLAS is six times slower with odd ones
     columns  None, or what our own need besides: for a LayerNorm that is folded in (linear_launch.fold), scales of int8
     folded   whether one is
     """
@@ -82,12 +81,12 @@ class Cuda:
     SCORED_ROWS = 512
     MOST_BEAMS = 32  # kernels/search.cu MAX_WIDTH, kernels/sampling.cu MOST_BEST
     MOST_CANDIDATES = 32  # kernels/standard_search.cu CANDIDATES, and those two
-    LOGITS_ALIGNMENT = _ALIGNED_COLUMNS
+    LOGITS_ALIGNMENT = weight_memory.ALIGNED_COLUMNS
 
     def __init__(self, device_id: int = 0, precision: str = "fp16", early: bool = True):
         if precision not in PRECISIONS:
             raise ConfigError(f"precision is {precision!r}; a GPU computes in {' or '.join(PRECISIONS)}")
-        self.FLOAT = PRECISIONS[precision]
+        self.FLOAT, self.PRECISION = PRECISIONS[precision], precision
         self.device_id = device_id
         self._half, self._int8 = precision != "fp32", precision == "int8"
         device.check(cupy.cuda, device_id)
@@ -191,15 +190,12 @@ class Cuda:
         with self._stream:
             return cupy.asarray(np.ascontiguousarray(array, np.float32)).astype(self.FLOAT, copy=False)
 
-    def weight_bytes(self, shape: tuple[int, ...], is_matrix: bool) -> int:
-        if not is_matrix:
+    def weight_bytes(self, shape: tuple[int, ...], use: str) -> int:
+        sizes = {"matrix": weight_memory.matrix_bytes, "vocabulary_matrix": weight_memory.vocabulary_bytes}
+        if use not in sizes:
             return math.prod(shape) * self.FLOAT.itemsize
         inner, wide = shape
-        if self._int8:  # and what is left of a folded norm, and scales
-            return linear_launch.packed_elements(inner, wide, half=True) + 3 * 4 * wide
-        plain, packed = inner * _aligned(wide), linear_launch.packed_elements(inner, wide, self._half)
-        grouped = inner * wide if warpgroup_launch.can(self._limits, inner, wide, self._half) else 0
-        return (plain + packed + grouped) * self.FLOAT.itemsize
+        return sizes[use](self._limits, inner, wide, self._half, self._int8)
 
     def available_memory(self) -> int:
         cupy.get_default_memory_pool().free_all_blocks()  # what converting the weights has left behind
@@ -614,12 +610,8 @@ class Cuda:
         return self._rooms[name][:size].reshape(shape)
 
 
-def _aligned(wide: int) -> int:
-    return -(-wide // _ALIGNED_COLUMNS) * _ALIGNED_COLUMNS
-
-
 def _with_aligned_columns(array: Array, axis: int) -> Array:
-    missing = _aligned(array.shape[axis]) - array.shape[axis]
+    missing = weight_memory.aligned(array.shape[axis]) - array.shape[axis]
     if not missing:
         return array
     return cupy.pad(array, [(0, missing) if i == axis else (0, 0) for i in range(2)])

@@ -15,7 +15,7 @@ from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.request import GENERATE, SCORE, Output
 from lightseq_backend.serving.device import DEVICES, choose_device
-from lightseq_backend.serving.settings import BURSTS, PRECISIONS
+from lightseq_backend.serving.settings import BURSTS, INT8, PRECISIONS
 
 INFERENCES = 10
 SLOTS = 64
@@ -41,7 +41,7 @@ def build(
     """
     name = _ops_name(device)
     backend = ops.load(name, precision=precision or PRECISIONS[name][0])
-    config, arrays = weights.load(path, dialect, kind)
+    config, arrays = weights.load(path, dialect, kind, rounded=precision == INT8)
     model = Gpt(config, arrays, backend) if isinstance(config, GptConfig) else Transformer(config, arrays, backend)
     beams = min(max(16, config.decoding.width), slots)
     room = EngineConfig(slots, beams, queue=UNBOUNDED, burst=BURSTS[name], scores=scores)

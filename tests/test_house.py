@@ -17,7 +17,13 @@ PACKAGES = {"lightseq_backend": ROOT / "lightseq_backend", "lightseq_client": RO
 
 # A module may import from its own layer and from those below it.
 LAYERS = [
-    {"lightseq_backend.errors", "lightseq_backend.config", "lightseq_backend.options", "lightseq_backend.request"},
+    {
+        "lightseq_backend.errors",
+        "lightseq_backend.config",
+        "lightseq_backend.options",
+        "lightseq_backend.request",
+        "lightseq_backend.quantised",
+    },
     {"lightseq_kernels"},
     {"lightseq_backend.ops"},
     {"lightseq_backend.models", "lightseq_backend.decoding"},

@@ -22,7 +22,7 @@ from lightseq_backend.serving.control import read_control
 from lightseq_backend.serving.metrics import Metrics
 from lightseq_backend.serving.parts import Parts
 from lightseq_backend.serving.replies import Replies, Ticket
-from lightseq_backend.serving.settings import Settings, read_settings
+from lightseq_backend.serving.settings import INT8, Settings, read_settings
 from lightseq_backend.serving.tensors import strings_arrive, survive_strings, to_numpy
 from lightseq_backend.serving.texts import Texts
 from lightseq_backend.serving.watch import Watch
@@ -153,7 +153,9 @@ class TritonPythonModel:
 
 def _engine(settings: Settings) -> Engine:
     module = ops.load(settings.device, settings.device_id, settings.precision)
-    config, arrays = weights.load(settings.weights, dialect=settings.dialect, kind=settings.wire.form.kind)
+    config, arrays = weights.load(
+        settings.weights, settings.dialect, settings.wire.form.kind, rounded=settings.precision == INT8
+    )
     if isinstance(config, TransformerConfig):
         return Engine(Transformer(config, arrays, module), settings.engine_config(config), module)
     return Engine(Gpt(config, arrays, module), settings.engine_config(config), module)

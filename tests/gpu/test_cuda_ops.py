@@ -10,7 +10,9 @@ import op_cases
 import pytest
 
 from lightseq_backend import ops
-from lightseq_backend.ops import cpu, cpu_int8
+from lightseq_backend.ops import cpu
+from lightseq_backend.ops.int8 import quantise
+from lightseq_backend.quantised import Rounded
 
 OPERATIONS = (
     *("embed_tokens", "embed_rows", "layer_norm", "linear", "norm_linear", "linear_residual", "packed_attention"),
@@ -21,12 +23,28 @@ OPERATIONS = (
 CASES = [case for operation in OPERATIONS for case in op_cases.cases(operation)]
 WORK_SPACE = {"vocabulary_logits": {"normed"}}  # which a device may leave
 SEARCHES = {"vocabulary_search", "vocabulary_standard_search"}
-WEIGHTED = [
-    case for case in CASES if case.op in {"linear", "norm_linear", "linear_residual"} or "vocabulary" in case.op
-]
 # What follows from the order of near ties.
 ORDER = {"token", "finished", "done", "length"}
 ORDERED = {"ancestors", "history", "details", "pool", "pool_details"}
+
+
+PRODUCTS = ("linear", "norm_linear", "linear_residual", "vocabulary_logits", "vocabulary_scores")
+
+
+class Kept:
+    """Operations that get weights which are rounded already, and no norm to fold into them."""
+
+    def __init__(self, operations: Any):
+        self._operations = operations
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._operations, name)
+
+    def matrix(self, array: Any, norm: Any = None) -> Any:
+        return self._operations.matrix(Rounded(*quantise(np.ascontiguousarray(array))))
+
+    def vocabulary_matrix(self, array: Any, norm: Any = None) -> Any:
+        return self._operations.vocabulary_matrix(Rounded(*quantise(np.ascontiguousarray(array))))
 
 
 @functools.cache
@@ -37,16 +55,17 @@ def cuda(precision: str) -> Any:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_operation_equals_the_specification(case: op_cases.Case, precision: str) -> None:
-    compare(case, precision, cpu)
+    compare(cpu, cuda(precision), case, precision)
 
 
-@pytest.mark.parametrize("case", WEIGHTED, ids=str)
-def test_operation_with_int8_weights_equals_the_specification(case: op_cases.Case) -> None:
-    compare(case, "int8", cpu_int8)
+@pytest.mark.parametrize("kept", [False, True], ids=["rounded here", "rounded before"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.op in PRODUCTS], ids=str)
+def test_product_with_int8_weights_equals_the_specification(case: op_cases.Case, kept: bool) -> None:
+    both = (ops.load("cpu", precision="int8"), cuda("int8"))
+    compare(*(map(Kept, both) if kept else both), case, "int8")
 
 
-def compare(case: op_cases.Case, precision: str, specification: Any) -> None:
-    gpu = cuda(precision)
+def compare(specification: Any, gpu: Any, case: op_cases.Case, precision: str) -> None:
     gpu.start()
     expected, found = op_cases.run(specification, case), op_cases.run(gpu, case)
     tolerance = case.tolerance[gpu.FLOAT.name]

@@ -29,11 +29,10 @@ class _Model:
             raise RuntimeError(f"max_batch_size is {max_batch_size}; it must be at least 1")
         self._most = max_batch_size
         try:
-            weights = local.find_weights(weight_path)
             # More rows than slots wait for their turn; LightSeq takes the memory for all of them at once.
             slots = min(max(16, 4 * max_batch_size), _MOST_SLOTS)
             scores = self._kind == GPT
-            self._engine = local.build(weights, kind=self._kind, device=device, slots=slots, scores=scores)
+            self._engine = local.build(weight_path, kind=self._kind, device=device, slots=slots, scores=scores)
         except (ConfigError, WeightError) as error:
             raise RuntimeError(str(error)) from None
 

@@ -71,7 +71,7 @@ def _add_files(command: argparse.ArgumentParser, task: str) -> None:
 def _add_model(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where one can be used")
     command.add_argument("--precision", choices=("fp16", "fp32", "int8"), help="fp16 on a GPU, fp32 on a CPU")
-    command.add_argument("--dialect", choices=DIALECTS, default="head", help="the LightSeq release whose reading holds")
+    command.add_argument("--dialect", choices=DIALECTS, help="the LightSeq release whose reading holds (head)")
     command.add_argument("--tokenizer", metavar="DIR", help="where its files are; beside the weights by default")
     command.add_argument("--source-language", metavar="CODE", help="for tokenizers of many languages")
     command.add_argument("--slots", type=int, default=64, metavar="N", help="rows that decode at once (%(default)s)")

@@ -26,7 +26,7 @@ LAYERS = [
         *("lightseq_backend.serving", "lightseq_backend.local", "lightseq_backend.proof", "lightseq_backend.loaded"),
         *("lightseq_backend.answers", "lightseq_backend.streams", "lightseq_backend.inference"),
         *("lightseq_backend.lines", "lightseq_backend.bulk", "lightseq_backend.progress"),
-        "lightseq_backend.conversion",
+        *("lightseq_backend.written", "lightseq_backend.conversion"),
     },
     {"lightseq_backend.__main__"},
 ]

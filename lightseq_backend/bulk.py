@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 from typing import Any, BinaryIO
 
 from lightseq_backend.config import DIALECTS, OPTION_TYPES
@@ -18,6 +18,7 @@ from lightseq_backend.progress import Progress
 from lightseq_backend.serving.device import DEVICES
 from lightseq_backend.written import Written, open_model, written
 
+_WINDOWS, _SHARES = 8, 4  # of a worker's chunks: how long at most, and how many at least
 SOME_SKIPPED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
 ABOUT = {
     "translate": "Translate lines.",
@@ -58,6 +59,10 @@ def _add_files(command: argparse.ArgumentParser, task: str) -> None:
     command.add_argument(
         "--window", type=int, default=512, metavar="N",
         help="lines read ahead and sorted by length (%(default)s); 1: answer a line before the next is read",
+    )  # fmt: skip
+    command.add_argument(
+        "--workers", type=int, default=1, metavar="N",
+        help="processes that share the lines of files (%(default)s); more than one needs the extra `ray`",
     )  # fmt: skip
     if task == "score":
         command.add_argument("--targets", metavar="FILE", help="targets, a line a source, instead of tabs in the lines")
@@ -114,19 +119,53 @@ def _answer_lines(options: argparse.Namespace) -> int:
         options.window = 1
         _tell("a line at a time; Ctrl-D ends")
     with ExitStack() as opened:
+        if options.workers > 1:
+            return _share_out(options, lines, changes, opened)
         model = opened.enter_context(open_model(options))
         if targets and model.continues_texts:
             raise RequestError("--targets is for translators; this model scores texts")
         file, done = _gone_on_with(options, opened) if options.resume else (None, 0)
         answered = written(model, options, _rows(options, lines, targets, done), done, changes)
-        if file is None:  # only now: until all was checked an old file stays as it is
-            file = opened.enter_context(begin(options.output)) if options.output else sys.stdout.buffer
+        if file is None:
+            file = _output(options, opened)
         return _write(answered, file, options, lines, done)
+
+
+def _share_out(options: argparse.Namespace, lines: Lines, changes: dict[str, Any], opened: ExitStack) -> int:
+    from lightseq_backend.workers import written_by_workers
+
+    total = lines.count()
+    if total is None:
+        raise RequestError("--workers shares out files, which are read again; standard input or a pipe is not")
+    file, done = _gone_on_with(options, opened) if options.resume else (None, 0)
+    if total < done:
+        raise _too_short(options, done, total)
+    # Long enough to fill a batch from, short enough that nobody works alone for long at the end.
+    most = min(_WINDOWS * options.window, max(1, -(-(total - done) // (_SHARES * options.workers))))
+    chunks = [*lines.chunks(most, done)]
+    answered = written_by_workers(options, chunks, changes, options.workers) if chunks else iter(())
+    first = [*islice(answered, 1)]
+    if file is None:
+        file = _output(options, opened)
+    return _write(chain(first, answered), file, options, lines, done)
+
+
+def _output(options: argparse.Namespace, opened: ExitStack) -> BinaryIO:
+    """To be called once all was checked: until then an old file stays as it is."""
+    return opened.enter_context(begin(options.output)) if options.output else sys.stdout.buffer
+
+
+def _too_short(options: argparse.Namespace, done: int, lines: int) -> RequestError:
+    return RequestError(f"{options.output} has {done} lines and the input only {lines}")
 
 
 def _check(options: argparse.Namespace, lines: Lines, targets: Lines | None, changes: dict[str, Any]) -> None:
     if options.resume and not options.output:
         raise RequestError("--resume needs --output: what was written to a pipe cannot be read again")
+    if options.workers < 1:
+        raise RequestError(f"--workers is {options.workers}; it must be at least 1")
+    if targets and options.workers > 1:
+        raise RequestError("--targets and --workers do not go together; give lines of source, tab and target")
     if options.output and (lines.includes(options.output) or (targets and targets.includes(options.output))):
         raise RequestError(f"{options.output} is read and written")
     if changes.get("num_hypotheses", 1) != 1 and not options.json:
@@ -147,7 +186,7 @@ def _rows(options: argparse.Namespace, lines: Lines, targets: Lines | None, done
     rows: Iterator[Any] = iter(lines) if targets is None else _paired(lines, targets)
     passed = sum(1 for _ in islice(rows, done))
     if passed < done:
-        raise RequestError(f"{options.output} has {done} lines and the input only {passed}")
+        raise _too_short(options, done, passed)
     return rows
 
 

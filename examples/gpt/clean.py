@@ -33,12 +33,13 @@ _NEVER = re.compile(
     r"(?:\b\w\b ){5}|\b[a-z]+[A-Z]\w*[A-Z]\w*|[0-9a-f]{12}"
 )
 _WORD = re.compile(r"[A-Za-z']+")
-_COMMON = frozenset(
+_COMMONEST = (
     "a about after all also an and any are as at be because been before but by can do does each for from has have how "
     "if in into is it its may more most must no not of on one only or other should so some such than that the their "
     "them then there these they this to under up use used using was we were what when where which while who will with "
-    "would you your".split()
+    "would you your"
 )
+_COMMON = frozenset(_COMMONEST.split())
 _LISTED = re.compile(r"^(?:[-*o+]|\(?\d{1,2}[.)]|\(?[a-z][.)])\s+")
 
 

@@ -31,11 +31,10 @@ class _Model:
             raise RuntimeError(f"max_batch_size is {max_batch_size}; it must be at least 1")
         self._most = max_batch_size
         try:
-            weights = local.find_weights(weight_path)
             # More rows than slots wait for their turn; LightSeq takes the memory for all of them at once.
             slots = min(max(16, 4 * max_batch_size), _MOST_SLOTS)
             scores = self._kind == GPT
-            self._engine = local.build(weights, "head", self._kind, device, self._precision, slots, scores)
+            self._engine = local.build(weight_path, None, self._kind, device, self._precision, slots, scores)
         except (ConfigError, WeightError) as error:
             raise RuntimeError(str(error)) from None
 

@@ -32,7 +32,7 @@ LAYERS = [
         *("lightseq_backend.serving", "lightseq_backend.local", "lightseq_backend.proof", "lightseq_backend.loaded"),
         *("lightseq_backend.answers", "lightseq_backend.streams", "lightseq_backend.inference"),
         *("lightseq_backend.lines", "lightseq_backend.bulk", "lightseq_backend.progress"),
-        "lightseq_backend.conversion",
+        *("lightseq_backend.written", "lightseq_backend.workers", "lightseq_backend.conversion"),
     },
     {"lightseq_backend.__main__"},
 ]
@@ -45,6 +45,7 @@ ONLY_IN = {
     "torch": ("lightseq_backend.export",),
     "transformers": ("lightseq_backend.export",),
     "triton_python_backend_utils": ("lightseq_backend.serving",),
+    "ray": ("lightseq_backend.workers",),
     "sentencepiece": ("lightseq_backend.text",),
     "subword_nmt": ("lightseq_backend.text",),
     "tokenizers": ("lightseq_backend.text",),

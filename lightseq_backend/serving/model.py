@@ -19,6 +19,7 @@ from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.request import SCORE, Request, Sequence
 from lightseq_backend.serving.callers import Callers
 from lightseq_backend.serving.control import read_control
+from lightseq_backend.serving.guard import Guard
 from lightseq_backend.serving.metrics import Metrics
 from lightseq_backend.serving.parts import Parts
 from lightseq_backend.serving.replies import Replies, Ticket
@@ -37,6 +38,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Loads weights, takes the engine's memory, starts the threads. Fails with every fault that was found."""
         _log_through_triton()
+        self._guard = Guard()
         started = time.monotonic()
         try:
             settings = read_settings(args)
@@ -89,6 +91,7 @@ class TritonPythonModel:
         self._watch.close()
         self._callers.close()
         self._replies.close()
+        self._guard.close()
 
     def _submit(self, request: Any, sender: Any) -> None:
         arrived = time.monotonic()

@@ -74,6 +74,10 @@ bench-gpu: setup ## Measure operations, models and loading on a GPU, beside PyTo
 perf: setup ## Measure MODEL with Triton's perf_analyzer at concurrency 1, 4 and 16
 	@$(python) benchmarks/perf.py --model $(MODEL) --device $(DEVICE) $(if $(URL),--url $(URL))
 
+.PHONY: bench-server
+bench-server: setup ## Measure what serving adds to the engine, beside static batches and a no-op model
+	@$(python) -m benchmarks.server --device $(DEVICE)
+
 .PHONY: train
 train: setup ## Train both shipped models anew, in under ten minutes (installs PyTorch)
 	@./setup.sh train

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +22,11 @@ from tritonclient.utils import InferenceServerException
 
 from lightseq_backend.errors import ConfigError
 from lightseq_backend.request import SCORE, Output
-from lightseq_backend.serving.embedded import TRITON_VARIABLE, EmbeddedServer, find_triton
+from lightseq_backend.serving.embedded import EmbeddedServer, find_triton
 from lightseq_client import Client, Words
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks import perf
 
 DEVICE, KIND = "gpu", "KIND_GPU"
 SHIPPED = ("transformer", "transformer_generate", "gpt", "gptlm")
@@ -186,28 +188,13 @@ def test_unloaded_model_is_gone_and_comes_back(server: EmbeddedServer) -> None:
 # perf_analyzer -------------------------------------------------------------------------------------------------------
 
 
-def analyzer() -> tuple[Path, list[Path]]:
-    """perf_analyzer and where its libraries are: the one in an unpacked Triton, else the one that `make perf` uses."""
-    unpacked = Path(os.environ.get(TRITON_VARIABLE, "")) / "bin" / "perf_analyzer"
-    libraries = list(find_triton().libraries)
-    if unpacked.is_absolute() and unpacked.exists():
-        return unpacked, libraries
-    from benchmarks import perf
-
-    return perf.install(), [perf.CACHE, *libraries]
+WINDOWS = ["--measurement-interval", "1000", "--stability-percentage", "50", "--max-trials", "4"]
 
 
 def measure(address: str, rows: Path, concurrency: int, report: Path) -> dict[str, str]:
     """One row of perf_analyzer's report, column name -> value; a few seconds of load."""
-    program, libraries = analyzer()
-    command = [
-        *(str(program), "-m", "transformer", "-u", address, "-i", "grpc", "--async", "-b", "1"),
-        *("--input-data", str(rows), "--concurrency-range", str(concurrency)),
-        *("--measurement-interval", "1000", "--stability-percentage", "50", "--max-trials", "4", "-f", str(report)),
-    ]
-    environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(map(str, libraries))}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=90)
-    assert done.returncode == 0, done.stdout.decode(errors="replace")[-3000:]
+    more = [*WINDOWS, "-f", str(report)]
+    perf.analyze(perf.install(), address, "transformer", rows, concurrency, more)
     with report.open(newline="") as lines:
         return next(csv.DictReader(lines))
 

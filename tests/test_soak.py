@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 from repositories import GPT, grpc, write_model
+from stream_cases import DECOUPLED, Stream, streamed
 from test_operations import Crowd, answers_alone, model_process, resident, wait_until_idle, write_crowded
-from test_streaming import DECOUPLED, Stream, streamed
 from weight_files import golden
 
 from lightseq_backend.serving.embedded import EmbeddedServer

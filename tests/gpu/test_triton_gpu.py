@@ -9,16 +9,21 @@ import csv
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from repositories import TRANSFORMER, ask, ask_later, grpc, http, write_model
+import stream_cases
+import tritonclient.grpc
+from repositories import SCORED, TRANSFORMER, arrays, ask, ask_later, grpc, http, padded, tensor, write_model
+from stream_cases import Stream
+from test_scoring_served import SOURCES, TARGETS, expected
 from test_trained_models import COUNTER, REPOSITORY, TRANSLATOR, count_on, engine_of, pairs
 from test_trained_models import Words as Vocabulary
 from tritonclient.utils import InferenceServerException
+from weight_files import golden
 
 from lightseq_backend.errors import ConfigError
 from lightseq_backend.request import SCORE, Output
@@ -29,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import perf
 
 DEVICE, KIND = "gpu", "KIND_GPU"
-SHIPPED = ("transformer", "transformer_generate", "gpt", "gptlm")
+SHIPPED = ("transformer", "transformer_generate", "transformer_stream", "gpt", "gpt_stream", "gptlm")
 ADMIN = {"admin-key": "test"}
 SENTENCES = [sentence for sentence, _ in pairs("held_out.tsv")[::31]]
 PROMPTS = [prompt for prompt, _ in pairs("counting.tsv")[::10]]
@@ -183,6 +188,48 @@ def test_unloaded_model_is_gone_and_comes_back(server: EmbeddedServer) -> None:
         assert ask(client, "transformer", "source_ids", [[5, 6, 7]])["target_ids"].shape[:2] == (1, 4)
         admin.load_model("transformer_generate", headers=ADMIN)
         assert ask(client, "transformer_generate", "src_ids:0", [[5, 6, 7]])["trg_ids:0"].shape[:2] == (1, 4)
+
+
+# Streams, stops, cancellation, scores --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """The models of stream_cases, whose long texts take a GPU a second for all their layers, and one that scores."""
+    root = tmp_path_factory.mktemp("small")
+    stream_cases.write_models(root, KIND, layers=24)
+    write_model(root, "scorer", golden("t01_base.pb"), SCORED, kind=KIND, parameters={"precision": "fp32"})
+    with EmbeddedServer(root, device=DEVICE, start_timeout=300, shm_bytes=16 << 20) as running:
+        yield running
+
+
+@pytest.mark.parametrize("case", stream_cases.CASES, ids=lambda case: case.__name__)
+def test_stream(small: EmbeddedServer, case: Callable[[EmbeddedServer, Stream], None]) -> None:
+    with Stream(small.grpc) as stream:
+        case(small, stream)
+
+
+def test_scores_of_targets_are_those_of_the_cpu(small: EmbeddedServer) -> None:
+    given = [tensor(tritonclient.grpc, "source_ids", padded(SOURCES, 0))]
+    given.append(tensor(tritonclient.grpc, "target_ids", padded(TARGETS, 99)))
+    with grpc(small.grpc) as client:
+        found = arrays(client.infer("scorer", given))
+    for name, array in expected("t01_base.pb", padded(SOURCES, 0).tolist(), TARGETS).items():
+        np.testing.assert_allclose(found[name], array, atol=2e-3)
+
+
+@pytest.mark.parametrize("model", ["transformer_stream", "gpt_stream"])
+def test_shipped_streams_end_as_the_other_model_answers(server: EmbeddedServer, model: str) -> None:
+    if model == "gpt_stream":
+        name, outputs, row = "token_ids", "result", Words.for_generation(REPOSITORY / "gpt").encode(PROMPTS[0])
+    else:
+        codec = Words.for_translation(REPOSITORY / "transformer")
+        name, outputs, row = "source_ids", "target_ids", codec.encode(SENTENCES[0])
+    with grpc(server.grpc) as client, Stream(server.grpc) as stream:
+        *parts, final = stream.all(model, name, [list(row)])
+        plain = ask(client, model.removesuffix("_stream"), name, [list(row)])[outputs]
+    assert len(parts) > 0
+    np.testing.assert_array_equal(final[outputs], plain)
 
 
 # perf_analyzer -------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lightseq_client import Client, Words
+from lightseq_client import GENERATE, Client, Words
 
 MODELS = Path(__file__).parents[1] / "model_repository"
 FRENCH = [
@@ -30,6 +30,7 @@ def main() -> None:
             translate(client)
         hypotheses(grpc)
         generate(http)
+        stream(grpc)
         score(grpc)
 
 
@@ -55,6 +56,16 @@ def generate(client: Client) -> None:
     for options in (greedy, sampled):
         (answer,) = client.generate([COUNTING], codec=codec, **options)
         print(f"  {answer.hypotheses[0].text}")
+
+
+def stream(client: Client) -> None:
+    print("\nThe same as a stream: what came, part by part, and when the first part did:")
+    codec, parts, arrived = Words.for_generation(MODELS / "gpt"), [], []
+    for part in client.stream(GENERATE, COUNTING, codec=codec, sampling_method="greedy"):
+        parts += part.texts
+        arrived.append(part.seconds)
+    print(f"  {'|'.join(text for text in parts if text)}")
+    print(f"  first part after {arrived[0] * 1e3:.0f} ms, all after {arrived[-1] * 1e3:.0f} ms")
 
 
 def score(client: Client) -> None:

@@ -73,9 +73,8 @@ def test_text_loses_the_marks_of_its_format() -> None:
 
 def test_pod_keeps_paragraphs_alone() -> None:
     prose = "The C<print> function takes a L<list|perlop> and gives B<true> if it is able to."
-    assert kept(formats.pod(f"=head1 NAME\n\n{prose}\n\n    print;\n")) == [
-        "The print function takes a list and gives true if it is able to."
-    ]
+    source = f"=head1 NAME\n\n{prose}\n\n    print;\n"
+    assert kept(formats.pod(source)) == ["The print function takes a list and gives true if it is able to."]
 
 
 @pytest.mark.parametrize(

@@ -299,7 +299,8 @@ def test_vocabulary_by_warpgroups_needs_no_logits() -> None:
 def test_vocabulary_by_warpgroups_has_a_launch_that_fits(rows: int, inner: int, wide: int) -> None:
     plan = warpgroup_launch.vocabulary_plan(H100, rows, inner, wide)
     definitions = dict(plan.definitions)
-    assert plan.shared <= H100.shared and plan.threads <= 1024
+    assert plan.shared <= H100.shared
+    assert plan.threads <= 1024
     assert plan.grid[0] * definitions["ROWS"] >= rows
     assert 1 <= plan.grid[1] <= -(-vocabulary_launch.tiles(wide) // definitions["SPAN"])
     assert definitions["ROWS"] <= 64 or definitions["DEPTH"] <= inner // 64

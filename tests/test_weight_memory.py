@@ -20,10 +20,10 @@ def test_int8_takes_a_byte_a_weight_and_its_scales() -> None:
 
 
 @pytest.mark.parametrize("wide", [32000, 32008])  # a multiple of 64, and none
-def test_vocabulary_of_hopper_is_there_twice(wide: int) -> None:
-    """For cuBLAS and for warpgroups, which have 64 columns at a time; never for warps as well."""
-    filled = 32000 if wide == 32000 else 32064
-    expected = 2 * 1024 * (wide + filled) + 2 * COLUMNS * wide
+def test_vocabulary_of_hopper_is_there_three_times(wide: int) -> None:
+    """For cuBLAS, for warps, which have 16 columns at a time, and for warpgroups, which have 64."""
+    lanes, filled = (32000, 32000) if wide == 32000 else (32016, 32064)
+    expected = 2 * 1024 * (wide + lanes + filled) + 2 * COLUMNS * wide
     assert vocabulary_bytes(HOPPER, 1024, wide, half=True, int8=False) == expected
 
 

@@ -133,7 +133,7 @@ class Cuda:
             log.info("the vocabulary's weights [%d, %d] are fp16: this GPU has no room for int8 ones", inner, wide)
             return self._float_matrix(np.asarray(array), None, False, False)
         can = warpgroup_launch.can_search(self._limits, array.shape[0], self._half)
-        return self._float_matrix(np.asarray(array), norm, can, not can)
+        return self._float_matrix(np.asarray(array), norm, can, True)
 
     def _float_matrix(self, array: np.ndarray, norm: Any, grouped: bool, packed: bool) -> Matrix:
         """With or without what the one or the other of our kernels reads."""
@@ -437,11 +437,14 @@ class Cuda:
 
     def _searches(self, rows: int, weight: Matrix) -> bool:
         if weight.packed is None:
-            return weight.grouped is not None and rows <= warpgroup_launch.SEARCHED_ROWS
-        if weight.int8:
+            return False
+        if weight.int8 or self._searches_by_groups(rows, weight):
             return True
         fits = vocabulary_launch.fits(self._limits, weight.inner, self._half)
         return rows <= SEARCHED_ROWS and fits and self._streams(1, weight)
+
+    def _searches_by_groups(self, rows: int, weight: Matrix) -> bool:
+        return weight.grouped is not None and warpgroup_launch.pays(rows)
 
     def _to_be_searched(self, x: Array, norm: Any, output: Any, epsilon: float, normed: Array) -> Array:
         """What the kernels of the vocabulary read: x, or its LayerNorm where none is folded into the weight."""
@@ -454,7 +457,7 @@ class Cuda:
         """The fastest of the three for so many rows; of int8 weights there is one."""
         if weight.int8 or self._streams(len(x), weight):
             return self._small_product
-        pays = weight.grouped is not None and warpgroup_launch.pays(len(x), weight.inner, weight.wide)
+        pays = weight.grouped is not None and warpgroup_launch.pays(len(x))
         if pays and x.strides[0] % 16 == x.data.ptr % 16 == 0:
             return self._group_product
         return self._large_product
@@ -536,7 +539,7 @@ class Cuda:
     ) -> None:  # fmt: skip
         weight: Matrix = output.weight
         assert weight.columns is not None
-        if weight.packed is None:
+        if self._searches_by_groups(len(x), weight):
             family = name = "warpgroup_vocabulary"
             plan = warpgroup_launch.vocabulary_plan(self._limits, len(x), weight.inner, weight.wide)
             x_map = warpgroup_launch.tensor_map(driver(), x.data.ptr, len(x), weight.inner, _stride(x), plan)

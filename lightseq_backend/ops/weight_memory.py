@@ -24,11 +24,9 @@ def vocabulary_bytes(device: Device, inner: int, wide: int, half: bool, int8: bo
         return _int8(inner, wide)
     if int8:
         return _plain(inner, wide) * _size(half)
-    if warpgroup_launch.can_search(device, inner, half):
-        own = inner * warpgroup_launch.packed_width(wide)
-    else:
-        own = linear_launch.packed_elements(inner, wide, half)
-    return (_plain(inner, wide) + own) * _size(half) + 2 * _COLUMNS * wide
+    grouped = inner * warpgroup_launch.packed_width(wide) if warpgroup_launch.can_search(device, inner, half) else 0
+    elements = _plain(inner, wide) + linear_launch.packed_elements(inner, wide, half) + grouped
+    return elements * _size(half) + 2 * _COLUMNS * wide
 
 
 def aligned(wide: int) -> int:

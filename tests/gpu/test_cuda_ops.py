@@ -28,7 +28,7 @@ ORDER = {"token", "finished", "done", "length"}
 ORDERED = {"ancestors", "history", "details", "pool", "pool_details"}
 
 
-PRODUCTS = ("linear", "norm_linear", "linear_residual", "vocabulary_logits", "vocabulary_scores")
+PRODUCTS = {"linear", "norm_linear", "linear_residual", "vocabulary_logits", "vocabulary_scores", *SEARCHES}
 
 
 class Kept:

@@ -14,7 +14,7 @@ def load(
     *,
     device: str = "auto",
     precision: str | None = None,
-    dialect: str = "head",
+    dialect: str | None = None,
     tokenizer: str | Path | None = None,
     source_language: str | None = None,
     slots: int = 64,
@@ -22,7 +22,8 @@ def load(
 ) -> Model:
     """A model to call: see `lightseq_backend.loaded.Model` and docs/python.md.
 
-    path             a weight file, or a directory that holds one (transformer.pb, gpt.safetensors, ...)
+    path             a weight file, or a model directory, whose config.pbtxt says what is not said here; one without
+                     that holds transformer.pb, gpt.safetensors, ...
     device           "cpu", "gpu" or "auto": the GPU where one can be used, else the CPU
     precision        "fp16" (GPU), "fp32" or "int8" (weights); fp16 on a GPU and fp32 on a CPU where it is not said
     dialect          "head" or "v0": the LightSeq release whose reading of the file holds

@@ -39,8 +39,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_weights(command: argparse.ArgumentParser) -> None:
     """The arguments that say which weight file a command is about, and how to read it."""
-    command.add_argument("weights", metavar="WEIGHTS", help="a weight file, for example transformer.pb")
-    command.add_argument("--dialect", choices=DIALECTS, default="head", help="the LightSeq release whose reading holds")
+    command.add_argument("weights", metavar="WEIGHTS", help="a weight file, for example transformer.pb, or a directory")
+    command.add_argument("--dialect", choices=DIALECTS, help="the LightSeq release whose reading holds (head)")
     command.add_argument("--kind", choices=("transformer", "gpt"), help="what the file is; found from it by default")
 
 
@@ -51,9 +51,12 @@ def _add_inspect(commands: Commands) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
+    from lightseq_backend.weights import directory
     from lightseq_backend.weights.describe import describe
 
-    print("\n".join(describe(options.weights, options.dialect, options.kind)))
+    found = directory.find(options.weights)
+    lines = describe(found.weights, options.dialect or found.dialect, options.kind or found.kind)
+    print("\n".join(lines))
 
 
 def _add_run(commands: Commands) -> None:

@@ -85,7 +85,7 @@ def compare(options: argparse.Namespace) -> int:
 
 
 def _add_reading(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dialect", choices=DIALECTS, default="head", help="the LightSeq release whose reading holds")
+    command.add_argument("--dialect", choices=DIALECTS, help="the LightSeq release whose reading holds (head)")
     command.add_argument("--kind", choices=("transformer", "gpt"), help="what LightSeq's file is; found by default")
 
 
@@ -95,8 +95,8 @@ def _check_reading(options: argparse.Namespace) -> None:
 
     if sources.is_lightseqs(options.source):
         return
-    for name, plain in (("dialect", "head"), ("kind", None)):
-        if getattr(options, name) != plain:
+    for name in ("dialect", "kind"):
+        if getattr(options, name) is not None:
             raise ConfigError(f"--{name} is for LightSeq's files; {options.source} says itself what it is")
 
 
@@ -104,7 +104,7 @@ def _check_arrays(source: Path, weights: Path, model: Model) -> None:
     """Reads back what was written; ConfigError where that is not what was read from the source."""
     from lightseq_backend.export import comparison, sources
 
-    dialect = model.config.dialect.name if sources.is_lightseqs(weights) else "head"
+    dialect = model.config.dialect.name if sources.is_lightseqs(weights) else None
     written = comparison.compare(model, sources.read(weights, dialect=dialect))
     if not written.holds():
         raise ConfigError("\n  ".join(["what was written is not what was read; nothing was kept", *written.lines()]))

@@ -64,7 +64,7 @@ class Model:
         *,
         device: str = "auto",
         precision: str | None = None,
-        dialect: str = "head",
+        dialect: str | None = None,
         tokenizer: str | Path | None = None,
         source_language: str | None = None,
         slots: int = 64,
@@ -72,14 +72,15 @@ class Model:
     ):
         if window < 1:
             raise ConfigError(f"window is {window}; it must be at least 1")
-        weights = local.find_weights(path)
-        self._engine = local.build(weights, dialect, None, device, precision, slots)
+        found = local.find(path, device)
+        self._engine = local.build(path, dialect, None, device, precision, slots)
         self.config: Config = self._engine.model.config
-        directory = weights.parent if tokenizer is None else Path(tokenizer)
-        self.tokenizer = text.load([directory], self.config, source_language)
+        directories = found.tokenizer if tokenizer is None else (Path(tokenizer),)
+        self.tokenizer = text.load(directories, self.config, source_language or found.source_language)
+        where = " or ".join(map(str, directories))
         if tokenizer is not None and self.tokenizer is None:
-            raise ConfigError(f"no tokenizer in {directory}; it may be {text.FILE_SETS}")
-        self._no_text = f"this model takes ids only: no tokenizer in {directory}"
+            raise ConfigError(f"no tokenizer in {where}; it may be {text.FILE_SETS}")
+        self._no_text = f"this model takes ids only: no tokenizer in {where}"
         self._window = window
         self._engine.start()
 

@@ -15,50 +15,47 @@ from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.request import GENERATE, SCORE, Output
 from lightseq_backend.serving.device import DEVICES, choose_device
-from lightseq_backend.serving.settings import BURSTS, PRECISIONS
+from lightseq_backend.serving.settings import BURSTS, INT8, PRECISIONS
+from lightseq_backend.weights import directory
+from lightseq_backend.weights.directory import Found
 
 INFERENCES = 10
 SLOTS = 64
 UNBOUNDED = 1 << 30  # rows that may wait: who feeds an engine of his own bounds them himself
 _OPS = {"cpu": "cpu", "gpu": "cuda"}
-_STEMS, _SUFFIXES = ("transformer", "gpt"), (".pb", ".hdf5", ".safetensors")
 
 
 def build(
     path: str | Path,
-    dialect: str = "head",
+    dialect: str | None = None,
     kind: str | None = None,
     device: str = "cpu",
     precision: str | None = None,
     slots: int = SLOTS,
     scores: bool = True,
 ) -> Engine:
-    """An engine, not started, for a weight file. WeightError or ConfigError when there is something wrong with it.
+    """An engine, not started, for a weight file or a model directory. WeightError or ConfigError says what is wrong.
 
+    dialect, kind, precision  None: what the directory says, else head, what the file is, fp32 on the CPU, fp16 on a GPU
     device     cpu, gpu or auto
-    precision  None: fp32 on the CPU, fp16 on a GPU
     scores     whether it has to score: a GPU is made ready for that apart
     """
     name = _ops_name(device)
-    backend = ops.load(name, precision=precision or PRECISIONS[name][0])
-    config, arrays = weights.load(path, dialect, kind)
+    found = find(path, device)
+    precision = precision or found.precision or PRECISIONS[name][0]
+    backend = ops.load(name, precision=precision)
+    config, arrays = weights.load(
+        found.weights, dialect or found.dialect, kind or found.kind, rounded=precision == INT8
+    )
     model = Gpt(config, arrays, backend) if isinstance(config, GptConfig) else Transformer(config, arrays, backend)
     beams = min(max(16, config.decoding.width), slots)
     room = EngineConfig(slots, beams, queue=UNBOUNDED, burst=BURSTS[name], scores=scores)
     return Engine(model, room, backend)
 
 
-def find_weights(path: str | Path) -> Path:
-    """The weight file at a path, or the one in the directory there."""
-    path = Path(path)
-    if not path.is_dir():
-        return path
-    names = [f"{stem}{suffix}" for stem in dict.fromkeys((*_STEMS, path.resolve().name)) for suffix in _SUFFIXES]
-    found = [path / name for name in names if (path / name).is_file()]
-    if len(found) != 1:
-        there = f"{' and '.join(one.name for one in found)} are there" if found else "none is there"
-        raise ConfigError(f"{path} must hold one weight file of {', '.join(names)}; {there}")
-    return found[0]
+def find(path: str | Path, device: str = "cpu") -> Found:
+    """The weight file at a path, or in the directory there, and how it is read on that device: see directory.find."""
+    return directory.find(path, gpu=_ops_name(device) == "cuda")
 
 
 def _ops_name(device: str) -> str:

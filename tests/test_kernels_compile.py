@@ -65,6 +65,7 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
                 dict(vocabulary_launch.plan(device, rows, 1024, 30016, True, int8=True).definitions)
                 for rows in (8, 32, 64)
             ),
+            dict(vocabulary_launch.plan(device, 32, 1024, 30016, True, int8=True, norm=False).definitions),
         ],
         "warpgroup.cu": groups,
         "warpgroup_vocabulary.cu": [

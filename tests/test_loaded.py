@@ -317,6 +317,75 @@ def test_what_cannot_be_loaded_is_named(settings: dict[str, Any], message: str) 
         lightseq_backend.load(golden("t01_base.pb"), **settings)
 
 
-def test_directory_without_weights_says_what_was_looked_for() -> None:
-    with pytest.raises(ConfigError, match=r"gptlm must hold one weight file of transformer\.pb, .*; none is there"):
-        lightseq_backend.load(REPOSITORY / "gptlm", device="cpu")
+def test_directory_without_weights_says_what_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"hold config\.pbtxt, or one weight file of transformer\.pb, .*; none is"):
+        lightseq_backend.load(tmp_path, device="cpu")
+
+
+# A model directory's config.pbtxt ------------------------------------------------------------------------------------
+
+
+def configured(directory: Path, text: str, name: str = "config.pbtxt") -> Path:
+    (directory / name).parent.mkdir(parents=True, exist_ok=True)
+    (directory / name).write_text(text)
+    return directory
+
+
+def parameter(key: str, value: str) -> str:
+    return f'parameters {{ key: "{key}" value: {{ string_value: "{value}" }} }}\n'
+
+
+@pytest.mark.parametrize("name", ["gptlm", "gpt_stream"])
+def test_directory_whose_weights_lie_elsewhere_is_loaded(name: str, gpt: Model) -> None:
+    text = "twelve , thirteen"
+    with lightseq_backend.load(REPOSITORY / name, device="cpu") as model:
+        assert list(model.perplexity([text])) == list(gpt.perplexity([text]))
+
+
+def test_config_names_weights_dialect_and_tokenizer(tmp_path: Path) -> None:
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, 100))]
+    (tmp_path / "words").mkdir()
+    for side in ("source", "target"):
+        (tmp_path / "words" / f"{side}.vocab.txt").write_text("\n".join(words) + "\n")
+    weights_at = parameter("weights", str(golden("t01_base.pb")))
+    directory = configured(tmp_path / "one", "# a comment\nbackend: 'python', max_batch_size: 8\n" + weights_at)
+    with lightseq_backend.load(directory, device="cpu") as model:
+        assert (model.config.dialect.name, model.tokenizer) == ("head", None)
+    old = configured(tmp_path / "two", weights_at + parameter("dialect", "v0") + parameter("tokenizer", "../words"))
+    with pytest.raises(ConfigError, match=r"words: the tokenizer of source\.vocab\.txt"):  # its end id is another
+        lightseq_backend.load(old, device="cpu")
+    with lightseq_backend.load(configured(old, weights_at + parameter("dialect", "v0")), device="cpu") as model:
+        assert model.config.dialect.name == "v0"
+    with lightseq_backend.load(old, device="cpu", dialect="head") as model:  # what a caller says goes before it
+        assert model.config.dialect.name == "head"
+
+
+def test_config_for_machines_without_a_gpu_goes_before_the_other(tmp_path: Path) -> None:
+    weights_at = parameter("weights", str(golden("t01_base.pb")))
+    directory = configured(tmp_path, weights_at + parameter("precision", "fp16"))
+    with pytest.raises(ConfigError, match="precision is 'fp16'; a CPU computes in fp32 or int8"):
+        lightseq_backend.load(directory, device="cpu")
+    configured(directory, weights_at + parameter("precision", "int8"), "configs/cpu.pbtxt")
+    with lightseq_backend.load(directory, device="cpu") as model:
+        assert isinstance(model, Model)
+
+
+def test_config_of_a_lightseq_server_is_read(tmp_path: Path) -> None:
+    """Its own backend names the weights' file, and its inputs say which kind that is."""
+    text = 'backend: "lightseq"\ndefault_model_filename: "weights"\ninput [{name: "token_ids" data_type: TYPE_INT32}]\n'
+    directory = configured(tmp_path, text)
+    with pytest.raises(ConfigError, match=r"no weights; looked for .*/weights, .*/gpt\.pb"):
+        lightseq_backend.load(directory, device="cpu")
+    (directory / "weights").symlink_to(golden("g01_base.pb"))
+    (directory / "transformer.pb").symlink_to(golden("t01_base.pb"))
+    with lightseq_backend.load(directory, device="cpu") as model:
+        assert model.continues_texts
+
+
+def test_config_that_is_none_is_named(tmp_path: Path) -> None:
+    directory = configured(tmp_path, "parameters {{")
+    with pytest.raises(ConfigError, match=r"config\.pbtxt is no model configuration: line 1: there is '{' where"):
+        lightseq_backend.load(directory, device="cpu")
+    configured(directory, parameter("weights", str(golden("t01_base.pb"))) + parameter("tokenizer", "none"))
+    with pytest.raises(ConfigError, match=r"parameter tokenizer is 'none', but .* is not a directory"):
+        lightseq_backend.load(directory, device="cpu")

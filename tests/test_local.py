@@ -75,6 +75,19 @@ def test_run_scores_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert [float(word) for word in last.removeprefix("ppl: ").split()] == pytest.approx(scored["ppl"], abs=1e-4)
 
 
+def test_directory_is_run_and_inspected_as_its_config_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "model"
+    directory.mkdir()
+    parameters = {"weights": str(golden("g01_base.pb")), "dialect": "v0"}
+    lines = [f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}' for key, value in parameters.items()]
+    (directory / "config.pbtxt").write_text("\n".join(lines))
+    assert main(["inspect", str(directory)]) == 0
+    settings = dict(line.split() for line in capsys.readouterr().out.splitlines() if len(line.split()) == 2)
+    assert (settings["dialect"], settings["layers"]) == ("v0", "2")
+    assert main(["run", "--score", str(directory), str(written(tmp_path, "1 3 5 6 7"))]) == 0
+    assert "ppl: " in capsys.readouterr().out
+
+
 def test_run_refuses_a_bad_id_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = written(tmp_path, "1 2 5 400")
     assert main(["run", str(golden("t01_base.pb")), str(path)]) == 2

@@ -105,8 +105,16 @@ def test_converted_model_searches_as_its_original_by_default(client: Any) -> Non
     """Its generation settings say one beam; more come with a request, lengths as there."""
     expected = np.load(small_checkpoints.FOLDER / "bart" / "expected.npz")
     ids, wanted = expected["ids.0"].tolist(), expected["greedy.0"].tolist()
-    answer = ask(client, "bart", "source_ids", [ids], max_new_tokens=len(wanted))["target_ids"]
-    assert answer[0, 0, : len(wanted)].tolist() == wanted
+    answer = ask(client, "bart", "source_ids", [ids], max_new_tokens=len(wanted))
+    assert answer["target_ids"][0, 0, : len(wanted)].tolist() == wanted
+    assert DETAILS not in answer
+
+
+def test_converted_model_tells_the_log_probabilities_of_its_tokens(client: Any) -> None:
+    options = {"sampling_method": "standard_beam", "beam_size": 3, "length_penalty": 1.0, "max_new_tokens": 6}
+    answer = ask(client, "bart", "source_ids", [[5, 9, 2]], **options, token_log_probabilities=True)
+    for found, score in zip(answer[DETAILS][0], answer["target_scores"][0], strict=True):
+        assert found.sum() / (found != 0).sum() == pytest.approx(score, rel=1e-5)
 
 
 @pytest.mark.parametrize("protocol", ["grpc", "http"])

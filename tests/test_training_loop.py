@@ -101,7 +101,7 @@ def test_rate_climbs_and_decays(decay: str, step: int, progress: float, wanted: 
 
 
 def test_average_leaves_integers_alone() -> None:
-    states = [{"w": torch.tensor([1.0, 5.0]), "n": torch.tensor(1)}, {"w": torch.tensor([3.0, 5.0]), "n": torch.tensor(2)}]
+    states = [{"w": torch.tensor([w, 5.0]), "n": torch.tensor(n)} for w, n in ((1.0, 1), (3.0, 2))]
     mean = loop.average(states)
     assert mean["w"].tolist() == [2.0, 5.0]
     assert mean["n"].item() == 2

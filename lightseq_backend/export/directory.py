@@ -49,8 +49,12 @@ OUTPUTS = {
     "transformer": (
         '{ name: "target_ids", data_type: TYPE_INT32, dims: [ -1, -1 ] }',
         '{ name: "target_scores", data_type: TYPE_FP32, dims: [ -1 ] }',
+        '{ name: "token_log_probabilities", data_type: TYPE_FP32, dims: [ -1, -1 ] }',
     ),
-    "gpt": ('{ name: "result", data_type: TYPE_INT32, dims: [ -1 ] }',),
+    "gpt": (
+        '{ name: "result", data_type: TYPE_INT32, dims: [ -1 ] }',
+        '{ name: "token_log_probabilities", data_type: TYPE_FP32, dims: [ -1 ] }',
+    ),
 }
 
 

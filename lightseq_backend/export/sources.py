@@ -10,7 +10,7 @@ from lightseq_backend.config import GptConfig
 from lightseq_backend.errors import ConfigError
 from lightseq_backend.export import arrays_file, fairseq, huggingface
 from lightseq_backend.export.model import Model
-from lightseq_backend.weights.layout import KINDS
+from lightseq_backend.weights import directory
 
 CHECKPOINT, ARRAYS = ".pt", ".npz"
 
@@ -21,8 +21,11 @@ def is_huggingface(source: Path) -> bool:
 
 def is_lightseqs(source: Path) -> bool:
     """Whether this is one of LightSeq's files, or a model directory with one: those leave open how they are read."""
-    found = [source] if source.is_file() else _weight_files(source)
-    return any(path.suffix in (".pb", ".hdf5") for path in found)
+    try:
+        path = directory.find(source).weights
+    except ConfigError:
+        return False
+    return path.suffix in (".pb", ".hdf5")
 
 
 def directory_of(source: Path) -> Path:
@@ -30,9 +33,10 @@ def directory_of(source: Path) -> Path:
     return source if source.is_dir() else source.parent
 
 
-def read(source: Path, forced_id: int | None = None, dialect: str = "head", kind: str | None = None) -> Model:
+def read(source: Path, forced_id: int | None = None, dialect: str | None = None, kind: str | None = None) -> Model:
     """The model of a Hugging Face directory, a fairseq checkpoint or a directory with one, arrays in an .npz file, a
-    weight file or a model directory. dialect and kind: of LightSeq's files, as in weights.load.
+    weight file or a model directory. dialect and kind: of LightSeq's files, as in weights.load; None is what the
+    directory's config.pbtxt says.
 
     ConfigError where it is none of them or asks for what is not supported, WeightError for what is wrong with the file.
     """
@@ -46,30 +50,24 @@ def read(source: Path, forced_id: int | None = None, dialect: str = "head", kind
     return replace(model, config=replace(model.config, forced_id=forced_id))
 
 
-def _read(source: Path, dialect: str, kind: str | None) -> Model:
+def _read(source: Path, dialect: str | None, kind: str | None) -> Model:
     if not source.exists():
         raise ConfigError(f"{source} does not exist")
     if source.is_dir():
         if any(source.glob(f"*{CHECKPOINT}")):
             return fairseq.read(source)
-        found = _weight_files(source)
-        if len(found) == 1:
-            return _read(found[0], dialect, kind)
-        raise ConfigError(
-            f"{source} has neither config.json (Hugging Face) nor a {CHECKPOINT} file (fairseq), and "
-            f"{len(found) or 'none'} of the files that a model directory's weights are called"
-        )
+        try:
+            found = directory.find(source)
+        except ConfigError as error:
+            raise ConfigError(
+                f"{source} has neither config.json (Hugging Face) nor a {CHECKPOINT} file (fairseq): {error}"
+            ) from None
+        return _read(found.weights, dialect or found.dialect, kind or found.kind)
     if source.suffix == CHECKPOINT:
         return fairseq.read(source)
     if source.suffix == ARRAYS:
         return arrays_file.read(source)
     if source.suffix in weights.SUFFIXES:
-        return Model(*weights.load_stored(source, dialect, kind), notes=[])
+        return Model(*weights.load_stored(source, dialect or "head", kind), notes=[])
     known = ", ".join((CHECKPOINT, ARRAYS, *weights.SUFFIXES))
     raise ConfigError(f"{source} is no source: give a directory or a file that ends in {known}")
-
-
-def _weight_files(directory: Path) -> list[Path]:
-    """Those that have the name of a model directory's weights."""
-    named = (directory / f"{kind}{suffix}" for kind in KINDS for suffix in weights.SUFFIXES)
-    return [path for path in named if path.is_file()]

@@ -37,6 +37,11 @@ def can_search(device: Device, inner: int, half: bool) -> bool:
     return device.capability == 90 and half and inner % _STAGE == 0
 
 
+def packed_width(wide: int) -> int:
+    """Columns that `packed` has for so many."""
+    return -(-wide // _OUTPUTS) * _OUTPUTS
+
+
 def packed(weight: Any) -> Any:
     """W [inner, wide], NumPy or CuPy, in the order the kernels read it: [ceil(wide / 64)][inner / 8][64][8]."""
     inner, wide = weight.shape

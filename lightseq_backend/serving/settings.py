@@ -13,9 +13,11 @@ from lightseq_backend.config import DIALECTS, Config, EngineConfig, GptConfig
 from lightseq_backend.errors import ConfigError
 from lightseq_backend.request import SCORE
 from lightseq_backend.serving.wire import GPT, TRANSFORMER, Wire, read_wire
+from lightseq_backend.weights.directory import find_weights, tokenizer_directories
 
 DEVICES = {"CPU": "cpu", "GPU": "cuda"}  # by Triton's instance kind
-PRECISIONS = {"cpu": ("fp32", "int8"), "cuda": ("fp16", "fp32", "int8")}  # by device, the default first
+INT8 = "int8"
+PRECISIONS = {"cpu": ("fp32", INT8), "cuda": ("fp16", "fp32", INT8)}  # by device, the default first
 # Fields of EngineConfig.
 SIZES = ("slots", "max_beam_size", "queue", "queue_tokens", "queue_seconds", "prompt_tokens", "burst")
 QUEUE_TOKENS, QUEUE_SECONDS = 1 << 18, 300  # by default, or a full batch of the longest rows
@@ -24,8 +26,8 @@ QUEUE_TOKENS, QUEUE_SECONDS = 1 << 18, 300  # by default, or a full batch of the
 TIMES = {"step_seconds": 60, "drain_seconds": 20}
 BURSTS = {"cpu": 1, "cuda": 4}  # the host's part of a burst must fit into the device's
 PARAMETERS = ("weights", "dialect", "precision", *SIZES, *TIMES, "tokenizer", "source_language")
-SUFFIXES = (".pb", ".hdf5", ".safetensors")  # of weight files, in the order in which they are looked for
-MODEL_TYPES = {"Transformer": TRANSFORMER, "Gpt": GPT}  # LightSeq's own parameter: what `model_type` may be
+# LightSeq's own parameter: what `model_type` may be. Its file says whether weights are int8.
+MODEL_TYPES = {"Transformer": TRANSFORMER, "Gpt": GPT, "QuantTransformer": TRANSFORMER, "QuantGpt": GPT}
 TRITON_PARAMETERS = ("FORCE_CPU_ONLY_INPUT_TENSORS", "EXECUTION_ENV_PATH")
 
 
@@ -96,14 +98,18 @@ def read_settings(args: Mapping[str, str], environment: Mapping[str, str] = os.e
     _check_parameters(given, device, wire, faults)
     sizes, times = _whole_numbers(given, SIZES, faults), _whole_numbers(given, tuple(TIMES), faults)
     _check_policies(model_config, faults)
-    weights = _find_weights(args, given, model_config, wire.form.kind, environment, faults) if wire else None
-    tokenizer = _tokenizer_directories(args, given, weights, faults)
+    directory, model = Path(args["model_repository"]), args["model_name"]
+    weights = None
+    if wire:
+        filename = model_config.get("default_model_filename", "")
+        weights = find_weights(directory, model, (wire.form.kind,), given, filename, environment, faults)
+    tokenizer = tokenizer_directories(directory, given, weights, faults)
     if faults:
         raise ConfigError("\n".join(faults))
     assert wire is not None
     assert weights is not None
     return Settings(
-        model=args["model_name"],
+        model=model,
         instance=args["model_instance_name"],
         version=args["model_version"],
         device=device,
@@ -154,45 +160,3 @@ def _check_policies(model_config: Mapping[str, Any], faults: list[str]) -> None:
     if model_config.get("response_cache", {}).get("enable"):
         # The cache's key leaves a request's parameters out: one request would get the text of another's options.
         faults.append("response_cache is enabled; Triton's cache does not tell requests with different options apart")
-
-
-def _find_weights(
-    args: Mapping[str, str],
-    given: Mapping[str, str],
-    model_config: Mapping[str, Any],
-    kind: str,
-    environment: Mapping[str, str],
-    faults: list[str],
-) -> Path | None:
-    """The file that the parameter `weights` names, relative to the model's directory, or else the first found of
-    default_model_filename, <kind>.pb, <model>.pb and the same with .hdf5 and .safetensors in that directory or, as
-    LightSeq V0 has it, in $MODEL_ZOO/<model>."""
-    directory, model = Path(args["model_repository"]), args["model_name"]
-    if "weights" in given:
-        candidates = [directory / given["weights"]]
-    else:
-        filename = model_config.get("default_model_filename", "")
-        # For the Python backend this names the program; a LightSeq user's names the weights.
-        names = [] if filename.endswith((".py", ".so")) or not filename else [filename]
-        names += dict.fromkeys(f"{stem}{suffix}" for suffix in SUFFIXES for stem in (kind, model))
-        zoo = [Path(environment["MODEL_ZOO"]) / model] if environment.get("MODEL_ZOO") else []
-        candidates = [place / name for place in (directory, *zoo) for name in names]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate.resolve()
-    faults.append(f"no weights; looked for {', '.join(map(str, candidates))}")
-    return None
-
-
-def _tokenizer_directories(
-    args: Mapping[str, str], given: Mapping[str, str], weights: Path | None, faults: list[str]
-) -> tuple[Path, ...]:
-    """The directory that the parameter `tokenizer` names, relative to the model's, or else the model's own and the one
-    of its weights, which models may share."""
-    directory = Path(args["model_repository"])
-    if "tokenizer" not in given:
-        return tuple(dict.fromkeys((directory, weights.parent))) if weights else (directory,)
-    named = directory / given["tokenizer"]
-    if not named.is_dir():
-        faults.append(f"parameter tokenizer is {given['tokenizer']!r}, but {named} is not a directory")
-    return (named,)

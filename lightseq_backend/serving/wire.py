@@ -13,12 +13,11 @@ from lightseq_backend.config import Config, GptConfig
 from lightseq_backend.errors import RequestError
 from lightseq_backend.request import GENERATE, NORMAL, PRIORITIES, SCORE, Decode, Hypothesis, Output
 from lightseq_backend.serving.control import CONTROLS
+from lightseq_backend.weights.directory import INPUTS
+from lightseq_backend.weights.layout import GPT, TRANSFORMER
 
-TRANSFORMER, GPT = "transformer", "gpt"  # the kinds of weight files, as weights.load calls them
 ALL, BEST, SOME = "all", "best", "some"
 
-# The names that LightSeq's servers and clients use, V0's and those of the releases after it.
-INPUTS = {"source_ids": TRANSFORMER, "src_ids:0": TRANSFORMER, "token_ids": GPT, "inputs_ids": GPT}
 INTEGERS: dict[str, type[np.generic]] = {"TYPE_INT32": np.int32, "TYPE_INT64": np.int64}
 FLOATS: dict[str, type[np.generic]] = {"TYPE_FP32": np.float32}
 BOOLEANS: dict[str, type[np.generic]] = {"TYPE_BOOL": np.bool_}

@@ -238,9 +238,16 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def _huggingface(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     tokens = arrays["source.tokens"] / np.float32(np.sqrt(CONFIG.hidden))
     state = dict.fromkeys(("model.shared.weight", "lm_head.weight"), tokens)
-    for side, layers in (("encoder", CONFIG.encoder_layers), ("decoder", CONFIG.decoder_layers)):
+    for side in ("encoder", "decoder"):
         state[f"model.{side}.embed_tokens.weight"] = tokens
         state |= _norm(f"model.{side}.layer_norm", arrays, f"{side}.norm")
+    return state | huggingface_layers(CONFIG, arrays)
+
+
+def huggingface_layers(config: TransformerConfig, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Both stacks as Hugging Face names them; each LayerNorm goes to the sublayer whose name it has here."""
+    state: dict[str, np.ndarray] = {}
+    for side, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
         for i in range(layers):
             ours, theirs = f"{side}.{i}.", f"model.{side}.layers.{i}."
             own = "attention" if side == "encoder" else "self"

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
+import tritonclient.grpc as triton
+from tokenizers import Tokenizer
 
 from lightseq_client import Client, Words
 
@@ -18,6 +24,8 @@ COUNTING = "twelve , thirteen , fourteen ,"
 SEED = 5
 RIGHT = "twenty-one , twenty-two , twenty-three"
 WRONG = "twenty-one , forty , twenty-three"
+PROMPTS = ["To mount the file system when the machine starts,", "If the connection is closed by the server,"]
+SENTENCE = "The file system is mounted when the elephant starts."
 
 
 def main() -> None:
@@ -31,6 +39,8 @@ def main() -> None:
         hypotheses(grpc)
         generate(http)
         score(grpc)
+        continue_english(grpc)
+    surprise(addresses.grpc)
 
 
 def translate(client: Client) -> None:
@@ -62,6 +72,53 @@ def score(client: Client) -> None:
     codec = Words.for_generation(MODELS / "gpt")
     for text, loss in zip([RIGHT, WRONG], client.score([RIGHT, WRONG], codec=codec), strict=True):
         print(f"  {loss:7.4f}  {text}")
+
+
+def continue_english(client: Client) -> None:
+    print("\nEnglish technical prose continued (gpt_en: greedy, beam search, two samples with a seed):")
+    methods = (
+        {"sampling_method": "greedy"},
+        {"sampling_method": "beam_search", "beam_size": 4},
+        {"sampling_method": "topk", "top_k": 40, "temperature": 0.8, "seed": SEED},
+        {"sampling_method": "topk", "top_k": 40, "temperature": 0.8, "seed": SEED + 1},
+    )
+    for prompt in PROMPTS:
+        print(f"  {prompt}")
+        for options in methods:
+            (answer,) = client.generate([prompt], model="gpt_en", codec=Pieces(), max_new_tokens=32, **options)
+            text = answer.hypotheses[0].text.removeprefix(prompt).split("\n")[0]
+            print(f"    ...{text}")
+
+
+def surprise(address: str) -> None:
+    print("\nHow many bits each word of a sentence surprises it by (gpt_en_score):")
+    pieces = Pieces().tokenizer.encode(SENTENCE)
+    ids = triton.InferInput("token_ids", [1, len(pieces.ids)], "INT32")
+    ids.set_data_from_numpy(np.array([pieces.ids], np.int32))
+    with triton.InferenceServerClient(address) as client:
+        found = client.infer("gpt_en_score", [ids]).as_numpy("token_log_probabilities")[0]
+    bits: dict[int, float] = {}
+    for word, log_probability in zip(pieces.word_ids[1:], found):  # the first token is given, not guessed
+        bits[word] = bits.get(word, 0.0) - log_probability / math.log(2)
+    for word, surprised in bits.items():
+        first, last = pieces.word_to_chars(word)
+        print(f"  {surprised:5.1f}  {SENTENCE[first:last].strip():<10} {'#' * round(surprised)}")
+
+
+class Pieces:
+    """What lightseq_client asks of a codec, by the tokenizer of gpt_en."""
+
+    def __init__(self) -> None:
+        self.tokenizer = Tokenizer.from_file(str(MODELS / "gpt_en" / "tokenizer.json"))
+        self.end_id: int | None = self.tokenizer.token_to_id("<|endoftext|>")
+        self.padding_id: int | None = None
+
+    def encode(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.encode(text).ids
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return str(self.tokenizer.decode(list(ids)))
 
 
 if __name__ == "__main__":

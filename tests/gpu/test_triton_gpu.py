@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from held_out_english import HELD_OUT, WITHIN, perplexity, pytorch_perplexity
 from repositories import TRANSFORMER, ask, ask_later, grpc, http, write_model
 from test_trained_models import COUNTER, REPOSITORY, TRANSLATOR, count_on, engine_of, pairs
 from test_trained_models import Words as Vocabulary
@@ -27,7 +28,7 @@ from lightseq_backend.serving.embedded import TRITON_VARIABLE, EmbeddedServer, f
 from lightseq_client import Client, Words
 
 DEVICE, KIND = "gpu", "KIND_GPU"
-SHIPPED = ("transformer", "transformer_generate", "gpt", "gptlm")
+SHIPPED = ("transformer", "transformer_generate", "gpt", "gptlm", "gpt_en_score")
 ADMIN = {"admin-key": "test"}
 SENTENCES = [sentence for sentence, _ in pairs("held_out.tsv")[::31]]
 PROMPTS = [prompt for prompt, _ in pairs("counting.tsv")[::10]]
@@ -119,6 +120,12 @@ def test_losses_are_those_of_the_cpu(server: EmbeddedServer) -> None:
         found = client.score(TEXTS, codec=codec)
     expected = [output.loss for output in engine_of(COUNTER).answer([codec.encode(text) for text in TEXTS], SCORE)]
     np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_english_has_the_perplexity_that_pytorch_gives_it(server: EmbeddedServer) -> None:
+    with grpc(server.grpc) as client:
+        found = [ask(client, "gpt_en_score", "token_ids", [one["ids"]])["log_probability"].item() for one in HELD_OUT]
+    assert perplexity(found) == pytest.approx(pytorch_perplexity(), rel=WITHIN["fp16"])
 
 
 def test_many_at_once_get_what_each_gets_alone(server: EmbeddedServer, translated: list[Output]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.peers import huggingface_layers
+from benchmarks.peers import huggingface_layers, huggingface_settings
 from lightseq_backend import local, weights
 from lightseq_backend.config import TransformerConfig
 
@@ -46,25 +46,12 @@ def settings(config: TransformerConfig) -> Any:
     from transformers import MarianConfig
 
     return MarianConfig(
-        vocab_size=config.target_vocabulary,
         decoder_vocab_size=config.target_vocabulary,
-        d_model=config.hidden,
-        encoder_layers=config.encoder_layers,
-        decoder_layers=config.decoder_layers,
-        encoder_attention_heads=config.heads,
-        decoder_attention_heads=config.heads,
-        encoder_ffn_dim=config.inner,
-        decoder_ffn_dim=config.inner,
-        max_position_embeddings=config.max_positions,
-        activation_function=config.activation,
-        scale_embedding=True,
         share_encoder_decoder_embeddings=True,
         tie_word_embeddings=True,
-        pad_token_id=config.padding_id,
-        decoder_start_token_id=config.start_id,
-        eos_token_id=config.end_id,
         bos_token_id=config.end_id,
         forced_eos_token_id=config.end_id,
+        **huggingface_settings(config),
     )
 
 

@@ -207,23 +207,27 @@ def m2m100_config(config: TransformerConfig) -> Any:
     """The same network as Hugging Face's M2M100; both sides share one embedding there."""
     from transformers import M2M100Config
 
-    return M2M100Config(
-        vocab_size=config.target_vocabulary,
-        d_model=config.hidden,
-        encoder_layers=config.encoder_layers,
-        decoder_layers=config.decoder_layers,
-        encoder_attention_heads=config.heads,
-        decoder_attention_heads=config.heads,
-        encoder_ffn_dim=config.inner,
-        decoder_ffn_dim=config.inner,
-        max_position_embeddings=config.max_positions,
-        activation_function=config.activation,
-        scale_embedding=True,
-        pad_token_id=config.padding_id,
-        bos_token_id=config.start_id,
-        eos_token_id=config.end_id,
-        decoder_start_token_id=config.start_id,
-    )
+    return M2M100Config(bos_token_id=config.start_id, **huggingface_settings(config))
+
+
+def huggingface_settings(config: TransformerConfig) -> dict[str, Any]:
+    """What the settings of all its encoder-decoder models have in common."""
+    return {
+        "vocab_size": config.target_vocabulary,
+        "d_model": config.hidden,
+        "encoder_layers": config.encoder_layers,
+        "decoder_layers": config.decoder_layers,
+        "encoder_attention_heads": config.heads,
+        "decoder_attention_heads": config.heads,
+        "encoder_ffn_dim": config.inner,
+        "decoder_ffn_dim": config.inner,
+        "max_position_embeddings": config.max_positions,
+        "activation_function": config.activation,
+        "scale_embedding": True,
+        "pad_token_id": config.padding_id,
+        "eos_token_id": config.end_id,
+        "decoder_start_token_id": config.start_id,
+    }
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

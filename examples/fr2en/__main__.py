@@ -13,6 +13,7 @@ from pathlib import Path
 
 from examples.fr2en import gather, prepare, train
 
+MODEL = Path("model_repository/fr2en")
 TOKENIZER = ("source.spm", "target.spm", "vocab.json")
 
 
@@ -20,13 +21,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("build/fr2en"), help="default: build/fr2en")
     parser.add_argument("--seconds", type=float, default=480, help="of training (default: 480, meant for a GPU)")
+    parser.add_argument("--model", type=Path, default=MODEL, help="what is replaced (default: %(default)s)")
     options = parser.parse_args()
     data: Path = options.data
     gather.gather(gather.listed(), data)
     prepare.prepare(data)
     train.train(data, data / "trained", options.seconds, train.Settings())
     convert(data)
-    test = ["--model", str(data / "fr2en"), "--test", str(data / "test.tsv")]
+    shutil.copytree(data / "fr2en", options.model, dirs_exist_ok=True)
+    test = ["--model", str(options.model), "--test", str(data / "test.tsv")]
     subprocess.run([sys.executable, "-m", "examples.fr2en.evaluate", *test], check=True)
 
 

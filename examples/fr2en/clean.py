@@ -29,30 +29,6 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _OLD_CONTEXT = re.compile(r"^_: ?[^\n]*\n")  # KDE before 4
-_WORDS = 60
-_SHARE_OF_LETTERS = 0.5
-_RATIO = 2.5  # of the longer side's characters to the shorter's, after 12 on each
-_SLACK = 12
-
-# A format code of C, Python, Qt, Boost or a shell: %s %1$s %-10.3lf %(name)s %1 {0} {name} ${name}. One left on one
-# side alone is a translator's slip, or a text whose percent sign is a percent sign.
-FORMAT_CODE = re.compile(
-    r"%\([A-Za-z_]\w*\)[-+#0]*\d*(?:\.\d+)?[a-zA-Z]"
-    r"|%(?:\d+\$)?[-+#0]*(?:\d+|\*)?(?:\.(?:\d+|\*))?(?:hh|h|ll|l|z|j|t)?[diouxXeEfgGcsp](?![a-zA-Z])"
-    r"|%L?\d{1,2}"
-    r"|\$?\{[A-Za-z0-9_.:]*\}"
-)
-_TAG = re.compile(
-    r"</?(?:a|abbr|app|application|b|big|blockquote|body|br|center|code|command|div|em|emphasis|filename|font|guibutton"
-    r"|guilabel|guimenu|guimenuitem|h[1-6]|head|hr|html|i|icode|img|interface|item|kbd|keycap|keycombo|li|link|literal"
-    r"|menuchoice|menuitem|nobr|note|ol|option|p|para|placeholder|pre|qt|replaceable|resource|s|screen|shortcut|small"
-    r"|span|strong|sub|sup|table|tbody|td|th|title|tr|tt|u|ul|userinput|var|warning)(?:\s[^<>]*)?/?>",
-    re.IGNORECASE,
-)
-_OLD_CONTEXT = re.compile(r"^_: ?[^\n]*\n")  # KDE before 4
-_QUOTES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "“": '"', "”": '"', "`": "'", "…": "...", "\u2011": "-"})
-_GUILLEMETS = re.compile(r"«\s*|\s*»")
-_BLANK_BEFORE_SIGN = re.compile(r"\s+([:;!?])(?=\s|$)")
 _BLANKS = "\u00a0\u2002\u2003\u2007\u2009\u202f"
 _SIGNS = {"’": "'", "‘": "'", "ʼ": "'", "`": "'", "“": '"', "”": '"', "«": '"', "»": '"', "…": "...", "\u2011": "-"}
 

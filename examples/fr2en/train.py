@@ -207,7 +207,7 @@ class Pairs:
     def _plan(self, tokens: int, draw: np.random.Generator) -> list[np.ndarray]:
         """Indices of one epoch's batches: pairs sorted by width and length within pools of _POOL batches."""
         order = draw.permutation(len(self))
-        pool = int(_POOL * tokens / float((self.source.lengths + self.target.lengths).mean()))
+        pool = 1 + int(_POOL * tokens / float((self.source.lengths + self.target.lengths).mean()))
         plan: list[np.ndarray] = []
         for start in range(0, len(order), pool):
             part = order[start : start + pool]

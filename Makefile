@@ -86,6 +86,11 @@ train: setup ## Train both shipped models anew, in under ten minutes (installs P
 	@./setup.sh train
 	@$(python) -m examples.numbers.train
 
+.PHONY: fr2en
+fr2en: setup ## Gather Debian's French catalogues and train model_repository/fr2en on them (wants a GPU; 1.1 GB of packages)
+	@./setup.sh fr2en
+	@$(python) -m examples.fr2en
+
 .PHONY: gpt
 gpt: setup ## Gather English prose from Debian packages and train model_repository/gpt_en on it (wants a GPU; 2 GB of packages)
 	@./setup.sh gpt

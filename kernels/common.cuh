@@ -52,7 +52,16 @@ struct Slot {
     int stopping;
     int pool_length;
     float pool_score;
+    int looked_at;
+    int more;
+    int more_ends[8];
 };
+
+__device__ __forceinline__ bool ends(const Slot& slot, int token) {
+    bool found = token == slot.end_id;
+    for (int i = 0; i < slot.more; i++) found |= token == slot.more_ends[i];
+    return found;
+}
 
 // Sixteen bytes at a time, as floats: eight halves or four floats.
 #if HALF

@@ -126,7 +126,7 @@ __device__ __forceinline__ void advance(Sequence& sequence, const Best& best, in
         bool mine = beam < record.width;
         Offer made = {};
         if (mine) made = offer(sequence, best, parents[beam], ranks[beam]);
-        int finished = made.token == record.end_id;
+        int finished = ends(record, made.token);
         bool all = __all_sync(FULL_WARP, !mine || finished);
         int done = all || record.generated + 1 >= record.limit;
         if (mine) {
@@ -261,8 +261,7 @@ vocabulary_beam_step(const int* rows, Slot* slots, int* ancestors, int* history,
     advance(sequence, best, parents, ranks, slots, ancestors, history, details, steps);
 }
 
-// best_of_tiles: the best tokens of each row of a standard search, twice as many as its sequence has beams, and their
-// log-probabilities.
+// best_of_tiles: the best tokens of each row of a standard search, as many as it looks at, and their log-probabilities.
 //   rows int32 [n]   slots Slot [lanes]   statistics float2 [n, tiles]   choices Choice [n, tiles, count]
 //   ids int32, log_probabilities float [n, count], count <= MAX_WIDTH
 //   grid n; block 1024; static shared memory 9 KiB; moves n * tiles * (2 + 2 * count) words
@@ -273,7 +272,7 @@ best_of_tiles(const int* rows, const Slot* slots, const float2* statistics, cons
     __shared__ float2 totals[MERGING_WARPS];
     launch_next();
     const Slot* slot = slots + rows[blockIdx.x];
-    const int wanted = least(count, 2 * slot->width);
+    const int wanted = least(count, slot->looked_at);
     const bool searches = slot->method == STANDARD && slot->width > 0 && !slot->done;
     wait_for_previous();
     if (!searches) return;

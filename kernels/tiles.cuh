@@ -38,10 +38,7 @@ __device__ __forceinline__ void summarise(float* logits, int row, int tile, bool
     constexpr int NO_ID = 0x7fffffff;
     const float none = __int_as_float(0x7fffffff);
     int member = threadIdx.x % 8, wanted = there ? of.best : 0;
-    if (there && of.slots) {
-        const Slot& slot = of.slots[of.rows[row]];
-        wanted = min(wanted, slot.method == STANDARD ? 2 * slot.width : slot.width);
-    }
+    if (there && of.slots) wanted = min(wanted, of.slots[of.rows[row]].looked_at);
     float4* groups = reinterpret_cast<float4*>(logits) + member;  // eight apart
     float4 values[TILE / 32];
     float best[TILE / 32], most, sum = 0;

@@ -42,6 +42,7 @@ serve: setup ## Serve model_repository in the foreground until Ctrl-C
 .PHONY: test
 test: setup ## Run all tests that need no GPU
 	@./setup.sh kernels
+	@./setup.sh ray
 	@OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false \
 	    $(python) -m pytest --durations=15 -n $(cores) --maxprocesses 4 --dist loadfile $(TESTS)
 

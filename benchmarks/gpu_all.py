@@ -55,7 +55,9 @@ def _arguments() -> argparse.Namespace:
     made = argparse.ArgumentParser(prog="python -m benchmarks.gpu_all", description=__doc__.split("\n")[0])
     made.add_argument("--quick", action="store_true", help="what the README's table needs: models and peers, fp16")
     made.add_argument("--compile", action="store_true", help="peers also under torch.compile: minutes a model")
-    made.add_argument("--precision", help="fp16, fp32 or both with a comma between (default: both; --quick: fp16)")
+    made.add_argument(
+        "--precision", help="of fp16, fp32, int8, with commas between (default: fp16,fp32; --quick: fp16)"
+    )
     made.add_argument("--only", help=f"programs with commas between: {','.join(PROGRAMS)}")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny models, to try the programs")
     made.add_argument("--records", type=Path, default=ROOT / "build" / "gpu_records", help="folder of records")

@@ -17,6 +17,7 @@ from lightseq_backend import ops
 from lightseq_backend.serving.device import gpu_obstacle
 
 COPIED = 1 << 30  # bytes of the device copy that bandwidth is measured with; it reads and writes as many
+_ARITHMETIC = {"int8": "fp16"}  # of precisions whose products are another's
 _FACTORS = {"fp16": 8192, "fp32": 4096}  # side of the square product that arithmetic is measured with
 
 
@@ -62,7 +63,7 @@ def measure(device: str, precisions: Sequence[str]) -> Rates:
         source, destination = np.ones(1 << 26, np.uint8), np.zeros(1 << 26, np.uint8)
         seconds = device_seconds(HostClock(), lambda: np.copyto(destination, source), 1, 5)
         return Rates(2 * source.nbytes / seconds, {})
-    rates = Rates(_copy_rate(), {precision: _product_rate(precision) for precision in precisions})
+    rates = Rates(_copy_rate(), {each: _product_rate(_ARITHMETIC.get(each, each)) for each in precisions})
     release(device)
     return rates
 

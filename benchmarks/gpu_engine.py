@@ -21,6 +21,7 @@ from lightseq_backend.engine import Engine
 from lightseq_backend.engine.graphs import SEARCHING
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
+from lightseq_backend.ops.cpu import Folded
 from lightseq_backend.request import SCORE, Request, Sequence
 from lightseq_backend.serving.settings import BURSTS
 
@@ -267,7 +268,11 @@ def _copy(weight: Any) -> Any:
 
 def _streamed(linear: Any) -> Any:
     """The array of a weight that a product of few rows reads."""
-    return linear.weight.packed if hasattr(linear.weight, "packed") else linear.weight
+    weight = linear.weight
+    if isinstance(weight, Folded):
+        return weight.weight
+    forms = (getattr(weight, form, None) for form in ("packed", "grouped", "plain"))
+    return next((array for array in forms if array is not None), weight)
 
 
 _STREAM = """

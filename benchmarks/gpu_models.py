@@ -12,7 +12,9 @@ from lightseq_backend.config import Config, DecodingOptions, GptConfig, Transfor
 
 BEAMS = 4
 PROMPT = 32  # tokens of a GPT prompt, and as many are generated
-SIZES = {"fp16": 2, "fp32": 4}  # bytes of a number, by precision
+SIZES = {"fp16": 2, "fp32": 4, "int8": 2}  # bytes of a number, by precision
+_WEIGHT_SIZES = SIZES | {"int8": 1}
+_SCALE = 4  # bytes of a column's, in int8
 _BLOCK = 4_194_301  # random numbers there are; a prime, so that no two rows of a table are equal
 _NEVER = -1e4  # bias of the end id: every search takes all the steps it may
 
@@ -72,30 +74,47 @@ def rows(model: Model, batch: int, length: int) -> list[np.ndarray]:
     return [3 + (np.arange(length) + 7 * i) % usable for i in range(batch)]
 
 
+def weight_bytes(narrow: int, wide: int, precision: str) -> int:
+    """Of a matrix, with the scales that int8 has."""
+    return narrow * wide * _WEIGHT_SIZES[precision] + (_SCALE * wide if precision == "int8" else 0)
+
+
 def decoder_bytes(model: Model, precision: str) -> int:
     """Matrices that a decode step reads, once each."""
-    hidden, inner, _, layers, vocabulary, _ = model.shape
-    attention = (6 if model.translates else 4) * hidden**2
-    return SIZES[precision] * (layers * (attention + 2 * hidden * inner) + hidden * vocabulary)
+    hidden, _, _, layers, vocabulary, _ = model.shape
+    cross = [(hidden, hidden)] * 2 if model.translates else []
+    matrices = layers * (_layer_matrices(model) + cross) + [(hidden, vocabulary)]
+    return sum(weight_bytes(*matrix, precision) for matrix in matrices)
 
 
 def reading_bytes(model: Model, precision: str) -> int:
     """Matrices that reading sources or prompts takes: the encoder's and the decoder's memory, or all layers'."""
-    hidden, inner, _, layers, _, _ = model.shape
-    return SIZES[precision] * layers * ((6 if model.translates else 4) * hidden**2 + 2 * hidden * inner)
+    return sum(weight_bytes(*matrix, precision) for matrix in _reading_matrices(model))
 
 
 def reading_operations(model: Model, batch: int, length: int) -> int:
     """Multiplications and additions of that pass: its products with weights, and attention (half of it if causal)."""
     hidden, _, _, layers, _, _ = model.shape
     attention = 4 * batch * length**2 * hidden // (1 if model.translates else 2)
-    return 2 * batch * length * reading_bytes(model, "fp16") // SIZES["fp16"] + layers * attention
+    products = sum(narrow * wide for narrow, wide in _reading_matrices(model))
+    return 2 * batch * length * products + layers * attention
 
 
 def scoring_operations(model: Model, batch: int, length: int) -> int:
     """Those of reading texts and of the logits of all their tokens."""
     logits = 2 * batch * length * model.shape.hidden * model.shape.vocabulary
     return reading_operations(model, batch, length) + logits
+
+
+def _layer_matrices(model: Model) -> list[tuple[int, int]]:
+    """[inner, wide] of self-attention and FFN."""
+    hidden, inner = model.shape.hidden, model.shape.inner
+    return [(hidden, 3 * hidden), (hidden, hidden), (hidden, inner), (inner, hidden)]
+
+
+def _reading_matrices(model: Model) -> list[tuple[int, int]]:
+    memory = [(model.shape.hidden, 2 * model.shape.hidden)] if model.translates else []
+    return model.shape.layers * (_layer_matrices(model) + memory)
 
 
 def _transformer(shape: Shape) -> tuple[TransformerConfig, dict[str, np.ndarray]]:

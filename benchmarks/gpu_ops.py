@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from benchmarks import gpu_device, gpu_engine, gpu_models
 from benchmarks.gpu_device import Rates
 from benchmarks.gpu_engine import Decoding, Engine
-from benchmarks.gpu_models import MODELS, SIZES, TINY, Model
+from benchmarks.gpu_models import MODELS, SIZES, TINY, Model, weight_bytes
 from benchmarks.gpu_records import OURS, Record, Recorder, parser, precisions
 from benchmarks.gpu_timing import device_seconds
 from lightseq_backend.ops.slots import SAMPLE, SLOT
@@ -194,7 +194,7 @@ class Operations:
     def _product(self, name: str, per_step: int, x: Any, wide: int, call: Callable[[Any], Any]) -> Operation:
         """Weights, x and the result."""
         linears, narrow = self._subject.chains[name], x.shape[1]
-        size = self._size * (narrow * wide + self._count * (narrow + wide))
+        size = weight_bytes(narrow, wide, self._subject.precision) + self._size * self._count * (narrow + wide)
         return Operation(name, per_step, size, lambda i: call(linears[i]), len(linears))
 
     def _self_attention(self) -> Operation:

@@ -114,14 +114,17 @@ def parser(name: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("--records", type=Path, help="file that records are appended to, a line of JSON each")
     made.add_argument("--quick", action="store_true", help="only what the README's table needs")
     made.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: tiny models, to try the program")
-    made.add_argument("--precision", help="fp16, fp32 or both with a comma between (default: both; --quick: fp16)")
+    made.add_argument(
+        "--precision", help="of fp16, fp32, int8, with commas between (default: fp16,fp32; --quick: fp16)"
+    )
     return made
 
 
 def precisions(options: argparse.Namespace) -> list[str]:
+    asked: list[str] = (options.precision or ("fp16" if options.quick else "fp16,fp32")).split(",")
     if options.device == "cpu":
-        return ["fp32"]
-    return (options.precision or ("fp16" if options.quick else "fp16,fp32")).split(",")
+        return [precision for precision in asked if precision == "int8"] or ["fp32"]
+    return asked
 
 
 def versions(*packages: str) -> dict[str, str]:

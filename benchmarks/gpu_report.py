@@ -18,7 +18,7 @@ from benchmarks.gpu_records import OURS, Record, read
 
 HERE = Path(__file__).parent
 TITLES = {name: model.title for name, model in (MODELS | TINY).items()}
-PRECISIONS = ("fp16", "fp32")
+PRECISIONS = ("fp16", "int8", "fp32")
 STEP = "decode step"
 PLOTTED = ("big", "fp16", 24)  # model, precision, length of the plot
 

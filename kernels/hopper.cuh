@@ -1,5 +1,5 @@
-// hopper: the instructions that Hopper alone has (sm_90a): tensor maps, bulk copies that end at a barrier in shared memory,
-// products of a warpgroup from shared memory. Only where HALF.
+// hopper: the instructions that Hopper alone has (sm_90a): tensor maps, bulk copies that end at a barrier in shared
+// memory, products of a warpgroup from shared memory. Only where HALF.
 
 #ifndef CUDA_ON_CPU  // tests/cuda_on_cpu/hopper.h defines the same for g++
 

@@ -3,11 +3,15 @@
 //   ROWS    rows a block takes: a multiple of 8, up to 64. blockIdx.x counts such groups
 //   WARPS   warps of a block, 8 or 16; a block takes WARPS / 8 tiles at a time
 //   WEIGHT_BITS  as kernels/linear.cu
+//   NORM    whether x goes through the LayerNorm that is folded into W; 0 where it has, and columns have zeros for it
 //   MOST_DEPTH, PREFETCH  chunks of weights on their way to registers and to L2
 // Every sum has an order that depends on INNER alone: a row's result is the same whatever rows come with it.
 
 #include "tiles.cuh"
 
+#ifndef NORM
+#define NORM 1
+#endif
 #ifndef WARPS
 #define WARPS 8
 #endif
@@ -79,6 +83,10 @@ __device__ __forceinline__ void stage_rows(T* held, const Task& task) {
 // The mean and 1 / sqrt(variance + epsilon) of each row that is held, in two passes, by a warp a row.
 __device__ __forceinline__ void measure_rows(const T* held, float2* statistics, float epsilon) {
     constexpr int STEPS = up(INNER, 32 * LANE_WIDTH);
+    if (!NORM) {
+        for (int row = threadIdx.x; row < ROWS; row += THREADS) statistics[row] = make_float2(0.f, 1.f);
+        return;
+    }
     for (int row = threadIdx.x / 32; row < ROWS; row += WARPS) {
         const T* own = held + row * ROW_STRIDE;
         float sum = 0, squares = 0, values[LANE_WIDTH];

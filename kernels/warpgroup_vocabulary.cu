@@ -1,6 +1,6 @@
 // warpgroup_vocabulary: what kernels/vocabulary.cu does, for up to 128 rows, by the instructions that Hopper alone has:
 // the copy engine streams the weights while warpgroups multiply and, once a tile is complete, look for its best. With
-//   ROWS    rows a block takes: 8, 16, 32, 64 or 128; blockIdx.x counts such groups
+//   ROWS    rows a block takes: 64 or 128; blockIdx.x counts such groups
 //   INNER   width of x, a multiple of 64
 //   SPAN    tiles that a block takes at a time, 1 or 2
 //   DEPTH   stages under way
@@ -24,7 +24,8 @@ constexpr int LOGIT_BYTES = SPAN * ROWS * LOGIT_STRIDE * 4;
 constexpr int KEPT = ROWS > 64 ? DEPTH : 0;
 static_assert(DEPTH <= STAGES || !KEPT, "logits would take a stage of the next tile");
 
-// Shared memory, as warpgroup_launch.py counts it: stages, logits [SPAN][ROWS][LOGIT_STRIDE], columns, moments, barriers.
+// Shared memory, as warpgroup_launch.py counts it: stages, logits [SPAN][ROWS][LOGIT_STRIDE], columns, moments,
+// barriers.
 constexpr int LOGITS_AT = KEPT ? 0 : DEPTH * STAGE_BYTES;
 constexpr int COLUMNS_AT = most(DEPTH * STAGE_BYTES, LOGITS_AT + LOGIT_BYTES);
 constexpr int MOMENTS_AT = COLUMNS_AT + SPAN * TILE * 16;
@@ -34,7 +35,7 @@ constexpr int BARRIERS_AT = MOMENTS_AT + ROWS * 8;
 //   x_map: of x half [count, INNER], boxes of [ROWS, 64], swizzled by 128 bytes; W half, packed by warpgroup_launch.py
 //   as [ceil(vocabulary / 64)][INNER / 8][64][8]
 //   grid (ceil(count / ROWS), blocks up to ceil(tiles / SPAN)), block THREADS, shared memory as above
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 64 ? 2 : 1)
 warpgroup_vocabulary(const __grid_constant__ TensorMap x_map, const __half* weight, const float* columns,
                      const __half* bias, const int* rows, const Slot* slots, float* logits, int stride,
                      float2* statistics, Choice* choices, int count, int vocabulary, int best, int banned,
@@ -120,13 +121,12 @@ warpgroup_vocabulary(const __grid_constant__ TensorMap x_map, const __half* weig
         return;
     }
 
-    const Wanted wanted = {rows, slots, logits, statistics, choices, stride, count, vocabulary, best, banned};
     auto together = [] { named_barrier(1, MULTIPLYING); };
     auto release = [&](int stage) {
         if (thread % 128 == 0) barrier_arrive(empty + stage % DEPTH);
     };
     for (int turn = 0; turn < turns; turn++) {
-        const int tile = tile_of(turn), at = warp * 16 + g, first = turn * STAGES;
+        const int tile = tile_of(turn), first = turn * STAGES;
         if (thread < SPAN * TILE) own_columns[thread] = load_column(columns, bias, tile * TILE + thread, vocabulary);
         float sums[ROWS / 8][4] = {};
         for (int stage = first; stage < first + STAGES; stage++) {
@@ -145,19 +145,24 @@ warpgroup_vocabulary(const __grid_constant__ TensorMap x_map, const __half* weig
         if (!KEPT) release(first + STAGES - 1);
         block_wait(measured, 0);
         together();  // all stages have been read, and the logits before
-        const Column column[2] = {own_columns[at], own_columns[at + 8]};
+        const int at = warp * 16 + g;
         float* own = held + (warp / 8 * ROWS + 2 * t) * LOGIT_STRIDE + warp % 8 * 16 + g;
-        const float2* own_moments = moments + 2 * t;
-        const bool inside[2] = {tile * TILE + at < vocabulary, tile * TILE + at + 8 < vocabulary};
 #pragma unroll
-        for (int n = 0; n < ROWS / 8; n++)
+        for (int half = 0; half < 2; half++) {  // eight ids further
+            const Column column = own_columns[at + 8 * half];
+            const bool inside = tile * TILE + at + 8 * half < vocabulary;
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int row = 8 * n + i % 2;
-                own[row * LOGIT_STRIDE + i / 2 * 8] =
-                    inside[i / 2] ? logit(sums[n][i], own_moments[row], column[i / 2], scale) : -INFINITE;
+            for (int n = 0; n < ROWS / 8; n++) {
+                // Of this row and the next.
+                const float4 both = *reinterpret_cast<const float4*>(moments + 8 * n + 2 * t);
+                const float one = logit(sums[n][2 * half], make_float2(both.x, both.y), column, scale);
+                const float other = logit(sums[n][2 * half + 1], make_float2(both.z, both.w), column, scale);
+                own[8 * n * LOGIT_STRIDE + 8 * half] = inside ? one : -INFINITE;
+                own[(8 * n + 1) * LOGIT_STRIDE + 8 * half] = inside ? other : -INFINITE;
             }
+        }
         together();
+        const Wanted wanted = {rows, slots, logits, statistics, choices, stride, count, vocabulary, best, banned};
         finish_tiles<SPAN, ROWS, MULTIPLYING>(held, tile, first_row, wanted, together);
         if (KEPT) {
             publish_writes();

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, suppress
-from itertools import islice, zip_longest
-from typing import TYPE_CHECKING, Any, BinaryIO
+from itertools import chain, islice, zip_longest
+from typing import Any, BinaryIO
 
-from lightseq_backend.answers import Answer, Failure, Score
 from lightseq_backend.config import DIALECTS, OPTION_TYPES
 from lightseq_backend.errors import RequestError
 from lightseq_backend.lines import STDIN, Lines, begin, resume
 from lightseq_backend.progress import Progress
 from lightseq_backend.serving.device import DEVICES
+from lightseq_backend.written import Written, open_model, written
 
-if TYPE_CHECKING:
-    from lightseq_backend.loaded import Model
-
+_WINDOWS, _SHARES = 8, 4  # of a worker's chunks: how long at most, and how many at least
 SOME_SKIPPED, INTERRUPTED, PIPE_CLOSED = 1, 130, 141  # the last two as a shell reports SIGINT and SIGPIPE
 ABOUT = {
     "translate": "Translate lines.",
@@ -62,6 +59,10 @@ def _add_files(command: argparse.ArgumentParser, task: str) -> None:
     command.add_argument(
         "--window", type=int, default=512, metavar="N",
         help="lines read ahead and sorted by length (%(default)s); 1: answer a line before the next is read",
+    )  # fmt: skip
+    command.add_argument(
+        "--workers", type=int, default=1, metavar="N",
+        help="processes that share the lines of files (%(default)s); more than one needs the extra `ray`",
     )  # fmt: skip
     if task == "score":
         command.add_argument("--targets", metavar="FILE", help="targets, a line a source, instead of tabs in the lines")
@@ -108,8 +109,6 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _answer_lines(options: argparse.Namespace) -> int:
-    from lightseq_backend.loaded import Model
-
     lines = Lines(options.files)
     targets = Lines([options.targets]) if getattr(options, "targets", None) else None
     changes = {name: value for name in OPTION_TYPES if (value := getattr(options, f"option_{name}", None)) is not None}
@@ -120,23 +119,53 @@ def _answer_lines(options: argparse.Namespace) -> int:
         options.window = 1
         _tell("a line at a time; Ctrl-D ends")
     with ExitStack() as opened:
-        model = opened.enter_context(
-            Model(
-                options.model, device=options.device, precision=options.precision, dialect=options.dialect,
-                tokenizer=options.tokenizer, source_language=options.source_language, slots=options.slots,
-                window=options.window,
-            )
-        )  # fmt: skip
+        if options.workers > 1:
+            return _share_out(options, lines, changes, opened)
+        model = opened.enter_context(open_model(options))
+        if targets and model.continues_texts:
+            raise RequestError("--targets is for translators; this model scores texts")
         file, done = _gone_on_with(options, opened) if options.resume else (None, 0)
-        answers = _answers(model, options, lines, targets, changes, done)
-        if file is None:  # only now: until all was checked an old file stays as it is
-            file = opened.enter_context(begin(options.output)) if options.output else sys.stdout.buffer
-        return _write(answers, file, options, lines, done)
+        answered = written(model, options, _rows(options, lines, targets, done), done, changes)
+        if file is None:
+            file = _output(options, opened)
+        return _write(answered, file, options, lines, done)
+
+
+def _share_out(options: argparse.Namespace, lines: Lines, changes: dict[str, Any], opened: ExitStack) -> int:
+    from lightseq_backend.workers import written_by_workers
+
+    total = lines.count()
+    if total is None:
+        raise RequestError("--workers shares out files, which are read again; standard input or a pipe is not")
+    file, done = _gone_on_with(options, opened) if options.resume else (None, 0)
+    if total < done:
+        raise _too_short(options, done, total)
+    # Long enough to fill a batch from, short enough that nobody works alone for long at the end.
+    most = min(_WINDOWS * options.window, max(1, -(-(total - done) // (_SHARES * options.workers))))
+    chunks = [*lines.chunks(most, done)]
+    answered = written_by_workers(options, chunks, changes, options.workers) if chunks else iter(())
+    first = [*islice(answered, 1)]
+    if file is None:
+        file = _output(options, opened)
+    return _write(chain(first, answered), file, options, lines, done)
+
+
+def _output(options: argparse.Namespace, opened: ExitStack) -> BinaryIO:
+    """To be called once all was checked: until then an old file stays as it is."""
+    return opened.enter_context(begin(options.output)) if options.output else sys.stdout.buffer
+
+
+def _too_short(options: argparse.Namespace, done: int, lines: int) -> RequestError:
+    return RequestError(f"{options.output} has {done} lines and the input only {lines}")
 
 
 def _check(options: argparse.Namespace, lines: Lines, targets: Lines | None, changes: dict[str, Any]) -> None:
     if options.resume and not options.output:
         raise RequestError("--resume needs --output: what was written to a pipe cannot be read again")
+    if options.workers < 1:
+        raise RequestError(f"--workers is {options.workers}; it must be at least 1")
+    if targets and options.workers > 1:
+        raise RequestError("--targets and --workers do not go together; give lines of source, tab and target")
     if options.output and (lines.includes(options.output) or (targets and targets.includes(options.output))):
         raise RequestError(f"{options.output} is read and written")
     if changes.get("num_hypotheses", 1) != 1 and not options.json:
@@ -152,27 +181,13 @@ def _gone_on_with(options: argparse.Namespace, opened: ExitStack) -> tuple[Binar
     return opened.enter_context(file), done
 
 
-# Lines to answers ----------------------------------------------------------------------------------------------------
-
-
-def _answers(
-    model: Model, options: argparse.Namespace, lines: Lines, targets: Lines | None, changes: dict[str, Any], done: int
-) -> Iterator[Any]:
-    if targets and model.continues_texts:
-        raise RequestError("--targets is for translators; this model scores texts")
+def _rows(options: argparse.Namespace, lines: Lines, targets: Lines | None, done: int) -> Iterator[Any]:
+    """What is still to be answered, `done` lines being written."""
     rows: Iterator[Any] = iter(lines) if targets is None else _paired(lines, targets)
     passed = sum(1 for _ in islice(rows, done))
     if passed < done:
-        raise RequestError(f"{options.output} has {done} lines and the input only {passed}")
-    row_of: Callable[[bytes], Any] = _ids if options.ids else _text
-    parse: Callable[[Any], Any] = row_of
-    if options.task == "score" and not model.continues_texts:
-        parse = lambda line: tuple(map(row_of, _halves(line)))  # noqa: E731
-    shared: dict[str, Any] = {"errors": "return", "first": done, "ahead": int(options.window > 1), "parse": parse}
-    if options.task == "score":
-        return model.score(rows, **shared)
-    method = model.translate if options.task == "translate" else model.generate
-    return method(rows, **shared, **changes)
+        raise _too_short(options, done, passed)
+    return rows
 
 
 def _paired(lines: Lines, targets: Lines) -> Iterator[tuple[bytes, bytes]]:
@@ -183,88 +198,22 @@ def _paired(lines: Lines, targets: Lines) -> Iterator[tuple[bytes, bytes]]:
         yield line, target
 
 
-def _halves(line: bytes | tuple[bytes, bytes]) -> tuple[bytes, bytes]:
-    if isinstance(line, tuple):
-        return line
-    parts = line.split(b"\t")
-    if len(parts) != 2:
-        raise RequestError(f"the line has {len(parts) - 1} tabs; it needs one, between source and target")
-    return parts[0], parts[1]
-
-
-def _text(line: bytes) -> str:
-    try:
-        return line.decode()
-    except UnicodeDecodeError as error:
-        raise RequestError(f"the text is not UTF-8: byte {error.start} is {line[error.start]:#x}") from None
-
-
-def _ids(line: bytes) -> list[int]:
-    ids = []
-    for word in line.split():
-        try:
-            ids.append(int(word))
-        except ValueError:
-            raise RequestError(f"{word.decode(errors='replace')!r} is not an id") from None
-    return ids
-
-
-# Answers to lines ----------------------------------------------------------------------------------------------------
-
-
-def _write(
-    answers: Iterator[Answer | Score | Failure], file: BinaryIO, options: argparse.Namespace, lines: Lines, done: int
-) -> int:
+def _write(written: Iterable[Written], file: BinaryIO, options: argparse.Namespace, lines: Lines, done: int) -> int:
     skipped = 0
     with Progress(lines, done, options.quiet, shows_bar=not file.isatty()) as progress:
-        for answer in answers:
-            if isinstance(answer, Failure):
-                message = f"{lines.place(answer.number)}: {answer.error}"
+        for number, line, error in written:
+            if error is not None:
+                message = f"{lines.place(number)}: {error}"
                 if not options.skip_bad:
                     raise RequestError(message)
                 progress.tell(f"lightseq: {message}")
                 skipped += 1
-            file.write(f"{_line(answer, options)}\n".encode(errors="replace"))
+            file.write(f"{line}\n".encode(errors="replace"))
             file.flush()  # line by line: whoever reads the other end may be waiting for this one
             progress.advance()
     if skipped:
         _tell(f"lightseq: {skipped} lines could not be answered; theirs are empty")
     return SOME_SKIPPED if skipped else 0
-
-
-def _line(answer: Answer | Score | Failure, options: argparse.Namespace) -> str:
-    if options.json:
-        return json.dumps(_fields(answer), ensure_ascii=False, allow_nan=False)
-    if isinstance(answer, Failure):
-        return ""
-    if isinstance(answer, Score):
-        parts = "\t" + " ".join(f"{part:.6f}" for part in answer.token_log_probabilities) if options.tokens else ""
-        return f"{answer.total:.6f}{parts}"
-    if options.ids or answer.text is None:
-        return " ".join(map(str, answer.ids))
-    return answer.text.replace("\r", "\\r").replace("\n", "\\n")
-
-
-def _fields(answer: Answer | Score | Failure) -> dict[str, Any]:
-    fields: dict[str, Any] = {"line": answer.number + 1}
-    if isinstance(answer, Failure):
-        return fields | {"error": str(answer.error)}
-    if isinstance(answer, Score):
-        numbers = {"log_probability": _finite(answer.total), "perplexity": _finite(answer.perplexity)}
-        parts = [_finite(part) for part in answer.token_log_probabilities]
-        return fields | {**numbers, "ids": answer.ids, "token_log_probabilities": parts}
-    hypotheses = []
-    for one in answer.hypotheses:
-        own: dict[str, Any] = {"ids": one.ids, "text": one.text, "score": _finite(one.score), "finished": one.finished}
-        if one.token_log_probabilities is not None:
-            own["token_log_probabilities"] = [_finite(part) for part in one.token_log_probabilities]
-        hypotheses.append(own)
-    return fields | {"prompt_length": answer.prompt_length, "hypotheses": hypotheses}
-
-
-def _finite(number: float) -> float | None:
-    """JSON has no word for what is not."""
-    return number if math.isfinite(number) else None
 
 
 def _tell(text: str) -> None:

@@ -14,6 +14,7 @@ from lightseq_backend import local
 from lightseq_backend.config import BEAM_SEARCH, TOPK, TOPK_GREEDY, TOPP, GptConfig, TransformerConfig
 from lightseq_backend.errors import ConfigError, Overloaded, RequestError, WeightError
 from lightseq_backend.request import GENERATE, SCORE, Output
+from lightseq_backend.serving.settings import INT8
 from lightseq_backend.serving.wire import FORMS, GPT, TRANSFORMER, Form, Wire
 
 FILES = -1  # an argument of this value leaves the choice to the weight file
@@ -23,6 +24,7 @@ _MOST_SLOTS = 128
 class _Model:
     _kind: str
     _methods: tuple[str, ...]
+    _precision: str | None = None
 
     def __init__(self, weight_path: str, max_batch_size: int, device: str):
         if max_batch_size < 1:
@@ -32,7 +34,7 @@ class _Model:
             # More rows than slots wait for their turn; LightSeq takes the memory for all of them at once.
             slots = min(max(16, 4 * max_batch_size), _MOST_SLOTS)
             scores = self._kind == GPT
-            self._engine = local.build(weight_path, kind=self._kind, device=device, slots=slots, scores=scores)
+            self._engine = local.build(weight_path, None, self._kind, device, self._precision, slots, scores)
         except (ConfigError, WeightError) as error:
             raise RuntimeError(str(error)) from None
 
@@ -115,6 +117,12 @@ class Transformer(_Model):
         return answer["target_ids"], answer["target_scores"]
 
 
+class QuantTransformer(Transformer):
+    """lightseq.inference.QuantTransformer: of an int8 file, whose weights stay as they are rounded there."""
+
+    _precision = INT8
+
+
 class Gpt(_Model):
     """lightseq.inference.Gpt.
 
@@ -153,6 +161,12 @@ class Gpt(_Model):
     def ppl(self, input_seq: Any) -> np.ndarray:
         """float32 [rows]: the mean negative log-likelihood of the tokens after the first, natural log."""
         return np.array([output.loss for output in self._run(self._rows(input_seq), SCORE)], np.float32)
+
+
+class QuantGpt(Gpt):
+    """lightseq.inference.QuantGpt, as QuantTransformer."""
+
+    _precision = INT8
 
 
 def _narrowing(method: str, topk: int, topp: float) -> dict[str, object]:

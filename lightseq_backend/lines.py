@@ -7,13 +7,30 @@ import stat
 import sys
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from lightseq_backend.errors import RequestError
 
 STDIN = "-"
 _CHUNK = 1 << 20
+
+
+class Chunk(NamedTuple):
+    """`lines` lines of a file, which begin at byte `start`; the first has the number `first` among all lines."""
+
+    path: str
+    start: int
+    lines: int
+    first: int
+
+    def read(self) -> Iterator[bytes]:
+        """The lines, without their ends."""
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            for line in islice(file, self.lines):
+                yield line.rstrip(b"\r\n")
 
 
 class Lines:
@@ -54,6 +71,25 @@ class Lines:
                 lines, kept = _count(file)
                 counts.append(lines + (kept < file.tell()))
         return sum(counts)
+
+    def chunks(self, most: int, done: int = 0) -> Iterator[Chunk]:
+        """All lines behind the first `done`, in order, at most `most` at a time; of files that can be read again."""
+        number = 0
+        for path in self.paths:
+            self._firsts.append(number)
+            with open(path, "rb") as file:
+                start = count = size = 0
+                for line in file:
+                    if number < done:
+                        start += len(line)
+                    else:
+                        count, size = count + 1, size + len(line)
+                    number += 1
+                    if count == most:
+                        yield Chunk(path, start, count, number - count)
+                        start, count, size = start + size, 0, 0
+                if count:
+                    yield Chunk(path, start, count, number - count)
 
     def includes(self, path: str | Path) -> bool:
         return any(one != STDIN and os.path.exists(path) and os.path.samefile(one, path) for one in self.paths)

@@ -15,7 +15,7 @@ from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.request import GENERATE, SCORE, Output
 from lightseq_backend.serving.device import DEVICES, choose_device
-from lightseq_backend.serving.settings import BURSTS, PRECISIONS
+from lightseq_backend.serving.settings import BURSTS, INT8, PRECISIONS
 from lightseq_backend.weights import directory
 from lightseq_backend.weights.directory import Found
 
@@ -42,8 +42,11 @@ def build(
     """
     name = _ops_name(device)
     found = find(path, device)
-    backend = ops.load(name, precision=precision or found.precision or PRECISIONS[name][0])
-    config, arrays = weights.load(found.weights, dialect or found.dialect, kind or found.kind)
+    precision = precision or found.precision or PRECISIONS[name][0]
+    backend = ops.load(name, precision=precision)
+    config, arrays = weights.load(
+        found.weights, dialect or found.dialect, kind or found.kind, rounded=precision == INT8
+    )
     model = Gpt(config, arrays, backend) if isinstance(config, GptConfig) else Transformer(config, arrays, backend)
     beams = min(max(16, config.decoding.width), slots)
     room = EngineConfig(slots, beams, queue=UNBOUNDED, burst=BURSTS[name], scores=scores)

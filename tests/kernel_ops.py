@@ -11,6 +11,7 @@ from cuda_on_cpu import Kernels, TensorMap
 from lightseq_backend.models.layers import Linear, Norm
 from lightseq_backend.ops import cpu, linear_launch, warpgroup_launch
 from lightseq_backend.ops.int8 import quantise
+from lightseq_backend.quantised import Rounded
 
 Array = np.ndarray[Any, Any]
 ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
@@ -49,7 +50,9 @@ class Ops:
     def table(self, array: Array) -> Array:
         return np.ascontiguousarray(array, self.FLOAT)
 
-    def matrix(self, array: Array, norm: Norm | None = None) -> Packed:
+    def matrix(self, array: Array | Rounded, norm: Norm | None = None) -> Packed:
+        if isinstance(array, Rounded):
+            return self._packed(array.numbers, array.scales, False)
         source, columns = np.asarray(array, np.float32 if self.int8 else None), None
         if norm is not None and self.int8:
             source, columns = linear_launch.fold_int8(source, *(part.astype(np.float32) for part in norm))
@@ -59,6 +62,9 @@ class Ops:
             source, columns = quantise(source)
         if not self.int8:
             source = source.astype(self.FLOAT)  # keeps the order of a transposed view
+        return self._packed(source, columns, norm is not None)
+
+    def _packed(self, source: Array, columns: Array | None, folded: bool) -> Packed:
         inner, wide = source.shape
         count = linear_launch.packed_elements(inner, wide, self.half)
         memory = np.full(count, 77, np.uint8) if self.int8 else np.full(count, np.nan, self.FLOAT)
@@ -68,7 +74,7 @@ class Ops:
         kernels.launch("pack_weight", -(-memory.nbytes // 16 // 256), 256, arguments)
         can = not self.int8 and warpgroup_launch.can(self.device, inner, wide, self.half)
         grouped = warpgroup_launch.packed(source) if can else None
-        return Packed(memory, grouped, columns, norm is not None, inner, wide)
+        return Packed(memory, grouped, columns, folded, inner, wide)
 
     def embed_tokens(
         self, tokens: Array, positions: Array, token_table: Array, position_table: Array, out: Array
@@ -112,7 +118,7 @@ class Ops:
         epsilon: float | None = None,
     ) -> None:  # fmt: skip
         weight: Packed = linear.weight
-        if weight.grouped is not None and warpgroup_launch.pays(len(x), weight.inner, weight.wide):
+        if weight.grouped is not None and warpgroup_launch.pays(len(x)):
             self._launch_groups(x, linear, out, residual, activation, epsilon)
             return
         aligned = weight.inner * x.itemsize % 16 == 0 and x.strides[0] % 16 == 0 and x.ctypes.data % 16 == 0

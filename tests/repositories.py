@@ -35,12 +35,13 @@ def config(
     *,
     rows: int = 8,
     kind: str = "KIND_CPU",
+    count: int = 1,
     optional: bool = False,
     parameters: Mapping[str, object] | None = None,
     more: str = "",
 ) -> str:
     """A config.pbtxt. The dims of the outputs are LightSeq's own, which are not the shapes that come; an input of
-    text has one string a row. optional: each input is."""
+    text has one string a row. count: of instances; optional: each input is."""
 
     def tensors(given: Mapping[str, str], more: str = "") -> str:
         return ", ".join(
@@ -54,7 +55,7 @@ def config(
         f"max_batch_size: {rows}",
         f"input [ {tensors(inputs, ', optional: true' if optional else '')} ]",
         f"output [ {tensors(outputs)} ]",
-        f"instance_group [ {{ kind: {kind} }} ]",
+        f"instance_group [ {{ kind: {kind}, count: {count} }} ]",
         *(
             f'parameters {{ key: "{key}", value: {{ string_value: "{value}" }} }}'
             for key, value in (parameters or {}).items()

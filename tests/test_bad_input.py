@@ -194,7 +194,7 @@ BAD_MODELS = {
     "half_precision": ["precision is 'fp16'; a CPU computes in fp32 or int8"],
     "no_queue": ["queue is 2; max_batch_size lets a request have 8 rows"],
     "no_slots": ["beam_size is 4; it must be from 1 to 2, this model's maximum"],
-    "bert": ["model_type is 'Bert'; this backend serves Transformer, Gpt"],
+    "bert": ["model_type is 'Bert'; this backend serves Transformer, Gpt, QuantTransformer, QuantGpt"],
     "cached": ["response_cache is enabled; Triton's cache does not tell requests with different options apart"],
     "decoupled": ["output final (TYPE_BOOL) is missing; it tells a stream's parts from its answer"],
     "decoupled_score": ["model_transaction_policy is decoupled; a model that scores gives one answer to a request"],

@@ -42,6 +42,20 @@ def test_models_and_operations_are_measured_and_reported(tmp_path: Path, monkeyp
         assert f"\n## {heading}" in text
 
 
+def test_int8_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = run(gpu, monkeypatch, tmp_path / "models", "--quick", "--precision", "int8")
+    operations = run(gpu_ops, monkeypatch, tmp_path / "operations", "--rows", "4", "--precision", "int8")
+    assert {one.precision for one in [*models, *operations]} == {"int8"}
+    # Two layers of [32, 96], [32, 32], [32, 64] and [64, 32], and for the logits [32, 211]: a byte each, four a column.
+    weights = 2 * (32 * (96 + 32 + 64) + 64 * 32 + 4 * (96 + 32 + 64 + 32)) + 211 * (32 + 4)
+    steps = [one for one in models if one.what == "decode step" and one.model == "tiny-gpt"]
+    assert {one.more["weights_bytes"] for one in steps} == {weights}
+    query = next(one for one in operations if one.what == "operation query")
+    assert query.bytes == 32 * 32 + 4 * 32 + 2 * 4 * (32 + 32)
+    text = gpu_report.write(tmp_path, *read([tmp_path / "models", tmp_path / "operations"]))[1].read_text()
+    assert "a tiny GPT, 32 tokens, int8" in text
+
+
 def test_a_burst_in_the_loop_takes_its_steps() -> None:
     engine = tiny_engine()
     rows = gpu_models.rows(TINY["tiny"], 2, 6)
@@ -85,6 +99,7 @@ def test_loading_is_taken_apart(tmp_path: Path) -> None:
 
 def test_bytes_of_a_step_are_those_of_its_matrices() -> None:
     assert gpu_models.decoder_bytes(MODELS["big"], "fp16") == 237_633_536
+    assert gpu_models.decoder_bytes(MODELS["big"], "int8") == 237_633_536 // 2 + 4 * 97_600
     assert gpu_models.decoder_bytes(MODELS["gpt2"], "fp32") == 2 * 247_064_064
     for model in TINY.values():
         _, arrays = gpu_models.build(model)

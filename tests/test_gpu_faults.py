@@ -33,7 +33,7 @@ from lightseq_backend.errors import ConfigError, WeightError
 from lightseq_backend.models.checks import bytes_needed
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
-from lightseq_backend.ops import cpu, cublas, device, launch
+from lightseq_backend.ops import cpu, cpu_int8, cublas, device, launch
 from lightseq_backend.request import Output, Request
 from lightseq_backend.serving import device as serving_device
 from lightseq_backend.serving.embedded import EmbeddedServer
@@ -342,9 +342,11 @@ def gpu(free: int = 1 << 40, dtype: Any = np.float16, **changes: Any) -> Any:
     """The CPU's operations as those of a GPU that has so many bytes left and keeps each matrix twice."""
     size = np.dtype(dtype).itemsize
     members = {
+        "NAME": "cuda",
         "FLOAT": np.dtype(dtype),
+        "PRECISION": np.dtype(dtype).name.replace("loat", "p"),
         "available_memory": lambda: free,
-        "weight_bytes": lambda shape, is_matrix: (2 if is_matrix else 1) * int(np.prod(shape)) * size,
+        "weight_bytes": lambda shape, use: (2 if "matrix" in use else 1) * int(np.prod(shape)) * size,
     }
     return small_models.cpu_but(**(members | changes))
 
@@ -382,6 +384,28 @@ def test_upload_that_fails_all_the_same_says_as_much(operation: str) -> None:
 
 def test_weights_on_the_cpu_take_no_memory_of_their_own() -> None:
     Gpt(*small("gpt"), gpu(0, np.float32, weight_bytes=cpu.weight_bytes))
+
+
+def test_int8_on_the_cpu_says_what_its_copies_take(caplog: pytest.LogCaptureFixture) -> None:
+    config, arrays = small("gpt")
+    sizes = [array.size + array.shape[-1] for name, array in arrays.items() if name.endswith(".weight")]
+    needed = 4 * (sum(sizes) + max(array.size for array in arrays.values()))
+    assert bytes_needed(arrays, cpu_int8) == needed
+    changes = {"weight_bytes": cpu_int8.weight_bytes, "PRECISION": "int8"}
+    with pytest.raises(ConfigError, match=r"MiB in int8 and 0 MiB are free, .*: fp32 needs none beside them on a CPU"):
+        Gpt(config, arrays, small_models.cpu_but(available_memory=lambda: needed - 1, **changes))
+    with caplog.at_level("INFO", "lightseq_backend"):
+        Gpt(config, arrays, small_models.cpu_but(available_memory=lambda: needed, **changes))
+    assert f"weights: {4 * sum(sizes)} bytes in int8" in caplog.messages
+
+
+def test_projections_of_the_source_are_one_matrix_for_all_layers() -> None:
+    arrays = small_models.transformer(decoder_layers=3)[1]
+    asked: list[tuple[tuple[int, ...], str]] = []
+    bytes_needed(arrays, gpu(weight_bytes=lambda *shape_and_use: asked.append(shape_and_use) or 1))
+    assert ((16, 3 * 32), "matrix") in asked
+    assert ((16, 32), "matrix") not in asked
+    assert [shape for shape, use in asked if use == "vocabulary_matrix"] == [(16, 11)]
 
 
 def test_engine_whose_memory_is_gone_when_it_is_taken_says_what_fits() -> None:

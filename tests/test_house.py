@@ -17,7 +17,13 @@ PACKAGES = {"lightseq_backend": ROOT / "lightseq_backend", "lightseq_client": RO
 
 # A module may import from its own layer and from those below it.
 LAYERS = [
-    {"lightseq_backend.errors", "lightseq_backend.config", "lightseq_backend.options", "lightseq_backend.request"},
+    {
+        "lightseq_backend.errors",
+        "lightseq_backend.config",
+        "lightseq_backend.options",
+        "lightseq_backend.request",
+        "lightseq_backend.quantised",
+    },
     {"lightseq_kernels"},
     {"lightseq_backend.ops"},
     {"lightseq_backend.models", "lightseq_backend.decoding"},
@@ -26,7 +32,7 @@ LAYERS = [
         *("lightseq_backend.serving", "lightseq_backend.local", "lightseq_backend.proof", "lightseq_backend.loaded"),
         *("lightseq_backend.answers", "lightseq_backend.streams", "lightseq_backend.inference"),
         *("lightseq_backend.lines", "lightseq_backend.bulk", "lightseq_backend.progress"),
-        "lightseq_backend.conversion",
+        *("lightseq_backend.written", "lightseq_backend.workers", "lightseq_backend.conversion"),
     },
     {"lightseq_backend.__main__"},
 ]
@@ -39,6 +45,7 @@ ONLY_IN = {
     "torch": ("lightseq_backend.export",),
     "transformers": ("lightseq_backend.export",),
     "triton_python_backend_utils": ("lightseq_backend.serving",),
+    "ray": ("lightseq_backend.workers",),
     "sentencepiece": ("lightseq_backend.text",),
     "subword_nmt": ("lightseq_backend.text",),
     "tokenizers": ("lightseq_backend.text",),

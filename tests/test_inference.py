@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from int8_files import messages
 from repositories import golden_cases
-from weight_files import golden
+from weight_files import golden, written
 
 import lightseq_backend.inference as lsi
 from lightseq_backend import local
@@ -192,3 +193,15 @@ def test_gpt_does_not_search() -> None:
 def test_fractions_are_cut_off() -> None:
     np.testing.assert_array_equal(translator().infer([[45.7, 12.2]])[0], translator().infer([[45, 12]])[0])
     assert json.dumps(translator().infer(np.array([[45, 12]], np.int64))[0].tolist())
+
+
+def test_classes_of_int8_files_keep_their_weights(tmp_path: Path) -> None:
+    for kind, made, plain in (("transformer", lsi.QuantTransformer, lsi.Transformer), ("gpt", lsi.QuantGpt, lsi.Gpt)):
+        path = str(written(tmp_path / f"{kind}.pb", messages(kind, seed=3, topk=1, extra_decode_length=4)[0]))
+        rounded, exact = made(path, 2, device="cpu"), plain(path, 2, device="cpu")
+        if kind == "transformer":
+            for one, other in zip(rounded.infer([[5, 9, 2]]), exact.infer([[5, 9, 2]]), strict=True):
+                np.testing.assert_allclose(one, other, rtol=1e-5)
+        else:
+            np.testing.assert_allclose(rounded.ppl([[5, 9, 2]]), exact.ppl([[5, 9, 2]]), rtol=1e-5)
+            np.testing.assert_array_equal(rounded.sample([[5, 9, 2]]), exact.sample([[5, 9, 2]]))

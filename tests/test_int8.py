@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import weight_files
+from int8_files import messages
 from test_trained_models import COUNTER, END, REPOSITORY, START, TRANSLATOR, Words, pairs
 
-from lightseq_backend import ops, weights
+from lightseq_backend import local, ops, weights
 from lightseq_backend.config import EngineConfig, GptConfig
 from lightseq_backend.engine.engine import Engine
 from lightseq_backend.errors import ConfigError
@@ -14,7 +18,8 @@ from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.ops.cpu import Folded
 from lightseq_backend.ops.int8 import dequantise, quantise
-from lightseq_backend.request import SCORE
+from lightseq_backend.quantised import Rounded
+from lightseq_backend.request import SCORE, Hypothesis, Output
 
 
 def engine(path: object, precision: str) -> Engine:
@@ -22,6 +27,10 @@ def engine(path: object, precision: str) -> Engine:
     config, arrays = weights.load(path)  # type: ignore[arg-type]
     model = Gpt(config, arrays, backend) if isinstance(config, GptConfig) else Transformer(config, arrays, backend)
     return Engine(model, EngineConfig(slots=256, max_beam_size=4, queue=2_000, prompt_tokens=4_096), backend)
+
+
+def best(outputs: list[Output]) -> list[Hypothesis]:
+    return [output.hypotheses[0] for output in outputs]
 
 
 def test_weights_are_rounded_in_steps_of_their_column() -> None:
@@ -45,6 +54,28 @@ def test_norm_is_folded_before_the_weight_is_rounded() -> None:
     assert isinstance(folded, Folded)
     np.testing.assert_allclose(folded.weight, [[3 * 5000 / 127, 200 / 127], [5000, 200]], rtol=1e-6)
     np.testing.assert_allclose(folded.offsets, [177, 3])
+
+
+@pytest.mark.parametrize("kind", ["transformer", "gpt"])
+def test_int8_file_answers_as_the_floats_its_bytes_stand_for(kind: str, tmp_path: Path) -> None:
+    """With precision int8 no weight is rounded again, with a LayerNorm in front or not; read as floats, they are."""
+    path = weight_files.written(tmp_path / f"{kind}.pb", messages(kind, seed=3, topk=1, extra_decode_length=4)[0])
+    rows = [[5, 9, 2], [7, 2], [1, 3, 8, 6], [10]]
+    engines = (*(local.build(path, precision=precision) for precision in ("fp32", "int8")), engine(path, "int8"))
+    exact, kept, again = (best(one.answer(rows)) for one in engines)
+    assert [one.tokens.tolist() for one in kept] == [one.tokens.tolist() for one in exact]
+    scores, wanted, other = (np.array([one.score for one in found]) for found in (kept, exact, again))
+    np.testing.assert_allclose(scores, wanted, rtol=1e-5, atol=1e-5)
+    assert np.abs(other - wanted).max() > 1e-3
+
+
+def test_rounded_weight_has_no_norm_folded_into_it() -> None:
+    rounded = Rounded(np.array([[3, -1], [2, 100]], np.int8), np.array([0.5, 2], np.float32))
+    backend = ops.load("cpu", precision="int8")
+    for place in (backend.matrix, backend.vocabulary_matrix):
+        assert place(rounded).tolist() == [[1.5, -2], [1, 200]]
+    with pytest.raises(AssertionError):
+        backend.matrix(rounded, (np.ones(2), np.zeros(2)))
 
 
 def test_a_cpu_has_no_half_precision() -> None:

@@ -13,6 +13,7 @@ from test_kernels_linear import DEVICES, HOPPER, TURING, operands
 
 from lightseq_backend.models.layers import Linear, Norm
 from lightseq_backend.ops.linear_launch import Device
+from lightseq_backend.quantised import Rounded
 
 pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
 
@@ -69,6 +70,22 @@ def test_rows_that_are_all_their_mean_give_the_offset_exactly() -> None:
     ops.norm_linear(x, norm, linear, 1e-6, "none", np.full_like(x, np.nan), out)
     expected = norm.bias @ weight + linear.bias
     np.testing.assert_allclose(out, np.repeat(expected[None], 8, axis=0), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
+def test_weight_that_is_rounded_already_stays_as_it_is(device: Device) -> None:
+    """With a LayerNorm in front as well, which is computed apart: no column reaches 127, so nothing else keeps it."""
+    ops, random = Ops(True, device, int8=True), np.random.default_rng(3)
+    numbers, scales = random.integers(-90, 91, (520, 96), np.int8), random.uniform(0.001, 0.01, 96).astype(np.float32)
+    kept = Linear(ops.matrix(Rounded(numbers[:, ::-1], scales)), None)  # any order in memory
+    x, _, _, gain, bias = operands("float16", 7, 520, 96)
+    weight = numbers[:, ::-1] * scales.astype(np.float64)
+    out, normed = np.full((7, 96), np.nan, np.float16), np.full_like(x, np.nan)
+    ops.linear(x, kept, out)
+    np.testing.assert_allclose(out, x.astype(np.float64) @ weight, rtol=TOLERANCE, atol=TOLERANCE)
+    norm = Norm(gain.astype(np.float16), bias.astype(np.float16))
+    ops.norm_linear(x, norm, kept, 1e-6, "relu", normed, out)
+    np.testing.assert_allclose(out, np.maximum(normed.astype(np.float64) @ weight, 0), rtol=TOLERANCE, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("norm", [False, True])

@@ -15,6 +15,7 @@ from lightseq_backend.models.layers import Linear, Norm
 from lightseq_backend.ops import cpu, linear_launch, vocabulary_launch, warpgroup_launch
 from lightseq_backend.ops.linear_launch import Device
 from lightseq_backend.ops.slots import SAMPLE, SLOT
+from lightseq_backend.quantised import Rounded
 
 pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
 
@@ -22,6 +23,7 @@ PRECISIONS = ("float32", "float16")
 SEARCH_KERNELS, SAMPLING_KERNELS = Kernels("search.cu", HALF=0), Kernels("sampling.cu", HALF=0)
 VOCABULARY_KERNELS: dict[tuple[tuple[str, int], ...], Kernels] = {}
 H100 = Device(90, 132, 227 * 1024)
+TURING = Device(75, 40, 64 * 1024)  # the least shared memory
 
 
 def copied(arguments: Arguments) -> Arguments:
@@ -98,18 +100,21 @@ def warpgroup_vocabulary(
 def vocabulary(
     precision: str, x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, banned: int, best: int,
     logits: Array | None = None, group: int = 32, rows: Array | None = None, slots: Array | None = None,
-    blocks: int = 0, device: Device = H100, int8: bool = False,
+    blocks: int = 0, device: Device = H100, int8: bool = False, rounded: Rounded | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """Statistics [rows, tiles, 2] and choices [rows, tiles, best] of every tile. int8: with weights of that."""
+    """Statistics [rows, tiles, 2] and choices [rows, tiles, best] of every tile. int8: with weights of that; rounded:
+    with these, and of x without a LayerNorm."""
     count, inner = x.shape
     wide = output.weight.shape[1]
     tiles = vocabulary_launch.tiles(wide)
-    plan = vocabulary_launch.plan(device, group, inner, wide, precision == "float16", int8)
+    plan = vocabulary_launch.plan(device, group, inner, wide, precision == "float16", int8, rounded is None)
     statistics = np.full((count, tiles, 2), np.nan, np.float32)
     choices = np.full((count, tiles, best), 0, np.uint64)
     definitions: dict[str, Any] = dict(plan.definitions)
     kernels = VOCABULARY_KERNELS.setdefault(plan.definitions, Kernels("vocabulary.cu", **definitions))
-    if int8:
+    if rounded is not None:
+        weight, columns = packed_int8(rounded.numbers), vocabulary_launch.without_norm(rounded.scales)
+    elif int8:
         numbers, columns = linear_launch.fold_int8(output.weight, norm.gain, norm.bias)
         weight = packed_int8(numbers)
     else:
@@ -220,6 +225,38 @@ def test_vocabulary_with_int8_weights_is_that_of_the_rounded_ones(rows: int, inn
     assert np.array_equal(choices, of_tiles[1])
 
 
+@pytest.mark.parametrize("device", [H100, TURING], ids=["h100", "turing"])
+@pytest.mark.parametrize(("rows", "inner", "wide"), [(1, 64, 19), (33, 520, 300)])
+def test_vocabulary_takes_weights_that_are_rounded_already(rows: int, inner: int, wide: int, device: Device) -> None:
+    head, random = a_head(rows, inner, wide), np.random.default_rng(rows)
+    numbers = random.integers(-127, 128, (inner, wide), np.int8)
+    kept = Rounded(numbers, random.uniform(0.001, 0.01, wide).astype(np.float32))
+    logits, group = np.full((rows, wide), np.nan, np.float32), min(32, -(-rows // 8) * 8)
+    statistics, choices = vocabulary(
+        "float16", **head, best=2, group=group, logits=logits, device=device, int8=True, rounded=kept
+    )
+    x = head["x"].astype(np.float16).astype(np.float64)  # whatever its mean and deviation
+    np.testing.assert_allclose(logits, x @ (numbers * kept.scales.astype(np.float64)), rtol=1e-4, atol=1e-4)
+    of_tiles = tiled(logits, 2, -1)
+    np.testing.assert_allclose(statistics, of_tiles[0], rtol=1e-5)
+    assert np.array_equal(choices, of_tiles[1])
+
+
+@pytest.mark.parametrize(("device", "most"), [(TURING, 3_808), (H100, 14_240)], ids=["turing", "h100"])
+def test_vocabulary_of_int8_goes_as_far_as_its_rows_fit_into_shared_memory(device: Device, most: int) -> None:
+    """Eight rows of x in half precision, in an odd number of pieces of 64 bytes each, 132 logits and a mean and
+    deviation of each row. What is wider is not int8."""
+    assert 8 * (2 * most + 4 * 132 + 8) <= device.shared < 8 * (2 * (most + 64) + 4 * 132 + 8)
+    assert vocabulary_launch.fits(device, most, half=True)
+    assert not vocabulary_launch.fits(device, most + 1, half=True)
+    head = a_head(2, most, 19)
+    kept = Rounded(np.ones((most, 19), np.int8), np.full(19, 0.5, np.float32))
+    logits = np.full((2, 19), np.nan, np.float32)
+    vocabulary("float16", **head, best=2, group=8, logits=logits, device=device, int8=True, rounded=kept)
+    expected = head["x"].astype(np.float16).astype(np.float64).sum(axis=1) / 2
+    np.testing.assert_allclose(logits, np.repeat(expected[:, None], 19, axis=1), rtol=1e-4, atol=1e-3)
+
+
 def test_vocabulary_of_many_rows_takes_two_tiles_at_a_time() -> None:
     head = a_head(40)
     few = vocabulary("float16", **head, best=2, group=8)
@@ -262,7 +299,8 @@ def test_vocabulary_by_warpgroups_needs_no_logits() -> None:
 def test_vocabulary_by_warpgroups_has_a_launch_that_fits(rows: int, inner: int, wide: int) -> None:
     plan = warpgroup_launch.vocabulary_plan(H100, rows, inner, wide)
     definitions = dict(plan.definitions)
-    assert plan.shared <= H100.shared and plan.threads <= 1024
+    assert plan.shared <= H100.shared
+    assert plan.threads <= 1024
     assert plan.grid[0] * definitions["ROWS"] >= rows
     assert 1 <= plan.grid[1] <= -(-vocabulary_launch.tiles(wide) // definitions["SPAN"])
     assert definitions["ROWS"] <= 64 or definitions["DEPTH"] <= inner // 64

@@ -23,7 +23,7 @@ SHAPES = [(33, 192, 5504, 1), (40, 448, 2560, 2), (128, 1088, 1024, 4), (128, 19
 
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warpgroup_launch, "pays", lambda rows, inner, wide: True)
+    monkeypatch.setattr(warpgroup_launch, "pays", lambda rows: True)
 
 
 def operands(rows: int, inner: int, wide: int) -> tuple[Array, Array, Array]:

@@ -139,19 +139,24 @@ def test_triton_keeps_its_own_parameters() -> None:
 # Settings, without a server ---------------------------------------------------------------------------------------
 
 
-def settings(directory: Path, tensors: Any = TRANSFORMER, environment: Any = None, **changes: Any) -> Settings:
-    parameters = {key: {"string_value": str(value)} for key, value in changes.pop("parameters", {}).items()}
-    config = {**triton_config(tensors), "parameters": parameters, **changes}
-    args = {
-        "model_config": json.dumps(config),
+def triton_arguments(directory: Path, config: Any = None, **changes: str) -> dict[str, str]:
+    """What Triton hands to `initialize`."""
+    return {
+        "model_config": json.dumps(triton_config(TRANSFORMER) if config is None else config),
         "model_name": "mine",
         "model_version": "1",
         "model_instance_name": "mine_0_0",
         "model_instance_kind": "CPU",
         "model_instance_device_id": "0",
         "model_repository": str(directory),
+        **changes,
     }
-    return read_settings(args, environment or {})
+
+
+def settings(directory: Path, tensors: Any = TRANSFORMER, environment: Any = None, **changes: Any) -> Settings:
+    parameters = {key: {"string_value": str(value)} for key, value in changes.pop("parameters", {}).items()}
+    config = {**triton_config(tensors), "parameters": parameters, **changes}
+    return read_settings(triton_arguments(directory, config), environment or {})
 
 
 @pytest.mark.parametrize(

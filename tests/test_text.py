@@ -16,6 +16,7 @@ import small_models
 import tokenizers
 import tritonclient.grpc
 from repositories import BEST, GPT, GPTLM, TRANSFORMER, arrays, ask, golden_cases, grpc, http, post, write_model
+from test_serving import triton_arguments
 from tritonclient.utils import InferenceServerException
 from weight_files import golden
 
@@ -423,17 +424,8 @@ def test_faults_of_a_configuration_are_named(config: dict[str, Any], expected: l
 
 def test_tokenizer_must_be_a_directory(tmp_path: Path) -> None:
     (tmp_path / "transformer.pb").touch()
-    args = {
-        "model_config": json.dumps(
-            {**configuration(**with_text(TRANSFORMER)), "parameters": {"tokenizer": {"string_value": "nothing"}}}
-        ),
-        "model_name": "mine",
-        "model_version": "1",
-        "model_instance_name": "mine_0_0",
-        "model_instance_kind": "CPU",
-        "model_instance_device_id": "0",
-        "model_repository": str(tmp_path),
-    }
+    config = {**configuration(**with_text(TRANSFORMER)), "parameters": {"tokenizer": {"string_value": "nothing"}}}
+    args = triton_arguments(tmp_path, config)
     with pytest.raises(ConfigError, match=r"parameter tokenizer is 'nothing', but .*/nothing is not a directory"):
         read_settings(args, {})
 

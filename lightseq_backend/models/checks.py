@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from math import prod
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +13,8 @@ import numpy as np
 from lightseq_backend.errors import ConfigError, WeightError
 
 Weights = Mapping[str, Any]
+log = logging.getLogger(__name__)
+_JOINED = ".cross_kv.weight"  # of all layers side by side
 _STAGED = 4  # bytes an element: an array goes to the device in float32
 
 
@@ -21,7 +25,9 @@ def check_weights(weights: Weights, ops: ModuleType) -> None:
         raise WeightError("\n".join(faults))
     needed, free = bytes_needed(weights, ops), ops.available_memory()
     if needed > free:
-        raise _no_room(needed, free, ops.FLOAT)
+        raise _no_room(needed, free, ops)
+    if needed:
+        log.info("weights: %d bytes in %s", sum(_sizes(weights, ops)), ops.PRECISION)
 
 
 def check_folded(name: str, weight: np.ndarray, norm: str, gain: np.ndarray, dtype: np.dtype[Any]) -> None:
@@ -36,18 +42,34 @@ def check_folded(name: str, weight: np.ndarray, norm: str, gain: np.ndarray, dty
 
 def bytes_needed(weights: Weights, ops: ModuleType) -> int:
     """Device memory for all weights, and for the largest while it is converted."""
-    sizes = [ops.weight_bytes(array.shape, name.endswith(".weight")) for name, array in weights.items()]
-    staged = _STAGED * max((array.size for array in weights.values()), default=0)
-    return sum(sizes) + staged if any(sizes) else 0
+    staged = _STAGED * max((prod(shape) for shape, _ in _used(weights)), default=0)
+    needed = sum(_sizes(weights, ops))
+    return needed + staged if needed else 0
+
+
+def _sizes(weights: Weights, ops: ModuleType) -> Iterator[int]:
+    return (ops.weight_bytes(shape, use) for shape, use in _used(weights))
+
+
+def _used(weights: Weights) -> Iterator[tuple[tuple[int, ...], str]]:
+    """The shapes of the arrays as layers.Reader puts them to use, and by which operation."""
+    joined = [array.shape for name, array in weights.items() if name.endswith(_JOINED)]
+    if joined:
+        yield (joined[0][0], sum(wide for _, wide in joined)), "matrix"
+    for name, array in weights.items():
+        if name == "output.weight":
+            yield array.shape, "vocabulary_matrix"
+        elif not name.endswith(_JOINED):
+            yield array.shape, "matrix" if name.endswith(".weight") else "vector"
 
 
 def room_missed(weights: Weights, ops: ModuleType, error: MemoryError) -> ConfigError:
     """For an upload that failed although the memory had seemed to be there."""
-    return _no_room(bytes_needed(weights, ops), ops.available_memory(), ops.FLOAT, f" (then: {error})")
+    return _no_room(bytes_needed(weights, ops), ops.available_memory(), ops, f" (then: {error})")
 
 
-def _fault(name: str, array: np.ndarray, dtype: np.dtype[Any]) -> str | None:
-    largest = _largest(array)
+def _fault(name: str, array: Any, dtype: np.dtype[Any]) -> str | None:
+    largest = _largest(np.asarray(array))
     if not np.isfinite(largest):
         return f"{name} holds NaN or infinity"
     return f"{name} holds {largest:g}; {_beyond(dtype)}" if largest > _limit(dtype) else None
@@ -63,16 +85,19 @@ def _limit(dtype: np.dtype[Any]) -> float:
 
 
 def _beyond(dtype: np.dtype[Any]) -> str:
-    return f"{_precision(dtype)} ends at {_limit(dtype):g}: use precision fp32"
+    return f"fp{8 * dtype.itemsize} ends at {_limit(dtype):g}: use precision fp32"
 
 
-def _no_room(needed: int, free: int, dtype: np.dtype[Any], then: str = "") -> ConfigError:
-    advice = "take a GPU with more memory" if dtype.itemsize == 2 else "in fp16 they need half as much"
+_ADVICE = {
+    "fp32": "in fp16 they need half as much",
+    "fp16": "in int8 they need less, or take a GPU with more memory",
+    "int8": "take a GPU with more memory",
+}
+
+
+def _no_room(needed: int, free: int, ops: ModuleType, then: str = "") -> ConfigError:
+    advice = "fp32 needs none beside them on a CPU" if ops.NAME == "cpu" else _ADVICE[ops.PRECISION]
     return ConfigError(
-        f"the weights need {needed / 2**20:.0f} MiB in {_precision(dtype)} and {free / 2**20:.0f} MiB are free{then}, "
+        f"the weights need {needed / 2**20:.0f} MiB in {ops.PRECISION} and {free / 2**20:.0f} MiB are free{then}, "
         f"so that not even one slot would fit: {advice}"
     )
-
-
-def _precision(dtype: np.dtype[Any]) -> str:
-    return f"fp{8 * dtype.itemsize}"

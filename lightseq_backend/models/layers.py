@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from lightseq_backend.models.checks import check_folded, check_weights, room_missed
+from lightseq_backend.quantised import Rounded, side_by_side
 
 Array = Any  # of the ops module: numpy.ndarray or cupy.ndarray
 Weights = Mapping[str, Any]
@@ -60,7 +61,9 @@ class Reader:
 
     def _linear(self, name: str, norm: str | None, matrix: Callable[..., Any]) -> Linear:
         weight, bias = self._weights[f"{name}.weight"], self._weights.get(f"{name}.bias")
-        before = Norm(self._weights[f"{norm}.gain"], self._weights[f"{norm}.bias"]) if norm else None
+        before = None
+        if norm and not isinstance(weight, Rounded):  # which folding would round once more
+            before = Norm(self._weights[f"{norm}.gain"], self._weights[f"{norm}.bias"])
         if before is not None:
             check_folded(f"{name}.weight", weight, f"{norm}.gain", before.gain, self._ops.FLOAT)
         placed = self._placed(matrix, weight, before)
@@ -69,7 +72,7 @@ class Reader:
     def joined(self, names: Sequence[str]) -> Linear:
         """Several linears that read the same, side by side: one product."""
         weights, biases = ([self._weights[f"{name}.{part}"] for name in names] for part in ("weight", "bias"))
-        weight = self._placed(self._ops.matrix, np.concatenate(weights, axis=1))
+        weight = self._placed(self._ops.matrix, side_by_side(weights))
         return Linear(weight, self._placed(self._ops.vector, np.concatenate(biases)))
 
     def table(self, name: str) -> Array:

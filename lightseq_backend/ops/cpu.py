@@ -21,6 +21,7 @@ from lightseq_backend.ops.standard import apply_rules as apply_rules
 from lightseq_backend.ops.standard import standard_step
 
 NAME = "cpu"
+PRECISION = "fp32"
 SCORED_ROWS = 32  # rows whose logits are held at the same time when texts are scored
 BURSTS_AHEAD = 1  # bursts queued before the end of the first is looked at: a GPU must not wait for the host
 MOST_BEAMS = 1 << 30  # of one search: no limit
@@ -77,8 +78,11 @@ def table(array: Array) -> Array:
     return np.asarray(array, FLOAT)
 
 
-def weight_bytes(shape: tuple[int, ...], is_matrix: bool) -> int:
-    """Memory that `matrix`, or else `vector` and `table`, take beside the array they are given: none here."""
+def weight_bytes(shape: tuple[int, ...], use: str) -> int:
+    """Memory that an array takes beside itself where it is put to use: none here.
+
+    use: the function that puts it, "matrix" and so on.
+    """
     return 0
 
 

@@ -12,14 +12,21 @@ import numpy as np
 
 from lightseq_backend.ops import cpu
 from lightseq_backend.ops.int8 import dequantise, quantise
+from lightseq_backend.quantised import Rounded
+
+PRECISION = "int8"
 
 
 def __getattr__(name: str) -> Any:
     return getattr(cpu, name)
 
 
-def matrix(array: cpu.Array, norm: cpu.Norm | None = None) -> cpu.Array | cpu.Folded:
-    """As ops/cpu.py's; a norm is folded in before the weight is rounded, as it is on the GPU."""
+def matrix(array: cpu.Array | Rounded, norm: cpu.Norm | None = None) -> cpu.Array | cpu.Folded:
+    """As ops/cpu.py's; a norm is folded in before the weight is rounded, as it is on the GPU. One that is rounded stays
+    as it is: no norm comes with it."""
+    if isinstance(array, Rounded):
+        assert norm is None
+        return np.asarray(array)
     weight = np.asarray(array, np.float32)
     if norm is None:
         return dequantise(*quantise(weight))
@@ -27,9 +34,10 @@ def matrix(array: cpu.Array, norm: cpu.Norm | None = None) -> cpu.Array | cpu.Fo
     return cpu.Folded(dequantise(*quantise(weight * gain[:, None])), bias @ weight)
 
 
-def vocabulary_matrix(array: cpu.Array, norm: cpu.Norm | None = None) -> cpu.Array | cpu.Folded:
+def vocabulary_matrix(array: cpu.Array | Rounded, norm: cpu.Norm | None = None) -> cpu.Array | cpu.Folded:
     return matrix(array, norm)
 
 
-def weight_bytes(shape: tuple[int, ...], is_matrix: bool) -> int:
-    return 4 * math.prod(shape) if is_matrix else 0
+def weight_bytes(shape: tuple[int, ...], use: str) -> int:
+    """Of a product's weight the rounded copy, in float32, and what is left of a folded norm."""
+    return 4 * (math.prod(shape) + shape[-1]) if use in ("matrix", "vocabulary_matrix") else 0

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +19,15 @@ import cupy
 import numpy as np
 
 from lightseq_backend.errors import ConfigError
-from lightseq_backend.ops import device, linear_launch, vocabulary_launch, warpgroup_launch
+from lightseq_backend.ops import device, linear_launch, vocabulary_launch, warpgroup_launch, weight_memory
 from lightseq_backend.ops.cublas import WORKSPACE, Cublas
 from lightseq_backend.ops.int8 import quantise
 from lightseq_backend.ops.launch import Kernel, driver
 from lightseq_backend.ops.slots import RULES, SLOT
 from lightseq_backend.ops.transfer import Transfers
+from lightseq_backend.quantised import Rounded
 
+log = logging.getLogger(__name__)
 Array = Any
 PRECISIONS: dict[str, np.dtype[Any]] = {  # of all but the weights of products, which are int8 in that
     "fp16": np.dtype(np.float16),
@@ -34,7 +37,6 @@ PRECISIONS: dict[str, np.dtype[Any]] = {  # of all but the weights of products, 
 SEARCHED_ROWS = 64  # up to so many rows the vocabulary goes through vocabulary.cu, above through cuBLAS
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
 _ARCHITECTURES = dict.fromkeys(("warpgroup", "warpgroup_vocabulary"), warpgroup_launch.ARCHITECTURE)
-_ALIGNED_COLUMNS = 8
 _RESERVE = 128 << 20  # bytes; graphs, the kernels' code and work space are made after all else
 _QUERIES = 64  # queries that one block of packed_attention takes
 _REACH = 32  # steps that a warp of decode_attention looks at together
@@ -45,9 +47,9 @@ _ATTENDING_WARPS = 8  # of a multiprocessor: half its registers, the rest is for
 class Matrix:
     """A weight [inner, wide], twice or three times: `plain` for cuBLAS ([wide, inner] if transposed), `packed` and
     `grouped` for our own kernels, those of warps and of warpgroups (None where there is none that would read it). Of
-    int8, `packed` alone.
+    int8, `packed` alone; of a vocabulary that no kernel takes as int8, `plain` alone.
 
-    plain    has columns of zeros up to a multiple of _ALIGNED_COLUMNS: cuBLAS is six times slower with odd ones
+    plain    has columns of zeros up to a multiple of ALIGNED_COLUMNS: cuBLAS is six times slower with odd ones
     columns  None, or what our own need besides: for a LayerNorm that is folded in (linear_launch.fold), scales of int8
     folded   whether one is
     """
@@ -60,6 +62,10 @@ class Matrix:
     folded: bool
     inner: int
     wide: int
+
+    @property
+    def int8(self) -> bool:
+        return self.packed is not None and self.packed.dtype == np.uint8
 
     @property
     def aligned_width(self) -> int:
@@ -75,12 +81,12 @@ class Cuda:
     SCORED_ROWS = 512
     MOST_BEAMS = 32  # kernels/search.cu MAX_WIDTH, kernels/sampling.cu MOST_BEST
     MOST_CANDIDATES = 32  # kernels/standard_search.cu CANDIDATES, and those two
-    LOGITS_ALIGNMENT = _ALIGNED_COLUMNS
+    LOGITS_ALIGNMENT = weight_memory.ALIGNED_COLUMNS
 
     def __init__(self, device_id: int = 0, precision: str = "fp16", early: bool = True):
         if precision not in PRECISIONS:
             raise ConfigError(f"precision is {precision!r}; a GPU computes in {' or '.join(PRECISIONS)}")
-        self.FLOAT = PRECISIONS[precision]
+        self.FLOAT, self.PRECISION = PRECISIONS[precision], precision
         self.device_id = device_id
         self._half, self._int8 = precision != "fp32", precision == "int8"
         device.check(cupy.cuda, device_id)
@@ -112,19 +118,27 @@ class Cuda:
         self._device.use()
         self._stream.use()
 
-    def matrix(self, array: np.ndarray, norm: Any = None) -> Matrix:
-        return self._matrix(array, norm, warpgroup_launch.can(self._limits, *array.shape, self._half), True)
+    def matrix(self, array: np.ndarray | Rounded, norm: Any = None) -> Matrix:
+        if self._int8:
+            return self._int8_matrix(array, norm)
+        inner, wide = array.shape
+        can = warpgroup_launch.can(self._limits, inner, wide, self._half)
+        return self._float_matrix(np.asarray(array), norm, can, True)
 
-    def vocabulary_matrix(self, array: np.ndarray, norm: Any = None) -> Matrix:
+    def vocabulary_matrix(self, array: np.ndarray | Rounded, norm: Any = None) -> Matrix:
+        inner, wide = array.shape
+        if self._int8 and vocabulary_launch.fits(self._limits, inner, half=True):
+            return self._int8_matrix(array, norm, vocabulary_launch.without_norm)
+        if self._int8:
+            log.info("the vocabulary's weights [%d, %d] are fp16: this GPU has no room for int8 ones", inner, wide)
+            return self._float_matrix(np.asarray(array), None, False, False)
         can = warpgroup_launch.can_search(self._limits, array.shape[0], self._half)
-        return self._matrix(array, norm, can, not can)
+        return self._float_matrix(np.asarray(array), norm, can, True)
 
-    def _matrix(self, array: np.ndarray, norm: Any, grouped: bool, packed: bool) -> Matrix:
+    def _float_matrix(self, array: np.ndarray, norm: Any, grouped: bool, packed: bool) -> Matrix:
         """With or without what the one or the other of our kernels reads."""
         inner, wide = array.shape
         transposed = array.T.flags.c_contiguous and not array.flags.c_contiguous
-        if self._int8:
-            return self._int8_matrix(array, norm)
         columns = None
         with self._stream:
             source = self._upload(array.T if transposed else array)
@@ -138,15 +152,21 @@ class Cuda:
             groups = warpgroup_launch.packed(source.T if transposed else source) if grouped else None
         return Matrix(plain, transposed, lanes, groups, columns, norm is not None, inner, wide)
 
-    def _int8_matrix(self, array: np.ndarray, norm: Any) -> Matrix:
+    def _int8_matrix(
+        self, array: np.ndarray | Rounded, norm: Any, without_norm: Callable[[Array], Array] = lambda scales: scales
+    ) -> Matrix:
+        """without_norm: what the kernel needs beside the numbers where no LayerNorm is folded in, of the scales."""
         inner, wide = array.shape
         with self._stream:
-            weight = cupy.asarray(array, np.float32)
-            if norm is None:
-                numbers, columns = quantise(weight)
+            if norm is not None:
+                parts = (cupy.asarray(part, np.float32) for part in (array, norm.gain, norm.bias))
+                numbers, columns = linear_launch.fold_int8(*parts)
             else:
-                gain, bias = (cupy.asarray(part, np.float32) for part in (norm.gain, norm.bias))
-                numbers, columns = linear_launch.fold_int8(weight, gain, bias)
+                if isinstance(array, Rounded):
+                    numbers, scales = map(cupy.asarray, (array.numbers, array.scales))
+                else:
+                    numbers, scales = quantise(cupy.asarray(array, np.float32))
+                columns = without_norm(scales)
             packed = self._packed(cupy.ascontiguousarray(numbers), (wide, 1), inner, wide)
         return Matrix(None, False, packed, None, columns, norm is not None, inner, wide)
 
@@ -170,15 +190,12 @@ class Cuda:
         with self._stream:
             return cupy.asarray(np.ascontiguousarray(array, np.float32)).astype(self.FLOAT, copy=False)
 
-    def weight_bytes(self, shape: tuple[int, ...], is_matrix: bool) -> int:
-        if not is_matrix:
+    def weight_bytes(self, shape: tuple[int, ...], use: str) -> int:
+        sizes = {"matrix": weight_memory.matrix_bytes, "vocabulary_matrix": weight_memory.vocabulary_bytes}
+        if use not in sizes:
             return math.prod(shape) * self.FLOAT.itemsize
         inner, wide = shape
-        if self._int8:  # and what is left of a folded norm, and scales
-            return linear_launch.packed_elements(inner, wide, half=True) + 3 * 4 * wide
-        plain, packed = inner * _aligned(wide), linear_launch.packed_elements(inner, wide, self._half)
-        grouped = inner * wide if warpgroup_launch.can(self._limits, inner, wide, self._half) else 0
-        return (plain + packed + grouped) * self.FLOAT.itemsize
+        return sizes[use](self._limits, inner, wide, self._half, self._int8)
 
     def available_memory(self) -> int:
         cupy.get_default_memory_pool().free_all_blocks()  # what converting the weights has left behind
@@ -315,6 +332,7 @@ class Cuda:
         self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, normed: Array, logits: Array
     ) -> None:
         if self._searches(len(x), output.weight):
+            x = self._to_be_searched(x, norm, output, epsilon, normed)
             self._vocabulary(x, output, epsilon, scale, logits=logits)
             return
         self._vocabulary_products(x, norm, output, epsilon, normed, logits)
@@ -350,7 +368,7 @@ class Cuda:
             self._top(logits, output.bias, banned, ids, log_probabilities, scale)
             self.beam_step(rows, slots, ancestors, history, details, ids, log_probabilities)
             return
-        best = ids.shape[1]
+        x, best = self._to_be_searched(x, norm, output, epsilon, normed), ids.shape[1]
         tiles, statistics, choices = self._best_of_tiles(x, output, epsilon, scale, banned, best, rows, slots)
         arguments = (rows, slots, ancestors, history, details, statistics, choices, tiles, best, history.shape[1])
         self._launch("search", "vocabulary_beam_step", (len(rows),), 1024, arguments)
@@ -361,6 +379,7 @@ class Cuda:
         details: Array, pool: Array, pool_details: Array,
     ) -> None:  # fmt: skip
         if self._searches(len(x), output.weight):
+            x = self._to_be_searched(x, norm, output, epsilon, normed)
             tiles, statistics, choices = self._best_of_tiles(
                 x, output, epsilon, scale, banned, ids.shape[1], rows, slots
             )
@@ -376,6 +395,7 @@ class Cuda:
         targets: Array, out: Array,
     ) -> None:  # fmt: skip
         if self._searches(len(x), output.weight):
+            x = self._to_be_searched(x, norm, output, epsilon, normed)
             self._vocabulary(x, output, epsilon, scale, logits=logits)
             self.target_log_probabilities(logits, targets, out)
             return
@@ -416,18 +436,28 @@ class Cuda:
         return linear_launch.pays(self._limits, rows, weight.inner, weight.wide, self._half)
 
     def _searches(self, rows: int, weight: Matrix) -> bool:
-        if self._int8:
-            return True
         if weight.packed is None:
-            return rows <= warpgroup_launch.SEARCHED_ROWS
+            return False
+        if weight.int8 or self._searches_by_groups(rows, weight):
+            return True
         fits = vocabulary_launch.fits(self._limits, weight.inner, self._half)
         return rows <= SEARCHED_ROWS and fits and self._streams(1, weight)
 
+    def _searches_by_groups(self, rows: int, weight: Matrix) -> bool:
+        return weight.grouped is not None and warpgroup_launch.pays(rows)
+
+    def _to_be_searched(self, x: Array, norm: Any, output: Any, epsilon: float, normed: Array) -> Array:
+        """What the kernels of the vocabulary read: x, or its LayerNorm where none is folded into the weight."""
+        if output.weight.folded:
+            return x
+        self.layer_norm(x, norm, epsilon, normed)
+        return normed
+
     def _product_for(self, x: Array, weight: Matrix) -> Callable[..., None]:
         """The fastest of the three for so many rows; of int8 weights there is one."""
-        if self._int8 or self._streams(len(x), weight):
+        if weight.int8 or self._streams(len(x), weight):
             return self._small_product
-        pays = weight.grouped is not None and warpgroup_launch.pays(len(x), weight.inner, weight.wide)
+        pays = weight.grouped is not None and warpgroup_launch.pays(len(x))
         if pays and x.strides[0] % 16 == x.data.ptr % 16 == 0:
             return self._group_product
         return self._large_product
@@ -442,7 +472,7 @@ class Cuda:
         assert norm == weight.folded
         aligned = weight.inner * x.itemsize % 16 == 0 and x.strides[0] % 16 == 0 and x.data.ptr % 16 == 0
         plan = linear_launch.plan(
-            self._limits, len(x), weight.inner, weight.wide, self._half, norm, aligned, self._int8
+            self._limits, len(x), weight.inner, weight.wide, self._half, norm, aligned, weight.int8
         )
         arguments = (
             x, _stride(x), weight.packed, weight.columns, epsilon or 0.0, linear.bias,
@@ -509,23 +539,23 @@ class Cuda:
     ) -> None:  # fmt: skip
         weight: Matrix = output.weight
         assert weight.columns is not None
-        if weight.packed is None:
+        if self._searches_by_groups(len(x), weight):
             family = name = "warpgroup_vocabulary"
             plan = warpgroup_launch.vocabulary_plan(self._limits, len(x), weight.inner, weight.wide)
             x_map = warpgroup_launch.tensor_map(driver(), x.data.ptr, len(x), weight.inner, _stride(x), plan)
             operands = (x_map, weight.grouped)
         else:
             family = name = "vocabulary"
-            plan = vocabulary_launch.plan(self._limits, len(x), weight.inner, weight.wide, self._half, self._int8)
+            plan = vocabulary_launch.plan(
+                self._limits, len(x), weight.inner, weight.wide, self._half, weight.int8, weight.folded
+            )
             operands = (x, weight.packed)
         arguments = (
             *operands, weight.columns, output.bias, rows, slots,
             logits, 0 if logits is None else _stride(logits), statistics, choices,
             len(x), weight.wide, best, banned, epsilon, scale,
         )  # fmt: skip
-        self._launch(
-            family, name, plan.grid, plan.threads, arguments, shared=plan.shared, **dict(plan.definitions)
-        )
+        self._launch(family, name, plan.grid, plan.threads, arguments, shared=plan.shared, **dict(plan.definitions))
 
     def _vocabulary_products(
         self, x: Array, norm: Any, output: Any, epsilon: float, normed: Array, logits: Array
@@ -583,12 +613,8 @@ class Cuda:
         return self._rooms[name][:size].reshape(shape)
 
 
-def _aligned(wide: int) -> int:
-    return -(-wide // _ALIGNED_COLUMNS) * _ALIGNED_COLUMNS
-
-
 def _with_aligned_columns(array: Array, axis: int) -> Array:
-    missing = _aligned(array.shape[axis]) - array.shape[axis]
+    missing = weight_memory.aligned(array.shape[axis]) - array.shape[axis]
     if not missing:
         return array
     return cupy.pad(array, [(0, missing) if i == axis else (0, 0) for i in range(2)])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+
 from lightseq_backend.ops.linear_launch import Device, Plan, weight_bits
 
 TILE = 128
@@ -16,14 +20,21 @@ def tiles(vocabulary: int) -> int:
 
 
 def fits(device: Device, inner: int, half: bool) -> bool:
-    """Whether a block has room for eight rows; where it has not, the vocabulary is cuBLAS's."""
+    """Whether a block has room for eight rows; where it has not, the vocabulary is cuBLAS's, and not int8."""
     return _shared(8, inner, half, 8) <= device.shared
 
 
-def plan(device: Device, rows: int, inner: int, vocabulary: int, half: bool, int8: bool = False) -> Plan:
+def without_norm(scales: Any) -> Any:
+    """The columns of an int8 W [inner, wide] with no LayerNorm folded into it: float32 [3, wide]. scales: [wide]."""
+    return np.stack((np.zeros_like(scales), np.zeros_like(scales), scales))
+
+
+def plan(
+    device: Device, rows: int, inner: int, vocabulary: int, half: bool, int8: bool = False, norm: bool = True
+) -> Plan:
     """The launch for x [rows, inner], which no result depends on. Any number of rows; it pays up to 64. It must fit.
 
-    int8: W is, and half true.
+    int8: W is, and half true. norm: x goes through the LayerNorm that is folded into W; it has already otherwise.
     """
     assert fits(device, inner, half)
     for group in range(min(_ROWS, -(-rows // 8) * 8), 0, -8):
@@ -42,6 +53,7 @@ def plan(device: Device, rows: int, inner: int, vocabulary: int, half: bool, int
         "WARPS": warps,
         "MOST_DEPTH": 3 if int8 and group > 32 else _DEPTHS[bits],
         "WEIGHT_BITS": bits,
+        "NORM": int(norm),
     }
     return Plan(tuple(definitions.items()), (groups, blocks, 1), (1, 1, 1), shared, 32 * warps)
 

@@ -13,11 +13,8 @@ from lightseq_backend.ops.vocabulary_launch import TILE, tiles
 ARCHITECTURE = "sm_90a"
 _OUTPUTS, _STAGE = 64, 64  # results of a block; columns of x in a stage
 _MULTIPLYING, _OBSERVING, _LOADING = 256, 128, 32  # threads
-_LARGE = 1 << 22  # elements of a weight
 _MOST_SPLIT = 4
-_SEARCHED = (8, 16, 32, 64, 128)  # rows of a block of the vocabulary's kernel
-_MOST_DEPTH = 8
-SEARCHED_ROWS = _SEARCHED[-1]  # up to so many it pays
+_PAYING = range(33, 129)  # rows
 _HALF, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_128, _FILL_ZEROS = 6, 0, 3, 2, 0  # CUtensorMap*
 
 
@@ -26,15 +23,20 @@ def can(device: Device, inner: int, wide: int, half: bool) -> bool:
     return device.capability == 90 and half and inner % _STAGE == wide % _OUTPUTS == 0 and inner * wide > SMALL
 
 
-def pays(rows: int, inner: int, wide: int) -> bool:
-    """Whether a step is faster with it than with `linear`, or cuBLAS and a kernel for the LayerNorm; by measurement on
-    an H200. What it asks of shared memory keeps the next kernel from beginning early, which costs with many rows."""
-    return 32 < rows <= (64 if inner * wide < _LARGE else 128)
+def pays(rows: int) -> bool:
+    """Whether a step is faster with these kernels than with those of warps, or cuBLAS and a kernel for the LayerNorm,
+    for a product or for the vocabulary; by measurement on an H200."""
+    return rows in _PAYING
 
 
 def can_search(device: Device, inner: int, half: bool) -> bool:
     """Whether there is such a kernel for a vocabulary's weight [inner, any]."""
     return device.capability == 90 and half and inner % _STAGE == 0
+
+
+def packed_width(wide: int) -> int:
+    """Columns that `packed` has for so many."""
+    return -(-wide // _OUTPUTS) * _OUTPUTS
 
 
 def packed(weight: Any) -> Any:
@@ -48,31 +50,33 @@ def plan(device: Device, rows: int, inner: int, wide: int, norm: bool) -> Plan:
     """The launch for x [rows, inner] . W [inner, wide], of a weight that `can`. Any number of rows.
 
     norm: x goes through the LayerNorm that W was packed with. The order of a sum depends on the weight alone.
+
+    By whole steps on an H200: few stages leave shared memory to the next kernel, whose blocks then begin early; only
+    the longest sums are worth deep rings and blocks of many rows.
     """
-    split, count = 1, _rows(rows)
+    split = 1
     while split < _MOST_SPLIT and 2 * split * wide // _OUTPUTS <= device.multiprocessors:
         split *= 2
-    stages = -(-(inner // _STAGE) // split)
-    depth = min(8, stages if count == 64 else max(2, stages // 2))
+    long = split == _MOST_SPLIT
+    count = 128 if long and rows > 64 else 64
+    depth = min(-(-(inner // _STAGE) // split), 8 if long else 4 if rows <= 64 else 3)
     while _shared(count, split, depth, norm) > device.shared:
         depth -= 1
     definitions = {"HALF": 1, "NORM": int(norm), "ROWS": count, "INNER": inner, "SPLIT": split, "DEPTH": depth}
     threads = _MULTIPLYING + norm * _OBSERVING + _LOADING
-    shared = _shared(count, split, min(depth, stages), norm)
-    return Plan(
-        tuple(definitions.items()), (split * wide // _OUTPUTS, -(-rows // count), 1), (split, 1, 1), shared, threads
-    )
+    grid = (split * wide // _OUTPUTS, -(-rows // count), 1)
+    return Plan(tuple(definitions.items()), grid, (split, 1, 1), _shared(count, split, depth, norm), threads)
 
 
 def vocabulary_plan(device: Device, rows: int, inner: int, vocabulary: int) -> Plan:
-    """The launch for x [rows, inner] and a weight that `can_search`, which no result depends on. Any number of rows."""
-    count = next(count for count in _SEARCHED if rows <= count or count == _SEARCHED[-1])
-    span = 2 if count > 64 else 1
-    depth = _MOST_DEPTH if count <= 64 else min(_MOST_DEPTH, inner // _STAGE)
-    while _vocabulary_shared(count, span, depth) > device.shared:
-        depth -= 1
+    """The launch for x [rows, inner] and a weight that `can_search`, which no result depends on. Any number of rows.
+
+    Up to 64 rows two blocks share a multiprocessor, so that one multiplies while the other looks for its best.
+    """
+    count, span, depth, blocks_each = (64, 1, 3, 2) if rows <= 64 else (128, 2, 4, 1)
+    depth = min(depth, inner // _STAGE)
     groups = -(-rows // count)
-    blocks = min(-(-tiles(vocabulary) // span), max(1, device.multiprocessors // groups))
+    blocks = min(-(-tiles(vocabulary) // span), max(1, blocks_each * device.multiprocessors // groups))
     definitions = {"HALF": 1, "ROWS": count, "INNER": inner, "SPAN": span, "DEPTH": depth}
     threads = 2 * span * 128 + min(64, max(32, count)) + _LOADING
     shared = _vocabulary_shared(count, span, depth)
@@ -97,11 +101,6 @@ def tensor_map(
     if status:
         raise RuntimeError(f"cuTensorMapEncodeTiled failed with status {status} for [{rows}, {inner}], {stride} apart")
     return made
-
-
-def _rows(rows: int) -> int:
-    """Of x that a block takes."""
-    return 64 if rows <= 64 else 128
 
 
 def _shared(rows: int, split: int, depth: int, norm: bool) -> int:

@@ -19,10 +19,11 @@ from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.request import SCORE, Request, Sequence
 from lightseq_backend.serving.callers import Callers
 from lightseq_backend.serving.control import read_control
+from lightseq_backend.serving.guard import Guard
 from lightseq_backend.serving.metrics import Metrics
 from lightseq_backend.serving.parts import Parts
 from lightseq_backend.serving.replies import Replies, Ticket
-from lightseq_backend.serving.settings import Settings, read_settings
+from lightseq_backend.serving.settings import INT8, Settings, read_settings
 from lightseq_backend.serving.tensors import strings_arrive, survive_strings, to_numpy
 from lightseq_backend.serving.texts import Texts
 from lightseq_backend.serving.watch import Watch
@@ -37,6 +38,7 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Loads weights, takes the engine's memory, starts the threads. Fails with every fault that was found."""
         _log_through_triton()
+        self._guard = Guard()
         started = time.monotonic()
         try:
             settings = read_settings(args)
@@ -89,6 +91,7 @@ class TritonPythonModel:
         self._watch.close()
         self._callers.close()
         self._replies.close()
+        self._guard.close()
 
     def _submit(self, request: Any, sender: Any) -> None:
         arrived = time.monotonic()
@@ -153,7 +156,9 @@ class TritonPythonModel:
 
 def _engine(settings: Settings) -> Engine:
     module = ops.load(settings.device, settings.device_id, settings.precision)
-    config, arrays = weights.load(settings.weights, dialect=settings.dialect, kind=settings.wire.form.kind)
+    config, arrays = weights.load(
+        settings.weights, settings.dialect, settings.wire.form.kind, rounded=settings.precision == INT8
+    )
     if isinstance(config, TransformerConfig):
         return Engine(Transformer(config, arrays, module), settings.engine_config(config), module)
     return Engine(Gpt(config, arrays, module), settings.engine_config(config), module)

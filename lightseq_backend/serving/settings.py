@@ -16,7 +16,8 @@ from lightseq_backend.serving.wire import GPT, TRANSFORMER, Wire, read_wire
 from lightseq_backend.weights.directory import find_weights, tokenizer_directories
 
 DEVICES = {"CPU": "cpu", "GPU": "cuda"}  # by Triton's instance kind
-PRECISIONS = {"cpu": ("fp32", "int8"), "cuda": ("fp16", "fp32", "int8")}  # by device, the default first
+INT8 = "int8"
+PRECISIONS = {"cpu": ("fp32", INT8), "cuda": ("fp16", "fp32", INT8)}  # by device, the default first
 # Fields of EngineConfig.
 SIZES = ("slots", "max_beam_size", "queue", "queue_tokens", "queue_seconds", "prompt_tokens", "burst")
 QUEUE_TOKENS, QUEUE_SECONDS = 1 << 18, 300  # by default, or a full batch of the longest rows
@@ -25,7 +26,8 @@ QUEUE_TOKENS, QUEUE_SECONDS = 1 << 18, 300  # by default, or a full batch of the
 TIMES = {"step_seconds": 60, "drain_seconds": 20}
 BURSTS = {"cpu": 1, "cuda": 4}  # the host's part of a burst must fit into the device's
 PARAMETERS = ("weights", "dialect", "precision", *SIZES, *TIMES, "tokenizer", "source_language")
-MODEL_TYPES = {"Transformer": TRANSFORMER, "Gpt": GPT}  # LightSeq's own parameter: what `model_type` may be
+# LightSeq's own parameter: what `model_type` may be. Its file says whether weights are int8.
+MODEL_TYPES = {"Transformer": TRANSFORMER, "Gpt": GPT, "QuantTransformer": TRANSFORMER, "QuantGpt": GPT}
 TRITON_PARAMETERS = ("FORCE_CPU_ONLY_INPUT_TENSORS", "EXECUTION_ENV_PATH")
 
 

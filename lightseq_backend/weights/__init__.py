@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import numpy as np
 
@@ -14,7 +15,9 @@ FilePath = str | os.PathLike[str]
 SUFFIXES = (safetensors.SUFFIX, ".pb", hdf5.SUFFIX)
 
 
-def load(path: FilePath, dialect: str = "head", kind: str | None = None) -> tuple[Config, dict[str, np.ndarray]]:
+def load(
+    path: FilePath, dialect: str = "head", kind: str | None = None, rounded: bool = False
+) -> tuple[Config, dict[str, Any]]:
     """The configuration and the arrays of a weight file: .safetensors with its .json beside it, or one of LightSeq's,
     .hdf5 or of any other name for protobuf.
 
@@ -24,8 +27,10 @@ def load(path: FilePath, dialect: str = "head", kind: str | None = None) -> tupl
     kind     "transformer" or "gpt"; None takes it from the content: only a Transformer has the top-level
              fields 4 and 5, and field 3 holds numbers (model_conf) in a GPT, floats alone (an embedding) in a
              Transformer. Where a damaged file leaves both possible, "gpt" in the file's name decides.
+    rounded  what an int8 file (one with a clip_max) has for products stays as it is, quantised.Rounded: the arrays
+             "*.weight", but for a projection with a different clip_max in each part
 
-    Arrays are float32 under the names that weights/layout.py lists; kernels are [in, out]. "target.tokens" of a
+    Other arrays are float32 under the names that weights/layout.py lists; kernels are [in, out]. "target.tokens" of a
     Transformer and "output.weight" of a GPT are transposed views, "decoder.{i}.cross_kv.*" views of what is one
     array in the file; all others are contiguous and 64-byte aligned. Peak memory is the arrays and a few pages.
 
@@ -39,9 +44,9 @@ def load(path: FilePath, dialect: str = "head", kind: str | None = None) -> tupl
         _check_plain(path, dialect)
         return safetensors.load(path, kind)
     if _has(path, hdf5.SUFFIX):
-        return hdf5.load(path, dialect_named(dialect), kind)
+        return hdf5.load(path, dialect_named(dialect), kind, rounded)
     contents = protobuf.examine(path, dialect_named(dialect), kind)
-    return contents.config, protobuf.read_arrays(contents)
+    return contents.config, protobuf.read_arrays(contents, rounded)
 
 
 def load_stored(path: FilePath, dialect: str = "head", kind: str | None = None) -> tuple[Config, dict[str, np.ndarray]]:

@@ -21,13 +21,19 @@ def describe(path: FilePath, dialect: str = "head", kind: str | None = None) -> 
     """Configuration, tensors, number of parameters and the memory they take, one line each. Errors as in `load`."""
     if os.fspath(path).endswith(safetensors.SUFFIX):
         config, stored, _ = safetensors.examine(path, kind)
+        form = layout_of(config).kind
         tensors = [(name, name, array.shape) for name, array in stored.items()]
     else:
-        form: Any = hdf5 if os.fspath(path).endswith(hdf5.SUFFIX) else protobuf
-        contents = form.examine(path, dialect_named(dialect), kind)
+        reader: Any = hdf5 if os.fspath(path).endswith(hdf5.SUFFIX) else protobuf
+        contents = reader.examine(path, dialect_named(dialect), kind)
+        form = (
+            f"{contents.layout.kind} of int8 (LightSeq's {contents.layout.message})"
+            if contents.layout.int8
+            else contents.layout.kind
+        )
         config, tensors = contents.config, [(each.entry.path, each.entry.name, each.shape) for each in contents.tensors]
     return [
-        f"{os.fspath(path)}: {layout_of(config).kind}, {os.path.getsize(path):,} bytes",
+        f"{os.fspath(path)}: {form}, {os.path.getsize(path):,} bytes",
         "",
         "configuration",
         *_columns(_settings(config)),

@@ -13,9 +13,19 @@ import numpy as np
 
 from lightseq_backend.config import Config, Dialect
 from lightseq_backend.errors import ConfigError, WeightError
-from lightseq_backend.weights import lightseq
+from lightseq_backend.weights import int8, lightseq
 from lightseq_backend.weights.files import aligned_empty, replacing
-from lightseq_backend.weights.layout import GPT, KINDS, LAYOUTS, TRANSFORMER, Layout, entries, layers_of, layout_of
+from lightseq_backend.weights.layout import (
+    GPT,
+    INT8_LAYOUTS,
+    KINDS,
+    LAYOUTS,
+    TRANSFORMER,
+    Layout,
+    entries,
+    layers_of,
+    layout_of,
+)
 from lightseq_backend.weights.schema import message_type
 from lightseq_backend.weights.settings import read_config, write_config
 
@@ -41,6 +51,7 @@ REQUIRED = {
     ),
     GPT: ("head_num", "src_padding_id", "sampling_method", "extra_decode_length", "topk", "topp", "eos_id"),
 }
+EXTRA = "extra_decode_length"  # LightSeq reads none for an int8 GPT
 _MOST_LAYERS = 4096
 
 
@@ -51,6 +62,7 @@ class Contents:
     layout: Layout
     config: Config
     tensors: list[lightseq.Located]
+    clips: dict[str, np.ndarray]  # as of a protobuf file
 
 
 def examine(path: FilePath, dialect: Dialect, kind: str | None = None) -> Contents:
@@ -59,13 +71,20 @@ def examine(path: FilePath, dialect: Dialect, kind: str | None = None) -> Conten
         return _examine(file, os.path.basename(path), dialect, kind)
 
 
-def load(path: FilePath, dialect: Dialect, kind: str | None = None) -> tuple[Config, dict[str, np.ndarray]]:
-    """The configuration and the arrays under our names, views included: float32, whatever the file has."""
-    arrays: dict[str, np.ndarray] = {}
+def load(
+    path: FilePath, dialect: Dialect, kind: str | None = None, rounded: bool = False
+) -> tuple[Config, dict[str, Any]]:
+    """The configuration and the arrays under our names, views included: float32 whatever the file has, or Rounded."""
+    arrays: dict[str, Any] = {}
     with _opened(path) as file:
         contents = _examine(file, os.path.basename(path), dialect, kind)
         for located in contents.tensors:
             dataset = file[_dataset_name(located.entry.path)]
+            clips = contents.clips.get(located.entry.path)
+            if clips is not None:
+                stored, hidden = np.ravel(dataset[()]).astype(np.uint8), contents.config.hidden
+                arrays.update(int8.arrays_of(located, stored, clips, contents.layout, hidden, rounded))
+                continue
             flat = aligned_empty(dataset.size)
             dataset.read_direct(flat.reshape(dataset.shape))
             arrays.update(lightseq.split(located.entry, flat.reshape(located.shape)))
@@ -158,20 +177,28 @@ def _examine(file: Any, name: str, dialect: Dialect, kind: str | None) -> Conten
     found = TRANSFORMER if {"trg_embedding", "decoder_stack"} & set(file) else GPT
     if kind is not None and kind != found:
         raise WeightError(f"this looks like a {found} file, not a {kind} file")
-    layout = LAYOUTS[found]
+    layout = (INT8_LAYOUTS if _has_clips(file) else LAYOUTS)[found]
     present = {part.field for part in layout.parts} & set(file)
     if not present:
         raise WeightError("nothing in it is part of a LightSeq model; is it a weight file?")
     faults: list[str] = []
     layers = {part.field: _layers(file, part.field, faults) for part in layout.parts if part.repeated}
     expected = [entry for entry in entries(layout, layers) if entry.part in present]
-    counts = {entry.path: _count(file, entry.path, faults) for entry in expected}
+    counts = {entry.path: _count(file, entry.path, bool(entry.tensor.clip), faults) for entry in expected}
     sizes, tensors = lightseq.locate(layout, present, counts, layers, faults)
+    clips = int8.read_clips(tensors, lambda entry: _clips(file, entry.clip_path), layers, faults)
     conf = _read_conf(file, layout, faults)
+    int8.settle(layout, conf)
     config = read_config(layout.kind, conf, dialect, sizes, layers, faults)
     if config is None or faults:
         raise WeightError("\n".join(faults))
-    return Contents(layout, config, tensors)
+    return Contents(layout, config, tensors, clips)
+
+
+def _has_clips(file: Any) -> bool:
+    """Whether an embedding or the first layer says what bytes stand for."""
+    groups = (file.get(name) for name in ("src_embedding", "trg_embedding", "encoder_stack/0", "decoder_stack/0"))
+    return any(name.endswith("_clip_max") for group in groups if group is not None for name in group)
 
 
 def _layers(file: Any, field: str, faults: list[str]) -> int:
@@ -184,7 +211,13 @@ def _layers(file: Any, field: str, faults: list[str]) -> int:
     return value
 
 
-def _count(file: Any, path: str, faults: list[str]) -> int:
+def _clips(file: Any, path: str) -> np.ndarray:
+    dataset = file.get(_dataset_name(path))
+    numbers = getattr(dataset, "dtype", np.dtype("V")).kind in "fiu"
+    return np.ravel(dataset[()]).astype(np.float32) if numbers else np.zeros(0, np.float32)
+
+
+def _count(file: Any, path: str, of_bytes: bool, faults: list[str]) -> int:
     """How many values a tensor has; 0 for one that is absent."""
     dataset = file.get(_dataset_name(path))
     if dataset is None:
@@ -192,8 +225,10 @@ def _count(file: Any, path: str, faults: list[str]) -> int:
     if getattr(dataset, "dtype", np.dtype("V")).kind not in "fiu":
         faults.append(f"{path} is no dataset of numbers")
         return 0
-    if dataset.dtype == np.uint8:
-        faults.append(f"{path} has bytes, as LightSeq's int8 files; those are not supported")
+    if of_bytes and dataset.dtype != np.uint8:
+        faults.append(f"{path} is {dataset.dtype}; an int8 file has uint8")
+    elif not of_bytes and dataset.dtype == np.uint8:
+        faults.append(f"{path} has bytes, as LightSeq's int8 files, and nothing says what they stand for")
     return int(dataset.size)
 
 
@@ -203,7 +238,7 @@ def _read_conf(file: Any, layout: Layout, faults: list[str]) -> Any:
     for field in conf.DESCRIPTOR.fields:
         dataset = file.get(f"model_conf/{field.name}")
         if dataset is None:
-            if field.name in REQUIRED[layout.kind]:
+            if field.name in REQUIRED[layout.kind] and not (layout.int8 and field.name == EXTRA):
                 faults.append(f"model_conf.{field.name} is missing")
             continue
         value = _text(dataset) if isinstance(getattr(conf, field.name), str) else _scalar(dataset)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
+from typing import Any
 
 import numpy as np
 
@@ -27,17 +28,19 @@ SIZE_NAMES = {
 
 @dataclass(frozen=True)
 class Tensor:
-    """One repeated float field.
+    """One field of many numbers.
 
     field  LightSeq's name
     name   ours; an array of its part if the part is a layer, else a name of the whole model. With a star it
            is one array in the file and one a decoder layer in the model: the star is the layer's number
     shape  sizes of the axes, outermost first, for example "h 3h"; the axis "N" is the one a star cuts
+    clip   of an int8 file: the field beside it that says what its bytes stand for; "" where it has floats
     """
 
     field: str
     name: str
     shape: str
+    clip: str = ""
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Layout:
-    """A kind of model. views: arrays that load adds, each the transposed view of another; save ignores them."""
+    """A kind of model in one of LightSeq's two forms, floats or int8. views: arrays that load adds, each the transposed
+    view of another; save ignores them."""
 
     kind: str
     message: str
     conf_message: str
     parts: tuple[Part, ...]
     views: dict[str, str]
+    int8: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,11 @@ class Entry:
     name: str
     tensor: Tensor
     side: str
+
+    @property
+    def clip_path(self) -> str:
+        """Where the clip_max of a tensor of bytes is."""
+        return f"{self.path.rpartition('.')[0]}.{self.tensor.clip}"
 
 
 @dataclass
@@ -190,6 +200,26 @@ LAYOUTS = {
         ),
         {"output.weight": "tokens"},
     ),
+}
+
+
+def _of_bytes(tensor: Tensor) -> Tensor:
+    if tensor.field == "token_embedding":
+        return replace(tensor, clip="emb_clip_max")
+    return replace(tensor, clip=f"{tensor.field}_clip_max") if "kernel" in tensor.field else tensor
+
+
+def _int8(layout: Layout, **changes: Any) -> Layout:
+    parts = [replace(part, tensors=tuple(map(_of_bytes, part.tensors))) for part in layout.parts]
+    return replace(layout, message=f"Quant{layout.message}", parts=tuple(parts), int8=True, **changes)
+
+
+# A GPT's token table is [h, V] there.
+_GPT_INT8_EMBEDDING = (Tensor("token_embedding", "output.weight", "h V"), *_GPT_EMBEDDING[1:])
+_GPT_INT8_PARTS = (replace(LAYOUTS[GPT].parts[0], tensors=_GPT_INT8_EMBEDDING), *LAYOUTS[GPT].parts[1:])
+INT8_LAYOUTS = {
+    TRANSFORMER: _int8(LAYOUTS[TRANSFORMER]),
+    GPT: _int8(replace(LAYOUTS[GPT], parts=_GPT_INT8_PARTS), views={"tokens": "output.weight"}),
 }
 
 

@@ -1,4 +1,4 @@
-"""LightSeq's protobuf files, transformer.pb and gpt.pb: read without a copy in between, written as a stream."""
+"""LightSeq's protobuf files, of floats or int8: read without a copy in between; those of floats written as a stream."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from google.protobuf.message import DecodeError
 
 from lightseq_backend.config import Config, Dialect
 from lightseq_backend.errors import WeightError
-from lightseq_backend.weights import lightseq, wire
+from lightseq_backend.weights import int8, lightseq, wire
 from lightseq_backend.weights.files import MappedFile, write_file
 from lightseq_backend.weights.layout import (
     GPT,
+    INT8_LAYOUTS,
     KINDS,
     LAYOUTS,
     TRANSFORMER,
@@ -33,13 +34,18 @@ FilePath = str | os.PathLike[str]
 
 @dataclass(frozen=True)
 class Contents:
-    """A file that passed every check. Nothing of its tensors has been read yet; runs: where each lies, by its path."""
+    """A file that passed every check. Nothing of its tensors has been read yet.
+
+    runs   where each lies, by its path
+    clips  float32 [n], by the path of a tensor of bytes: its clip_max, one or one a part
+    """
 
     file: MappedFile
     layout: Layout
     config: Config
     tensors: list[Located]
     runs: dict[str, list[wire.Floats]]
+    clips: dict[str, np.ndarray]
 
 
 def examine(path: FilePath, dialect: Dialect, kind: str | None = None) -> Contents:
@@ -50,11 +56,16 @@ def examine(path: FilePath, dialect: Dialect, kind: str | None = None) -> Conten
         raise lightseq.unusable("cannot be used", path, error) from None
 
 
-def read_arrays(contents: Contents) -> dict[str, np.ndarray]:
-    """The arrays of a file under our names, views included: float32."""
-    arrays: dict[str, np.ndarray] = {}
+def read_arrays(contents: Contents, rounded: bool = False) -> dict[str, Any]:
+    """The arrays of a file under our names, views included: float32, or Rounded as `load` says."""
+    arrays: dict[str, Any] = {}
     for located in contents.tensors:
-        array = wire.copy_floats(contents.file, contents.runs[located.entry.path]).reshape(located.shape)
+        path = located.entry.path
+        if path in contents.clips:
+            stored, hidden = wire.copy_bytes(contents.file, contents.runs[path]), contents.config.hidden
+            arrays.update(int8.arrays_of(located, stored, contents.clips[path], contents.layout, hidden, rounded))
+            continue
+        array = wire.copy_floats(contents.file, contents.runs[path]).reshape(located.shape)
         arrays.update(lightseq.split(located.entry, array))
     for name, of in contents.layout.views.items():
         arrays[name] = arrays[of].T
@@ -85,21 +96,26 @@ def _examine(file: MappedFile, name: str, dialect: Dialect, kind: str | None) ->
     layout = LAYOUTS[kind or found or (GPT if "gpt" in name.lower() else TRANSFORMER)]
     faults: list[str] = []
     message = wire.read_message(file, message_type(layout.message).DESCRIPTOR, faults)
+    if any(found.lone_floats for part in layout.parts for found in message.parts.get(part.field, ())):  # clip_max
+        layout, faults = INT8_LAYOUTS[layout.kind], []
+        message = wire.read_message(file, message_type(layout.message).DESCRIPTOR, faults)
     if not message.parts:
         raise WeightError(f"nothing in it is part of a LightSeq {layout.kind}; is it a weight file?")
     layers = {part.field: len(message.parts.get(part.field, ())) for part in layout.parts if part.repeated}
     expected = [entry for entry in entries(layout, layers) if entry.part in message.parts]
     counts = {entry.path: _part_of(message, entry).count(entry.tensor.field) for entry in expected}
     sizes, tensors = lightseq.locate(layout, set(message.parts), counts, layers, faults)
+    clips = int8.read_clips(tensors, lambda entry: _clips(file, message, entry), layers, faults)
     config = None
     conf = _read_conf(layout, message, faults)
     if conf is not None:
+        int8.settle(layout, conf)
         config = read_config(layout.kind, conf, dialect, sizes, layers, faults)
     if config is None or faults:
         raise WeightError("\n".join(faults))
     file.release(0, len(file))
     runs = {each.entry.path: _part_of(message, each.entry).floats[each.entry.tensor.field] for each in tensors}
-    return Contents(file, layout, config, tensors, runs)
+    return Contents(file, layout, config, tensors, runs, clips)
 
 
 def _kind_in(file: MappedFile) -> str | None:
@@ -124,6 +140,14 @@ def _kind_in(file: MappedFile) -> str | None:
 
 def _part_of(message: wire.Message, entry: Entry) -> wire.Message:
     return message.parts[entry.part][entry.index]
+
+
+def _clips(file: MappedFile, message: wire.Message, entry: Entry) -> np.ndarray:
+    part, name = _part_of(message, entry), entry.tensor.clip
+    if name in part.floats:
+        return wire.copy_floats(file, part.floats[name])
+    values = message_type(part.descriptor.name).FromString(bytes(part.scalars))
+    return np.array(getattr(values, name), np.float32).reshape(-1)  # one that is absent is zero
 
 
 def _read_conf(layout: Layout, message: wire.Message, faults: list[str]) -> Any:

@@ -1,7 +1,7 @@
 """LightSeq's message types, as descriptors of protobuf's own runtime.
 
-schema.desc is transformer.proto and gpt.proto compiled; `python -m lightseq_backend.weights.compile_schema`
-writes it anew. A descriptor set and not generated Python, because generated code ties itself to a range of
+schema.desc is the .proto files beside it compiled; `python -m lightseq_backend.weights.compile_schema` writes it anew.
+A descriptor set and not generated Python, because generated code ties itself to a range of
 runtimes, and because LightSeq's files have no package: in protobuf's default pool they would collide with the
 transformer_pb2 of an installed LightSeq. The pool here is private.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message, message_factory
 
-SOURCES = ("transformer.proto", "gpt.proto")
+SOURCES = ("transformer.proto", "gpt.proto", "quant_transformer.proto", "quant_gpt.proto")
 FOLDER = Path(__file__).parent
 COMPILED = FOLDER / "schema.desc"
 

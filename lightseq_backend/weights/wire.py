@@ -35,7 +35,10 @@ class WireField(NamedTuple):
 
 @dataclass(frozen=True)
 class Floats:
-    """`count` floats of `stride` bytes each from `start`; the value is the last four of them (a tag may precede)."""
+    """`count` floats of `stride` bytes each from `start`; the value is the last four of them (a tag may precede).
+
+    With a stride of 1, bytes.
+    """
 
     start: int
     count: int
@@ -44,9 +47,10 @@ class Floats:
 
 @dataclass
 class Message:
-    """A message as found: its parts by field name, its floats located, its scalars still serialized.
+    """A message as found: its parts by field name, its floats and bytes located, its scalars still serialized.
 
     path is LightSeq's own, for example "decoder_stack[3]"; "" for the outermost.
+    lone_floats: whether it has fields that are none of its descriptor's and have the form of a single float.
     """
 
     path: str
@@ -54,9 +58,10 @@ class Message:
     parts: dict[str, list[Message]] = field(default_factory=dict)
     floats: dict[str, list[Floats]] = field(default_factory=dict)
     scalars: bytearray = field(default_factory=bytearray)
+    lone_floats: bool = False
 
     def count(self, name: str) -> int:
-        """Floats stored under that field."""
+        """Floats, or bytes, stored under that field."""
         return sum(run.count for run in self.floats.get(name, ()))
 
 
@@ -108,6 +113,14 @@ def copy_floats(file: MappedFile, runs: list[Floats]) -> np.ndarray:
     return out
 
 
+def copy_bytes(file: MappedFile, runs: list[Floats]) -> np.ndarray:
+    """The bytes of one field: uint8 [n], owned. Mapped pages are released."""
+    (run,) = runs
+    copy = file.bytes[run.start : run.start + run.count].copy()
+    file.release(run.start, run.start + run.count)
+    return copy
+
+
 def tag(number: int, wire_type: int) -> bytes:
     return varint(number << 3 | wire_type)
 
@@ -132,6 +145,7 @@ def _walk(file: MappedFile, message: Message, position: int, end: int, faults: l
         position = found.end
         kind = known.get(found.number)
         if kind is None:
+            message.lone_floats |= found.wire_type == FIXED32
             continue
         if kind.message_type is not None and found.wire_type == BYTES:
             _walk(file, _part(message, kind), found.start, found.end, faults)
@@ -139,6 +153,8 @@ def _walk(file: MappedFile, message: Message, position: int, end: int, faults: l
             _add_packed(message, kind, found, faults)
         elif _is_floats(kind) and found.wire_type == FIXED32:
             position = _add_unpacked(file, message, kind, found, end)
+        elif kind.type == FieldDescriptor.TYPE_BYTES and found.wire_type == BYTES:  # of several, the last counts
+            message.floats[kind.name] = [Floats(found.start, found.end - found.start, 1)]
         elif not _is_repeated(kind):
             message.scalars += file[found.tag_start : found.end]
 

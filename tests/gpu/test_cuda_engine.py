@@ -21,6 +21,7 @@ from lightseq_backend.config import EngineConfig, GptConfig
 from lightseq_backend.engine import Engine
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
+from lightseq_backend.quantised import Rounded
 from lightseq_backend.request import GENERATE, SCORE, Output
 
 TRANSLATION = (
@@ -33,7 +34,7 @@ SAMPLES = {"sampling_method": "topp", "top_p": 0.9, "temperature": 1.3, "seed": 
 NEAR = 0.02  # scores so close that half precision, which is off by up to 0.013 here, may order them otherwise
 
 
-def engine(config: Any, arrays: dict[str, np.ndarray], device: str, precision: str = "fp32", **room: int) -> Engine:
+def engine(config: Any, arrays: dict[str, Any], device: str, precision: str = "fp32", **room: int) -> Engine:
     backend = ops.load(device, 0, precision)
     model = Gpt if isinstance(config, GptConfig) else Transformer
     return Engine(model(config, arrays, backend), EngineConfig(**{"slots": 64, "burst": 4, **room}), backend)
@@ -248,6 +249,42 @@ def test_shipped_model_answers_with_int8_weights_as_on_the_cpu(path: Any, rows: 
     equal = sum(one == other for one, other in zip(gpu, cpu, strict=True))
     print(f"{equal} of {len(asked)} answers are equal")
     assert equal >= 0.97 * len(asked)
+
+
+@pytest.mark.parametrize(("path", "rows"), [(TRANSLATOR, translations), (COUNTER, counts)], ids=["transformer", "gpt"])
+def test_shipped_model_answers_with_int8_weights_as_in_half_precision(path: Any, rows: Any) -> None:
+    asked = rows()
+    found = (best(engine(*weights.load(path), "cuda", kind, **WIDE).answer(asked)) for kind in ("fp16", "int8"))
+    equal = sum(one == other for one, other in zip(*found, strict=True))
+    print(f"{equal} of {len(asked)} answers are equal")
+    assert equal >= 0.97 * len(asked)
+
+
+def test_shipped_model_keeps_its_perplexity_with_int8_weights() -> None:
+    asked = counts(complete=True)
+    tokens = np.array([len(row) - 1 for row in asked])
+    losses = (
+        [output.loss for output in engine(*weights.load(COUNTER), "cuda", kind).answer(asked, SCORE)]
+        for kind in ("fp16", "int8")
+    )
+    half, int8 = (float(np.exp(np.average(loss, weights=tokens))) for loss in losses)
+    print(f"perplexity {half:.5f}, with int8 weights {int8:.5f}: {int8 / half - 1:+.3%}")
+    assert abs(int8 / half - 1) <= 0.005
+
+
+@pytest.mark.parametrize(("path", "rows"), [(TRANSLATOR, translations), (COUNTER, counts)], ids=["transformer", "gpt"])
+def test_weights_that_a_file_has_rounded_are_multiplied_as_they_are(path: Any, rows: Any) -> None:
+    """With one scale for a whole matrix, as LightSeq's int8 files have: rounding once more would show in the scores."""
+    config, arrays = weights.load(path)
+    for name in (name for name in arrays if name.endswith(".weight")):
+        scale = np.abs(arrays[name]).max() / np.float32(127)
+        numbers = np.rint(arrays[name] / scale).astype(np.int8)
+        arrays[name] = Rounded(numbers, np.full(numbers.shape[1], scale, np.float32))
+    asked = rows()
+    gpu, cpu = (engine(config, arrays, device, "int8", **WIDE).answer(asked) for device in ("cuda", "cpu"))
+    equal = [one for one in zip(gpu, cpu, strict=True) if best([one[0]]) == best([one[1]])]
+    assert len(equal) >= 0.97 * len(asked)
+    assert max(abs(one.hypotheses[0].score - other.hypotheses[0].score) for one, other in equal) <= 2e-2
 
 
 # Many models on one GPU ----------------------------------------------------------------------------------------------

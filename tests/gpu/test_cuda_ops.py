@@ -11,6 +11,8 @@ import pytest
 
 from lightseq_backend import ops
 from lightseq_backend.ops import cpu
+from lightseq_backend.ops.int8 import quantise
+from lightseq_backend.quantised import Rounded
 
 OPERATIONS = (
     *("embed_tokens", "embed_rows", "layer_norm", "linear", "norm_linear", "linear_residual", "packed_attention"),
@@ -26,6 +28,25 @@ ORDER = {"token", "finished", "done", "length"}
 ORDERED = {"ancestors", "history", "details", "pool", "pool_details"}
 
 
+PRODUCTS = {"linear", "norm_linear", "linear_residual", "vocabulary_logits", "vocabulary_scores", *SEARCHES}
+
+
+class Kept:
+    """Operations that get weights which are rounded already, and no norm to fold into them."""
+
+    def __init__(self, operations: Any):
+        self._operations = operations
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._operations, name)
+
+    def matrix(self, array: Any, norm: Any = None) -> Any:
+        return self._operations.matrix(Rounded(*quantise(np.ascontiguousarray(array))))
+
+    def vocabulary_matrix(self, array: Any, norm: Any = None) -> Any:
+        return self._operations.vocabulary_matrix(Rounded(*quantise(np.ascontiguousarray(array))))
+
+
 @functools.cache
 def cuda(precision: str) -> Any:
     return ops.load("cuda", 0, precision)
@@ -34,9 +55,19 @@ def cuda(precision: str) -> Any:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_operation_equals_the_specification(case: op_cases.Case, precision: str) -> None:
-    gpu = cuda(precision)
+    compare(cpu, cuda(precision), case, precision)
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["rounded here", "rounded before"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.op in PRODUCTS], ids=str)
+def test_product_with_int8_weights_equals_the_specification(case: op_cases.Case, kept: bool) -> None:
+    both = (ops.load("cpu", precision="int8"), cuda("int8"))
+    compare(*(map(Kept, both) if kept else both), case, "int8")
+
+
+def compare(specification: Any, gpu: Any, case: op_cases.Case, precision: str) -> None:
     gpu.start()
-    expected, found = op_cases.run(cpu, case), op_cases.run(gpu, case)
+    expected, found = op_cases.run(specification, case), op_cases.run(gpu, case)
     tolerance = case.tolerance[gpu.FLOAT.name]
     orders = case.op not in SEARCHES or precision == "fp32"  # half precision orders near ties otherwise
     for name in set(expected) - WORK_SPACE.get(case.op, set()) - (set() if orders else ORDERED):

@@ -86,6 +86,21 @@ train: setup ## Train both shipped models anew, in under ten minutes (installs P
 	@./setup.sh train
 	@$(python) -m examples.numbers.train
 
+.PHONY: fr2en
+fr2en: setup ## Gather Debian's French catalogues and train model_repository/fr2en on them (wants a GPU; 1.1 GB of packages)
+	@./setup.sh fr2en
+	@$(python) -m examples.fr2en
+
+.PHONY: gpt
+gpt: setup ## Gather English prose from Debian packages and train model_repository/gpt_en on it (wants a GPU; 2 GB of packages)
+	@./setup.sh gpt
+	@$(python) -m examples.gpt.prepare
+	@$(python) -m examples.gpt.train
+	@cp build/gpt/data/tokenizer*.json build/gpt/model
+	@rm -rf build/gpt/gpt_en && $(lightseq) convert build/gpt/model build/gpt/gpt_en
+	@cp build/gpt/gpt_en/*.safetensors build/gpt/gpt_en/*.json model_repository/gpt_en
+	@$(python) -m examples.gpt.evaluate
+
 .PHONY: clean
 clean: ## Remove .venv and everything else that was made
 	@rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -52,7 +52,16 @@ struct Slot {
     int stopping;
     int pool_length;
     float pool_score;
+    int looked_at;
+    int more;
+    int more_ends[8];
 };
+
+__device__ __forceinline__ bool ends(const Slot& slot, int token) {
+    bool found = token == slot.end_id;
+    for (int i = 0; i < slot.more; i++) found |= token == slot.more_ends[i];
+    return found;
+}
 
 // Sixteen bytes at a time, as floats: eight halves or four floats.
 #if HALF
@@ -116,17 +125,6 @@ __device__ __forceinline__ Choice warp_best(Choice x) {
     unsigned high = warp_most((unsigned)(x >> 32));
     unsigned low = warp_most(high == (unsigned)(x >> 32) ? (unsigned)x : 0);
     return (Choice)high << 32 | low;
-}
-
-// Of the choices of a warp's first `count` lanes, how many come before this lane's; equal ones by lane.
-__device__ __forceinline__ int places_before(Choice mine, int count) {
-    const int lane = threadIdx.x % 32;
-    int place = 0;
-    for (int i = 0; i < count; i++) {
-        const Choice other = __shfl_sync(FULL_WARP, mine, i);
-        place += other > mine || (other == mine && i < lane);
-    }
-    return place;
 }
 
 __device__ __forceinline__ float gelu(float x) {  // tanh form (Hendrycks and Gimpel 2016)

@@ -374,7 +374,10 @@ apply_rules(const int* rows, const Slot* slots, const Rules* rules, const int* l
         if (before <= past.size && past.has(past.size - before, [&](int j) { return word[1 + j]; }, before))
             own[word[1 + before]] = -INFINITE;
     }
-    if (threadIdx.x == 0 && slot.generated < rule.least) own[slot.end_id] = -INFINITE;
+    if (threadIdx.x == 0 && slot.generated < rule.least) {
+        own[slot.end_id] = -INFINITE;
+        for (int i = 0; i < slot.more; i++) own[slots[lane].more_ends[i]] = -INFINITE;
+    }
     __syncthreads();
     if (rule.forced_end >= 0 && slot.generated + 1 >= slot.limit)
         for (int id = threadIdx.x; id < vocabulary; id += THREADS)
@@ -547,17 +550,18 @@ __device__ __forceinline__ int draw(const Row& row, const Slot& slot, int step, 
 // Closes the step of a sequence; by the block that comes last. Every row's slot holds its new token already.
 __device__ __forceinline__ void advance(const int* group, Slot* slots, int* history, int steps) {
     const volatile Slot* lead = slots + group[0];
-    int width = lead->width, generated = lead->generated, end_id = lead->end_id;
+    const Slot& text = slots[group[0]];  // what ends it changes in no step
+    int width = lead->width, generated = lead->generated;
     bool all = true;
     for (int i = threadIdx.x; i < width; i += 32)
-        all = all && static_cast<const volatile Slot*>(slots + group[i])->token == end_id;
+        all = all && ends(text, static_cast<const volatile Slot*>(slots + group[i])->token);
     int done = __all_sync(FULL_WARP, all) || generated + 1 >= lead->limit;
     __syncwarp();
     for (int i = threadIdx.x; i < width; i += 32) {
         volatile Slot* slot = slots + group[i];
         int token = slot->token;
         history[(long long)group[i] * steps + generated] = token;
-        slot->finished = token == end_id;
+        slot->finished = ends(text, token);
         // The rest of a burst still runs over a closed sequence: its length stays, inside its lane.
         slot->length = slot->length + !done;
         slot->generated = generated + 1;

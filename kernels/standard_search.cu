@@ -1,9 +1,10 @@
 // standard_search: one step of the beam search of Hugging Face's generate, for every sequence that has it at once. One
 // block a row of the step; the block of a sequence's beam 0 works for all its beams. At most MAX_WIDTH of them, which
-// look at the best 2 * width candidates: a lane of the first warp each.
+// look at the best (1 + end ids) * width offers.
 
 constexpr int MAX_WIDTH = 16;
-constexpr int CANDIDATES = 2 * MAX_WIDTH;
+constexpr int CANDIDATES = 2 * MAX_WIDTH;  // of a beam
+constexpr int MOST_OFFERS = (1 + 9) * MAX_WIDTH;  // of all beams, with as many end ids as there may be
 enum Stopping { UNTIL_NO_BETTER = 0, UNTIL_FULL = 1, UNTIL_NONE_CAN_BE = 2 };  // as in ops/slots.py
 
 // The record of a sequence, that of its beam 0, with what the beams differ in, as they stand before the step.
@@ -27,7 +28,7 @@ struct Offer {
 
 // What becomes of the offers: which one each beam continues with, and which one each place of the pool takes, or -1.
 struct Outcome {
-    Offer offers[CANDIDATES];
+    Offer offers[MOST_OFFERS];
     int beams[MAX_WIDTH], newcomers[MAX_WIDTH];
 };
 
@@ -38,7 +39,8 @@ __device__ __forceinline__ float divisor(int tokens, float length_penalty) {
 // The best offers of all beams, best first; how many there are. Offers of one beam only get worse with their rank, so
 // each lane holds out the best of one beam that is not taken yet.
 __device__ __forceinline__ int choose(const Sequence& sequence, const Best& best, int count, Offer* offers) {
-    const int lane = threadIdx.x % 32, width = sequence.record.width, wanted = least(2 * width, width * count);
+    const int lane = threadIdx.x % 32, width = sequence.record.width;
+    const int wanted = least((2 + sequence.record.more) * width, width * count);
     int rank = 0;
     float total = 0;
     auto held_out = [&]() {
@@ -70,7 +72,7 @@ __device__ __forceinline__ float fill_pool(Sequence& sequence, Outcome& outcome,
     auto worst = [&]() { return warp_best(lane < width ? choice(-score, lane) : (Choice)0); };
     for (int i = 0; i < least(width, count); i++) {
         const Offer& offer = outcome.offers[i];
-        if (offer.token != record.end_id && !last) continue;
+        if (!ends(record, offer.token) && !last) continue;
         const Choice place = worst();
         const float offered = offer.total / by;
         if (offered > -choice_score(place) && choice_id(place) == lane) {
@@ -89,12 +91,19 @@ __device__ __forceinline__ float fill_pool(Sequence& sequence, Outcome& outcome,
 
 // The next beams: the first offers that do not end; those that do come behind them.
 __device__ __forceinline__ void go_on(const Sequence& sequence, Outcome& outcome, int count) {
-    const int lane = threadIdx.x % 32;
-    const bool there = lane < count, ends = there && outcome.offers[lane].token == sequence.record.end_id;
+    const int lane = threadIdx.x % 32, width = sequence.record.width;
     const unsigned before = (1u << lane) - 1;
-    const unsigned going = __ballot_sync(FULL_WARP, there && !ends), ending = __ballot_sync(FULL_WARP, ends);
-    const int place = ends ? __popc(going) + __popc(ending & before) : __popc(going & before);
-    if (there && place < sequence.record.width) outcome.beams[place] = lane;
+    int filled = 0;
+    for (int ending = 0; ending < 2; ending++) {
+        for (int first = 0; first < count && filled < width; first += 32) {
+            const int i = first + lane;
+            const bool fits = i < count && ends(sequence.record, outcome.offers[i].token) == (ending != 0);
+            const unsigned fitting = __ballot_sync(FULL_WARP, fits);
+            const int place = filled + __popc(fitting & before);
+            if (fits && place < width) outcome.beams[place] = i;
+            filled += __popc(fitting);
+        }
+    }
     __syncwarp();
 }
 
@@ -121,8 +130,8 @@ __device__ __forceinline__ void inherit(const Sequence& sequence, const Outcome&
 
 // standard_step: advances every sequence of the standard search by one token, as ops/cpu.py standard_step.
 //   rows int32 [n]   slots Slot [lanes]   ancestors, history, pool int32, details, pool_details float [lanes, steps]
-//   ids int32, log_probabilities float [n, count], best first, count >= min(2 * width, ids that may come) of any row
-//   grid n; block 128; static shared memory 5 KiB; moves about width * (4 * width + 4 * length) words a sequence, and
+//   ids int32, log_probabilities float [n, count], best first, count >= min(looked_at, ids that may come) of any row
+//   grid n; block 128; static shared memory 7 KiB; moves about width * (4 * width + 4 * length) words a sequence, and
 //   the tokens of a hypothesis that enters the pool
 extern "C" __global__ void __launch_bounds__(128)
 standard_step(const int* rows, Slot* slots, int* ancestors, int* history, float* details, int* pool,
@@ -136,7 +145,7 @@ standard_step(const int* rows, Slot* slots, int* ancestors, int* history, float*
     const Slot* lead = slots + group[0];
     const int width = lead->width;
     if (lead->method != STANDARD || lead->beam != 0 || width <= 0 || lead->done) return;
-    const int looked_at = least(2 * width, count);
+    const int looked_at = least(lead->looked_at, count);
     if (threadIdx.x < width) {
         const Slot* slot = slots + group[threadIdx.x];
         sequence.slots[threadIdx.x] = group[threadIdx.x];

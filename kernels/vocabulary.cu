@@ -174,7 +174,7 @@ __device__ __forceinline__ void run(const Task& task, const Wanted& wanted, floa
 //   choices[r, tile] = its `best` best logits but the banned id, best first (common.cuh Choice; 0 where it has no more)
 //   x T [count, INNER]   weight packed by kernels/linear.cu pack_weight, columns float [2][vocabulary] (int8: [3]): the
 //   LayerNorm is folded into them as for kernels/linear.cu linear   bias T [vocabulary] or null
-//   rows int32 [count], slots Slot [lanes], or both null: then a row wants no more choices than its sequence has beams
+//   rows int32 [count], slots Slot [lanes], or both null: else a row wants no more choices than looked_at
 //   logits float [count, vocabulary], rows `stride` apart, or null
 //   statistics float2 [count, tiles] or null: then choices neither
 //   choices [count, tiles, best]; banned: an id or -1

@@ -26,6 +26,7 @@ METHODS = SEARCH_METHODS + SAMPLING_METHODS
 NEVER = "never"  # of early_stopping, beside true and false
 MAX_SEED = 2**63 - 1  # what a Triton request parameter can carry
 MOST_STOPS, MOST_STOP = 64, 256  # stop words of a request, ids or characters of one: the host looks for each
+MOST_END_IDS = 8  # beside the model's own: a lane's record has room for so many
 LISTED = 1024  # numbers that the lists of one request's rules may take in device memory
 
 Ids = tuple[int, ...]
@@ -44,7 +45,7 @@ class DecodingOptions:
     scores of a row before anything is chosen. Where both are given, min_new_tokens and max_new_tokens count.
 
     A text ends before the first of `stop` (words of ids or of text; behind it with include_stop), and with the first
-    of end_ids, as it does with the model's own end id.
+    of end_ids, in every method, as it does with the model's own end id.
     """
 
     sampling_method: str = BEAM_SEARCH
@@ -76,8 +77,8 @@ class DecodingOptions:
 
     @property
     def stops(self) -> bool:
-        """Whether anything but the model's own end id ends a text."""
-        return bool(self.stop or self.end_ids)
+        """Whether anything but an end id ends a text."""
+        return bool(self.stop)
 
     @property
     def detailed(self) -> bool:
@@ -122,16 +123,19 @@ class DecodingOptions:
 class DecodingLimits:
     """What a loaded model can be asked for: max_beam_size rows a sequence, ids below vocabulary.
 
-    candidates  of the standard search, which looks at twice as many as it has beams
+    candidates  of the standard search: best tokens of a beam that it can look at. It looks at twice as many as it has
+                beams, or at as many and the end ids
     """
 
     max_beam_size: int
     vocabulary: int
     candidates: int = 1 << 30
 
-    def beams(self, method: str) -> int:
-        """The widest search of that method."""
-        return min(self.max_beam_size, self.candidates // 2) if method == STANDARD_BEAM else self.max_beam_size
+    def beams(self, options: DecodingOptions) -> int:
+        """The widest search of that method, with those end ids."""
+        if options.sampling_method != STANDARD_BEAM:
+            return self.max_beam_size
+        return min(self.max_beam_size, self.candidates // 2, self.candidates - 1 - len(options.end_ids))
 
 
 @lru_cache(maxsize=256)  # most requests of a server ask for the same
@@ -214,7 +218,7 @@ def _of_another_method(before: str, method: str) -> dict[str, Any]:
     if method in _LIGHTSEQ_SEARCHES:
         forgotten |= NO_RULES
     if method not in (GREEDY, *SAMPLING_METHODS):
-        forgotten |= {"stop": (), "include_stop": False, "end_ids": ()}
+        forgotten |= {"stop": (), "include_stop": False}
     if (method == STANDARD_BEAM) != (before == STANDARD_BEAM):  # a length penalty means something else there
         forgotten["length_penalty"] = 1.0 if method == STANDARD_BEAM else DecodingOptions.length_penalty
     return forgotten
@@ -286,7 +290,7 @@ def _range_faults(options: DecodingOptions, given: set[str], limits: DecodingLim
         if not holds:
             faults.append(f"{name} is {getattr(options, name)}; it must be {limit}")
 
-    beams = limits.beams(options.sampling_method)
+    beams = limits.beams(options)
     if options.searches or "beam_size" in given:
         check("beam_size", 1 <= options.beam_size <= beams, f"from 1 to {beams}, this model's maximum")
     check("length_penalty", -10 <= options.length_penalty <= 10, "from -10 to 10")
@@ -341,9 +345,10 @@ def _stop_faults(options: DecodingOptions) -> list[str]:
     most = max(map(len, options.stop), default=0)
     if most > MOST_STOP:
         faults.append(f"stop has a word of {most} ids or characters; there may be {MOST_STOP}")
-    words = len(options.stop) + len(options.end_ids)
-    if words > MOST_STOPS:
-        faults.append(f"stop and end_ids have {words} words; there may be {MOST_STOPS}")
+    if len(options.stop) > MOST_STOPS:
+        faults.append(f"stop has {len(options.stop)} words; there may be {MOST_STOPS}")
+    if len(options.end_ids) > MOST_END_IDS:
+        faults.append(f"end_ids has {len(options.end_ids)} ids; there may be {MOST_END_IDS} beside the model's own")
     return faults
 
 
@@ -378,11 +383,7 @@ def _combination_faults(options: DecodingOptions, given: set[str]) -> list[str]:
             if getattr(options, name) != nothing
         ]
     if options.stops and method not in (GREEDY, *SAMPLING_METHODS):
-        faults += [
-            f"{name} needs {GREEDY} or a sampling method; this request uses {method}"
-            for name in ("stop", "end_ids")
-            if getattr(options, name)
-        ]
+        faults.append(f"stop needs {GREEDY} or a sampling method; this request uses {method}")
     if options.include_stop and not options.stop:
         faults.append("include_stop needs stop, which is not given")
     if options.decoder_prefix and "forced_bos_token_id" in given:

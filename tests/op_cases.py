@@ -27,6 +27,7 @@ from lightseq_backend.ops.slots import (
     UNTIL_FULL,
     UNTIL_NO_BETTER,
     UNTIL_NONE_CAN_BE,
+    ranks,
 )
 
 Array = np.ndarray
@@ -657,7 +658,7 @@ def _target_arguments(rows: int, vocabulary: int, kind: str) -> Arguments:
 
 @dataclass(frozen=True)
 class Searching:
-    """A sequence in the middle of a search. behind: what its beams have lost so far, about."""
+    """A sequence in the middle of a search. behind: what its beams have lost so far, about; more: further end ids."""
 
     width: int
     generated: int = 3
@@ -669,6 +670,7 @@ class Searching:
     done: bool = False
     behind: float = 2.0
     detailed: bool = False
+    more: tuple[int, ...] = ()
 
 
 SEARCHES: dict[str, list[Searching]] = {
@@ -683,6 +685,12 @@ SEARCHES: dict[str, list[Searching]] = {
     "fan out": [Searching(4, generated=0, method=FAN_OUT), Searching(4, method=FAN_OUT, finished=(3,))],
     "diverse": [Searching(4, diverse_lambda=0.7, finished=(1,)), Searching(3, diverse_lambda=2.0, generated=0)],
     "detailed": [Searching(4, finished=(0, 2), detailed=True), Searching(3, generated=0, detailed=True), Searching(2)],
+    "several end ids": [
+        Searching(4, more=tuple(range(3, 10)), finished=(1,)),
+        Searching(3, generated=0, more=tuple(range(10, 16))),
+        Searching(2, finished=(0,), more=(4,), detailed=True),
+        Searching(1, more=(20, 21)),
+    ],
     "many": [Searching(1 + i % 16, generated=i % 7, penalty=i / 10, detailed=i % 2 > 0) for i in range(19)],
 }
 
@@ -743,6 +751,8 @@ def _begin(slots: Array, own: list[int], search: Searching, random: np.random.Ge
     slots["score"][own] = totals / 2 if search.behind < 100 else totals - 99
     slots["finished"][[own[beam] for beam in search.finished]] = 1
     slots["detailed"][own] = search.detailed
+    slots["more"][own], slots["more_ends"][own, : len(search.more)] = len(search.more), search.more
+    slots["looked_at"][own] = ranks(width, len(search.more)) if search.method == STANDARD else width
 
 
 @dataclass(frozen=True)
@@ -760,6 +770,7 @@ class Sampling:
     finished: tuple[int, ...] = ()
     done: bool = False
     detailed: bool = False
+    more: tuple[int, ...] = ()
 
 
 SAMPLINGS: dict[str, list[Sampling]] = {
@@ -769,6 +780,11 @@ SAMPLINGS: dict[str, list[Sampling]] = {
     "temperature": [Sampling(2, temperature=0.001), Sampling(2, temperature=3.0), Sampling(2, temperature=1000.0)],
     "finished": [Sampling(3, finished=(1,)), Sampling(1, generated=6, limit=7), Sampling(2, done=True)],
     "detailed": [Sampling(3, finished=(1,), detailed=True), Sampling(1)],
+    "several end ids": [
+        Sampling(4, more=tuple(range(3, 10)), finished=(2,)),
+        Sampling(2, more=tuple(range(10, 17)), seed=6),
+        Sampling(3, more=(18,), finished=(0, 1)),
+    ],
 }
 
 
@@ -794,7 +810,7 @@ def _sample_step_arguments(name: str, vocabulary: int, banned: int) -> Arguments
     for own, one in zip(lanes, samplings):
         search = Searching(
             one.width, one.generated, one.limit, SAMPLE,
-            finished=one.finished, done=one.done, detailed=one.detailed,
+            finished=one.finished, done=one.done, detailed=one.detailed, more=one.more,
         )  # fmt: skip
         _begin(slots, own, search, random)
         slots["seed"][own], slots["stream"][own] = one.seed, one.stream + np.arange(one.width)
@@ -816,7 +832,8 @@ def _sample_step_arguments(name: str, vocabulary: int, banned: int) -> Arguments
 class Standard:
     """A sequence in the middle of a standard search. pooled: scores of the hypotheses it has, by place.
 
-    ends: beams that end first of all; behind: what the beams have lost so far, about.
+    ends: beams that end first of all; behind: what the beams have lost so far, about; more: further end ids, with which
+    the same beams would end next.
     """
 
     width: int
@@ -830,8 +847,10 @@ class Standard:
     done: bool = False
     detailed: bool = True
     behind: float = 2.0
+    more: tuple[int, ...] = ()
 
 
+MORE = tuple(range(50, 58))
 STANDARDS: dict[str, list[Standard]] = {
     "one beam": [Standard(1, stopping=UNTIL_FULL), Standard(1, stopping=UNTIL_FULL, ends=(0,))],
     "first step": [Standard(4, generated=0), Standard(16, generated=0, ends=(0,)), Standard(3, generated=0, counted=1)],
@@ -851,6 +870,13 @@ STANDARDS: dict[str, list[Standard]] = {
     ],
     "at the limit": [Standard(4, generated=6, limit=7, ends=(1,)), Standard(2, generated=4, limit=7, counted=2)],
     "done": [Standard(4, done=True), Standard(2, detailed=False)],
+    "several end ids": [
+        Standard(4, more=MORE, ends=(0, 1, 2, 3)),
+        Standard(1, more=MORE, ends=(0,), stopping=UNTIL_FULL),
+        Standard(3, more=MORE[:2], ends=(1, 2), pooled=((0, -0.4), (2, -9.0))),
+        Standard(16, more=MORE, ends=(2, 5)),
+        Standard(2, more=MORE[:1], generated=6, limit=7),
+    ],
     "without details": [Standard(3, detailed=False, ends=(0, 1)), Standard(2, ends=(0, 1))],
     "many": [
         Standard(1 + i % 16, generated=i % 7, penalty=i / 10 - 0.5, stopping=i % 3, ends=(0, 1)[: i % 3])
@@ -878,11 +904,13 @@ def _standard_step_arguments(name: str) -> Arguments:
     searches = STANDARDS[name]
     random = _seeded(name, len(searches), 1)
     state = _standard_state(searches, random)
-    count, rows = 2 * max(search.width for search in searches), state["rows"].size
+    count = max(ranks(search.width, len(search.more)) for search in searches)
+    rows = state["rows"].size
     ids = np.stack([3 + random.permutation(40)[:count] for _ in range(rows)]).astype(np.int32)
     first = 0
     for search in searches:
-        ids[[first + beam for beam in search.ends], 0] = 2
+        for beam in search.ends:
+            ids[first + beam, : 1 + len(search.more)] = 2, *search.more
         first += search.width
     chances = -np.sort(random.exponential(3, (rows, count)).astype(np.float32), axis=1)
     return {**state, "ids": ids, "log_probabilities": chances}
@@ -891,7 +919,8 @@ def _standard_step_arguments(name: str) -> Arguments:
 def _standard_state(searches: Sequence[Standard], random: np.random.Generator) -> Arguments:
     slots, lanes, used = _seat(random, [search.width for search in searches])
     for own, search in zip(lanes, searches):
-        _begin(slots, own, Searching(search.width, search.generated, search.limit, STANDARD, search.penalty), random)
+        begun = Searching(search.width, search.generated, search.limit, STANDARD, search.penalty, more=search.more)
+        _begin(slots, own, begun, random)
         slots["score"][own] = 0
         slots["log_probability"][own] -= search.behind if search.generated else 0
         slots["stopping"][own], slots["counted"][own] = search.stopping, search.counted
@@ -926,9 +955,10 @@ def _vocabulary_standard_search_arguments(shape: Shape, width: int, banned: int)
     """At least shape.rows rows, of sequences that have that many beams, one of them narrower."""
     widths = [width] * -(-shape.rows // width)
     widths[-1] = max(1, width - 1)
-    state = _standard_state([Standard(own) for own in widths], _seeded(*shape[:3], width, 1))
+    more = tuple(range(3, 10)) if width == 4 else ()
+    state = _standard_state([Standard(own, more=more) for own in widths], _seeded(*shape[:3], width, 1))
     head = _vocabulary_logits_arguments(shape._replace(rows=state["rows"].size))
-    return {**head, "banned": banned, **_room_for_best(state["rows"].size, 2 * width), **state}
+    return {**head, "banned": banned, **_room_for_best(state["rows"].size, ranks(width, len(more))), **state}
 
 
 @dataclass(frozen=True)
@@ -949,6 +979,7 @@ class Ruled:
     words: tuple[tuple[int, ...], ...] = ()
     done: bool = False
     ruled: bool = True
+    more: tuple[int, ...] = ()
 
 
 LONG = tuple(3 + i * i % 7 for i in range(1100))  # more tokens than a block has threads
@@ -961,6 +992,7 @@ RULED: dict[str, list[Ruled]] = {
     "n-grams longer than the past": [Ruled(no_repeat=6), Ruled(no_repeat=5), Ruled(no_repeat=2**31 - 1)],
     "words": [Ruled(words=((5,), (3, 4), (4, 3), (1, 3, 3, 3, 3, 8), (9, 9, 9, 9, 9, 9, 9))), Ruled(generated=0)],
     "lengths": [Ruled(least=5), Ruled(least=4), Ruled(forced_end=7, limit=5), Ruled(forced_end=7, limit=6)],
+    "lengths of several end ids": [Ruled(least=5, more=(3, 18)), Ruled(least=4, more=(3, 18))],
     "suppressed": [Ruled(suppressed=(0, 5, 18), first=(6, 7)), Ruled(generated=0, suppressed=(4,), first=(6, 7, 8))],
     "all together": [
         Ruled(3, penalty=1.3, no_repeat=2, least=9, forced_end=5, limit=5, suppressed=(4,), first=(6,), words=((3,),)),
@@ -998,7 +1030,8 @@ def _apply_rules_arguments(name: str, vocabulary: int) -> Arguments:
     contexts, listed = np.full((slots.size, steps), 2, np.int32), np.full((slots.size, room), 2, np.int32)
     rules = np.zeros(slots.size, RULES)
     for own, one in zip(lanes, sequences):
-        _begin(slots, own, Searching(one.width, one.generated, one.limit, one.method, done=one.done), random)
+        begun = Searching(one.width, one.generated, one.limit, one.method, done=one.done, more=one.more)
+        _begin(slots, own, begun, random)
         slots["ruled"][own] = one.ruled
         numbers = [*one.suppressed, *one.first, *(number for word in one.words for number in (len(word), *word))]
         contexts[own[0], : len(one.context)], listed[own[0], : len(numbers)] = one.context, numbers

@@ -7,7 +7,7 @@ Beam search is lists and loops. Written from LightSeq's behaviour, not from the 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -217,7 +217,7 @@ def beam_search(
     next_tokens: LogProbabilities,
     beams: int,
     limit: int,
-    end_id: int,
+    ends: Collection[int],
     penalty: float,
     diverse_lambda: float = 0.0,
     fan_out: bool = False,
@@ -229,7 +229,7 @@ def beam_search(
     steps, gap = 0, math.inf
     while steps < limit and not all(beam.finished for beam in alive):
         offers = [
-            _offers(beam, next_tokens, beams, steps + 1, end_id, penalty, diverse_lambda, banned_id) for beam in alive
+            _offers(beam, next_tokens, beams, steps + 1, ends, penalty, diverse_lambda, banned_id) for beam in alive
         ]
         if fan_out and steps > 0:
             alive = [ranked[0][1] for ranked in offers]
@@ -241,7 +241,7 @@ def beam_search(
             gap = min([gap, *(better - worse for better, worse in pairwise(deciding))])
         steps += 1
     if penalty < 0:
-        alive = [Beam(one.tokens, one.total, _mean(one, end_id), one.finished) for one in alive]
+        alive = [Beam(one.tokens, one.total, _mean(one, ends), one.finished) for one in alive]
         alive.sort(key=lambda beam: -beam.score)
         gap = min([gap, *(better.score - worse.score for better, worse in pairwise(alive))])
     return Search(alive, steps, gap)
@@ -252,7 +252,7 @@ def _offers(
     next_tokens: LogProbabilities,
     count: int,
     length: int,
-    end_id: int,
+    ends: Collection[int],
     penalty: float,
     diverse_lambda: float,
     banned_id: int,
@@ -266,13 +266,13 @@ def _offers(
     for rank, token in enumerate(ids[: count + 1]):  # one more than can be taken, to see how close it was
         total = beam.total + scores[token]
         score = total * length_norm(length, penalty)
-        grown = Beam((*beam.tokens, token), total, score, token == end_id)
+        grown = Beam((*beam.tokens, token), total, score, token in ends)
         offers.append((score - diverse_lambda * (rank + 1), grown))
     return offers
 
 
-def _mean(beam: Beam, end_id: int) -> float:
-    tokens = sum(token != end_id for token in beam.tokens)
+def _mean(beam: Beam, ends: Collection[int]) -> float:
+    tokens = sum(token not in ends for token in beam.tokens)
     return beam.total / (tokens or 1e-6)
 
 

@@ -44,11 +44,25 @@ RULES: dict[str, Settings] = {
         "early_stopping": True, "length_penalty": 1.3,
     },
 }  # fmt: skip
+# Several ends, of which the model's own is the first: 2, but for GPT-2.
+ENDS: dict[str, Settings] = {
+    "two ends": {"num_beams": 4, "eos_token_id": [7]},
+    "eight ends": {"num_beams": 4, "eos_token_id": [7, 9, 12, 15, 5, 8, 11]},
+    "eight ends, many beams": {"num_beams": 12, "eos_token_id": [7, 9, 12, 15, 5, 8, 11]},
+    "three ends, early": {"num_beams": 3, "early_stopping": True, "eos_token_id": [6, 14]},
+    "three ends, never early": {"num_beams": 8, "early_stopping": "never", "eos_token_id": [6, 14]},
+    "three ends, one beam": {"num_beams": 1, "eos_token_id": [6, 14]},
+    "rules on ends": {
+        "num_beams": 4, "eos_token_id": [6, 14, 9], "min_new_tokens": 4, "bad_words_ids": [[6], [8], [10, 14]],
+        "repetition_penalty": 1.2, "no_repeat_ngram_size": 2,
+    },
+}  # fmt: skip
 
 
 def options(settings: Settings, max_length: int) -> dict[str, Any]:
     """The options of a request that ask for what these settings ask of generate."""
-    own = {name: value for name, value in settings.items() if name != "num_beams"}
+    ours = {"eos_token_id": "end_ids"}
+    own = {ours.get(name, name): value for name, value in settings.items() if name != "num_beams"}
     return {"sampling_method": "standard_beam", "beam_size": settings["num_beams"], "max_length": max_length, **own}
 
 
@@ -88,17 +102,20 @@ def generated(
 
     beams, gpt = settings["num_beams"], model.config.model_type == "gpt2"
     end, ids = model.config.eos_token_id, torch.tensor(block)
+    ends = [end, *settings.get("eos_token_id", [])]
+    more = {"eos_token_id": ends} if len(ends) > 1 else {}
     given = {} if gpt or not prefix else {"decoder_input_ids": torch.tensor([prefix] * len(block))}
     with torch.no_grad():
         found = model.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, num_return_sequences=beams,
             return_dict_in_generate=True, output_scores=True,
-            **{"max_length": MOST, "pad_token_id": end if gpt else model.config.pad_token_id, **settings}, **given,
+            **{"max_length": MOST, "pad_token_id": end if gpt else model.config.pad_token_id, **settings, **more},
+            **given,
         )  # fmt: skip
     skipped = block.shape[1] if gpt else max(1, len(prefix)) + (settings.get("forced_bos_token_id") is not None)
     scores = np.full(len(found.sequences), np.nan) if beams == 1 else found.sequences_scores.numpy()
     hypotheses: list[tuple[list[int], float]] = []
     for tokens, score in zip(found.sequences[:, skipped:].tolist(), scores.tolist()):
-        kept = tokens[: tokens.index(end) + 1] if end in tokens else tokens
+        kept = tokens[: next((place for place, token in enumerate(tokens, 1) if token in ends), len(tokens))]
         hypotheses.append((kept, score))
     return [hypotheses[row * beams : (row + 1) * beams] for row in range(len(block))]

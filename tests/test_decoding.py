@@ -40,8 +40,11 @@ def _agrees(output: Output, search: Search, far: float = FAR, unscored: bool = F
 # Beam search ---------------------------------------------------------------------------------------------------------
 
 
-def _transformer_cases(seed: int, count: int, **settings: Any) -> tuple[int, int]:
-    """Compares `count` random searches over one random model; how many were compared and how many were ties."""
+def _transformer_cases(seed: int, count: int, several: bool = False, **settings: Any) -> tuple[int, int]:
+    """Compares `count` random searches over one random model; how many were compared and how many were ties.
+
+    several: texts may end with any of several ids.
+    """
     random = np.random.default_rng(seed)
     start = int(random.choice([1, 2]))  # 2 is the end id: BART starts with it
     extra, positions = int(random.integers(0, 8)), int(random.choice([9, 12, 20]))
@@ -62,6 +65,8 @@ def _transformer_cases(seed: int, count: int, **settings: Any) -> tuple[int, int
             changes["sampling_method"] = "topk_greedy"
         if number % 3 == 2:
             changes["max_new_tokens"] = int(random.integers(1, 6))
+        if several:
+            changes["end_ids"] = random.integers(0, config.target_vocabulary, random.integers(1, 8)).tolist()
         output = engine.answer([row], changes=changes)[0]
         search = _search(config, arrays, row, changes)
         diverse = "diverse_lambda" in changes
@@ -83,7 +88,7 @@ def _search(config: Any, arrays: small_models.Arrays, row: list[int], changes: M
         TransformerReference(config, arrays, row).next,
         changes["beam_size"],
         min(limit, changes.get("max_new_tokens", limit)),
-        config.end_id,
+        {config.end_id, *changes.get("end_ids", ())},
         changes["length_penalty"],
         changes.get("diverse_lambda", 0.0),
         fan_out,
@@ -104,6 +109,12 @@ def test_beam_search_of_v0_equals_lists_and_loops(seed: int) -> None:
     assert compared >= 8
 
 
+@pytest.mark.parametrize("seed", range(30, 36))
+def test_beam_search_with_several_end_ids_equals_lists_and_loops(seed: int) -> None:
+    compared, ties = _transformer_cases(seed, 21, several=True)
+    assert ties <= 6, f"{ties} of {compared + ties} cases were too close to call"
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_gpt_beam_search_equals_lists_and_loops(seed: int) -> None:
     random = np.random.default_rng(seed)
@@ -119,7 +130,10 @@ def test_gpt_beam_search_equals_lists_and_loops(seed: int) -> None:
         changes = {"sampling_method": "beam_search", "beam_size": beams, "length_penalty": penalty}
         extra = config.extra_decode_length or config.max_positions
         limit = min(config.max_positions, len(prompt) + extra) - len(prompt)
-        search = beam_search(GptReference(config, arrays, prompt).next, beams, limit, config.end_id, penalty)
+        ends = random.integers(0, config.vocabulary, 3 if number % 3 == 2 else 0).tolist()
+        if ends:
+            changes["end_ids"] = ends
+        search = beam_search(GptReference(config, arrays, prompt).next, beams, limit, {config.end_id, *ends}, penalty)
         if search.gap >= TIE:
             compared += 1
             _agrees(engine.answer([prompt], changes=changes)[0], search)

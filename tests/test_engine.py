@@ -785,7 +785,7 @@ def forced_search(config: Any, arrays: Any, row: list[int], beams: int, limit: i
     """What beam search by recomputation finds when every text starts with FORCED, without that token."""
     model = reference.TransformerReference(config, arrays, row)
     search = reference.beam_search(
-        lambda tokens: model.next((FORCED, *tokens)), beams, limit, config.end_id, config.decoding.length_penalty
+        lambda tokens: model.next((FORCED, *tokens)), beams, limit, {config.end_id}, config.decoding.length_penalty
     )
     return [beam.tokens for beam in search.beams]
 

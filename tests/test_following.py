@@ -242,11 +242,11 @@ def test_stop_word_may_end_inside_a_token() -> None:
     ("changes", "message"),
     [
         ({"sampling_method": "beam_search", "stop": [[4]]}, "stop needs greedy or a sampling method"),
-        ({"sampling_method": "standard_beam", "end_ids": [4]}, "end_ids needs greedy"),
+        ({"sampling_method": "greedy", "end_ids": [3] * 9}, "end_ids has 9 ids; there may be 8 beside the model's own"),
         ({"sampling_method": "greedy", "stop": [[]]}, "stop has an empty word"),
         ({"sampling_method": "greedy", "stop": [[99]]}, "stop has id 99; ids are 0 to 10"),
         ({"sampling_method": "greedy", "end_ids": [-1]}, "end_ids has id -1"),
-        ({"sampling_method": "greedy", "stop": [[3]] * 65}, "have 65 words; there may be 64"),
+        ({"sampling_method": "greedy", "stop": [[3]] * 65}, "stop has 65 words; there may be 64"),
         ({"sampling_method": "greedy", "include_stop": True}, "include_stop needs stop"),
         ({"sampling_method": "greedy", "stop": 1.5}, "stop is 1.5"),
     ],

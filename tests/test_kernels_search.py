@@ -335,7 +335,7 @@ def test_vocabulary_has_a_launch_for_every_gpu_and_number_of_rows(half: bool, sh
 def test_vocabulary_looks_for_as_many_as_the_sequence_has_beams() -> None:
     head = a_head(3)
     slots = np.zeros(4, SLOT)
-    slots["width"] = [2, 9, 0, 1]
+    slots["width"] = slots["looked_at"] = [2, 9, 0, 1]
     rows = np.array([3, 0, 1], np.int32)
     _, few = vocabulary("float32", **head, best=4, group=8, rows=rows, slots=slots)
     _, all_four = vocabulary("float32", **head, best=4, group=8)

@@ -13,7 +13,16 @@ from op_cases import TOLERANCE, Arguments, Array, Case
 from test_kernels_search import SAMPLING_KERNELS, SEARCH_KERNELS, a_head, apart, check, tiled, top, vocabulary, wanted
 
 from lightseq_backend.ops import cpu
-from lightseq_backend.ops.slots import EMPTY, RULES, SLOT, STANDARD, UNTIL_FULL, UNTIL_NO_BETTER, UNTIL_NONE_CAN_BE
+from lightseq_backend.ops.slots import (
+    EMPTY,
+    RULES,
+    SLOT,
+    STANDARD,
+    UNTIL_FULL,
+    UNTIL_NO_BETTER,
+    UNTIL_NONE_CAN_BE,
+    ranks,
+)
 
 pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
 
@@ -71,9 +80,12 @@ def random_search(width: int, seed: int) -> Arguments:
     slots["pool_score"][own] = np.where(full, -random.integers(0, 4, width) / 2, EMPTY)
     integers = {name: random.integers(3, 31, (20, 12)).astype(np.int32) for name in ("ancestors", "history", "pool")}
     floats = {name: random.standard_normal((20, 12), dtype=np.float32) for name in ("details", "pool_details")}
-    ids = np.stack([random.permutation(60)[: 2 * width] for _ in own]).astype(np.int32)
+    more = int(random.choice([0, 1, 8]))
+    slots["more"], slots["more_ends"] = more, random.permutation(np.arange(3, 60))[:8]
+    slots["looked_at"] = count = ranks(width, more)
+    ids = np.stack([random.permutation(60)[:count] for _ in own]).astype(np.int32)
     ids[random.random(width) < 0.5, 0] = 2
-    chances = -np.sort(random.integers(0, 5, (width, 2 * width)).astype(np.float32), axis=1)
+    chances = -np.sort(random.integers(0, 5, (width, count)).astype(np.float32), axis=1)
     chances[random.random(width) < 0.1, width:] = -np.inf
     return {"rows": rows, "slots": slots, **integers, **floats, "ids": ids, "log_probabilities": chances}
 
@@ -123,7 +135,7 @@ def test_top_takes_the_normalisation_that_it_is_given() -> None:
 
 def test_vocabulary_looks_for_twice_as_many_as_a_standard_search_has_beams() -> None:
     head, slots = a_head(3), np.zeros(4, SLOT)
-    slots["width"], slots["method"] = [2, 9, 0, 1], STANDARD
+    slots["width"], slots["looked_at"], slots["method"] = [2, 9, 0, 1], [4, 18, 0, 2], STANDARD
     _, few = vocabulary("float32", **head, best=6, group=8, rows=np.array([3, 0, 1], np.int32), slots=slots)
     _, all_six = vocabulary("float32", **head, best=6, group=8)
     for row, count in enumerate([2, 4, 6]):
@@ -158,6 +170,7 @@ def test_best_of_tiles_is_top(wide: int) -> None:
     logits = np.round(4 * random.standard_normal((3, wide), dtype=np.float32), 1)  # with equals
     slots = np.zeros(4, SLOT)
     slots["method"], slots["width"] = [STANDARD, STANDARD, 1, STANDARD], [16, 3, 3, 16]
+    slots["looked_at"] = 2 * slots["width"]
     slots["done"][3] = 1
     rows = np.array([1, 0, 2, 3], np.int32)
     expected, found = [(np.full((4, best), -7, np.int32), np.full((4, best), 9, np.float32)) for _ in range(2)]

@@ -218,9 +218,9 @@ def standard_step(
         offers = [
             (float(slots[slot]["log_probability"]) + log_probabilities[row, rank], parent, row, rank)
             for parent, (slot, row) in enumerate(zip(own, range(first, first + width)))
-            for rank in range(min(2 * width, ids.shape[1]))
+            for rank in range(ids.shape[1])
         ]
-        offers = sorted(offers, key=lambda offer: -offer[0])[: 2 * width]
+        offers = sorted(offers, key=lambda offer: -offer[0])[: (1 + len(_ends(record))) * width]
         texts = [(history[slot, :step].tolist(), details[slot, :step].tolist()) for slot in own]
         grown, going, n = [], [], step + 1 + int(record["counted"])
         for total, parent, row, rank in offers:
@@ -228,13 +228,13 @@ def standard_step(
             text, chances = texts[parent]
             one = (total, token, [*text, token], [*chances, log_probabilities[row, rank]], own[parent])
             grown.append(one)
-            if token != record["end_id"]:
+            if token not in _ends(record):
                 going.append(one)
         at_limit = step + 1 >= record["limit"]
         for total, token, text, chances, _ in grown[:width]:
             worst = min(own, key=lambda slot: slots[slot]["pool_score"])
             score = total / n ** float(record["length_penalty"])
-            if (token == record["end_id"] or at_limit) and score > slots[worst]["pool_score"]:
+            if (token in _ends(record) or at_limit) and score > slots[worst]["pool_score"]:
                 slots[worst]["pool_score"], slots[worst]["pool_length"] = score, step + 1
                 pool[worst, : step + 1] = text
                 if record["detailed"]:
@@ -296,7 +296,7 @@ def apply_rules(
             if len(word) == 1 or past[1 - len(word) :] == word[:-1]:
                 scores[word[-1]] = -math.inf
         if record["generated"] < rule["least"]:
-            scores[record["end_id"]] = -math.inf
+            scores[list(_ends(record))] = -math.inf
         if rule["forced_end"] >= 0 and record["generated"] + 1 == record["limit"]:
             scores[:] = -math.inf
             scores[rule["forced_end"]] = normalisations[row]
@@ -305,10 +305,14 @@ def apply_rules(
             scores[numbers[suppressed : suppressed + first]] = -math.inf
 
 
+def _ends(record: Any) -> set[int]:
+    return {int(record["end_id"]), *record["more_ends"][: record["more"]].tolist()}
+
+
 def _advance(slots: Array, own: list[int], tokens: list[int], record: Any) -> None:
-    ended = all(token == record["end_id"] for token in tokens) or record["generated"] + 1 >= record["limit"]
+    ended = _ends(record).issuperset(tokens) or record["generated"] + 1 >= record["limit"]
     for slot, token in zip(own, tokens):
-        slots[slot]["token"], slots[slot]["finished"] = token, token == record["end_id"]
+        slots[slot]["token"], slots[slot]["finished"] = token, token in _ends(record)
         slots[slot]["generated"] += 1
         slots[slot]["done"] = ended
         if not ended:

@@ -6,7 +6,7 @@ import numpy as np
 
 from lightseq_backend.config import TOPK_GREEDY, Dialect
 from lightseq_backend.decoding.state import new_records
-from lightseq_backend.ops.slots import FAN_OUT, SEARCH
+from lightseq_backend.ops.slots import FAN_OUT, SEARCH, end_ids
 from lightseq_backend.request import Hypothesis, Output, Sequence
 
 # LightSeq's topk_greedy never writes the score of a hypothesis that ends: its clients read this.
@@ -41,22 +41,26 @@ def made_of(
 ) -> list[Hypothesis]:
     """One hypothesis a record. tokens: int32 [records, 1 step or more], filled up with the end id behind the end;
     details: [records, as many steps or more], the log-probability of each."""
-    ends = (tokens == records["end_id"][:, None]).argmax(axis=1) + 1
-    finished = records["finished"].tolist()
-    lengths = [end if ended else tokens.shape[1] for end, ended in zip(ends.tolist(), finished)]
-    return [
-        Hypothesis(row[:length], score, bool(ended), None if details is None else details[number, :length])
-        for number, (row, length, ended, score) in enumerate(zip(tokens, lengths, finished, scores, strict=True))
-    ]
+    made = []
+    for number, (record, row, score) in enumerate(zip(records, tokens, scores, strict=True)):
+        ended, length = bool(record["finished"]), text_length(record, row)
+        silent = int(ended and row[length - 1] != record["end_id"])
+        each = None if details is None else details[number, :length]
+        made.append(Hypothesis(row[:length], score, ended, each, silent))
+    return made
+
+
+def text_length(record: np.void, tokens: np.ndarray) -> int:
+    """How many of a row's tokens, int32 [1 step or more], are its text: up to and with what ends it."""
+    return int(np.isin(tokens, end_ids(record)).argmax()) + 1 if record["finished"] else len(tokens)
 
 
 def _scores(sequence: Sequence, records: np.ndarray, history: np.ndarray) -> list[float]:
     options = sequence.request.options
     if options.length_penalty < 0:
-        steps = int(records["generated"][0])
-        lengths = (history[:, :steps] != records["end_id"][:, None]).sum(axis=1)
-        totals = records["log_probability"].tolist()
-        return [total / max(n, 1e-6) for total, n in zip(totals, lengths.tolist(), strict=True)]
+        rows, totals = history[:, : int(records["generated"][0])], records["log_probability"].tolist()
+        lengths = [text_length(record, row) - int(record["finished"]) for record, row in zip(records, rows)]
+        return [total / max(n, 1e-6) for total, n in zip(totals, lengths, strict=True)]
     scores: list[float] = records["score"].tolist()
     if options.sampling_method == TOPK_GREEDY:
         ended = records["finished"].tolist()

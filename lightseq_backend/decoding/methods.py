@@ -76,7 +76,7 @@ def begun(sequence: Sequence, records: np.ndarray, lanes: Mapping[str, np.ndarra
     generated = int(records["generated"][0])
     rows = list(lanes["history"][:, :generated])
     for row in np.flatnonzero(records["finished"]).tolist():
-        rows[row] = rows[row][: int((rows[row] == records["end_id"][row]).argmax()) + 1]
+        rows[row] = rows[row][: beam.text_length(records[row], rows[row])]
     if not options.searches or options.width == 1 or _keeps_places(options):
         return rows[: options.hypotheses]
     if options.standard and (records["pool_length"] > 0).any():

@@ -12,7 +12,15 @@ import numpy as np
 from lightseq_backend.config import Config, DecodingOptions, GptConfig
 from lightseq_backend.decoding.state import new_records
 from lightseq_backend.ops.choice import length_norm
-from lightseq_backend.ops.slots import EMPTY, RULES, STANDARD, UNTIL_FULL, UNTIL_NO_BETTER, UNTIL_NONE_CAN_BE
+from lightseq_backend.ops.slots import (
+    EMPTY,
+    RULES,
+    STANDARD,
+    UNTIL_FULL,
+    UNTIL_NO_BETTER,
+    UNTIL_NONE_CAN_BE,
+    end_ids,
+)
 from lightseq_backend.options import GREEDY, LISTED, NEVER, NO_RULES
 from lightseq_backend.request import Hypothesis, Output, Sequence
 
@@ -45,12 +53,13 @@ def finish(sequence: Sequence, records: np.ndarray, lanes: Mapping[str, np.ndarr
     for place in np.argsort(-records["pool_score"], kind="stable")[: options.hypotheses].tolist():
         length, score = int(records["pool_length"][place]), float(records["pool_score"][place])
         tokens = lanes["pool"][place, :length]
-        ended = bool(length) and int(tokens[-1]) == int(records["end_id"][place])
+        ended = bool(length) and int(tokens[-1]) in end_ids(records[place])
+        silent = int(ended and tokens[-1] != records["end_id"][place])
         if options.sampling_method == GREEDY:
             norm = float(length_norm(length, options.length_penalty))
             score *= norm if options.length_penalty >= 0 else 1 / max(length - ended, 1e-6)
         details = lanes["pool_details"][place, :length] if options.detailed else None
-        hypotheses.append(Hypothesis(tokens, score, ended, details))
+        hypotheses.append(Hypothesis(tokens, score, ended, details, silent))
     longest = max(len(one.tokens) for one in hypotheses)
     return Output(tuple(hypotheses), longest, cut=not all(one.finished for one in hypotheses))
 
@@ -81,7 +90,8 @@ def rules(sequence: Sequence, config: Config) -> tuple[np.ndarray, np.ndarray, n
     context = sequence.tokens
     if not isinstance(config, GptConfig):
         context = np.array([config.start_id, *config.prefix(options)], np.int32)
-    words = [word for word in options.bad_words_ids if word != (config.end_id,)]
+    ends = {(id_,) for id_ in (config.end_id, *options.end_ids)}
+    words = [word for word in options.bad_words_ids if word not in ends]
     numbers = [*options.suppress_tokens, *options.begin_suppress_tokens]
     for word in words:
         numbers += [len(word), *word]

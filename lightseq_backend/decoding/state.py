@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from lightseq_backend.models.cache import Plan
-from lightseq_backend.ops.slots import RULES, SLOT
+from lightseq_backend.ops.slots import RULES, SLOT, STANDARD, ranks
 from lightseq_backend.options import LISTED
 from lightseq_backend.request import Sequence
 
@@ -76,5 +76,9 @@ def new_records(sequence: Sequence, method: int, end_id: int) -> np.ndarray:
     records["width"] = options.width
     records["limit"] = sequence.limit
     records["end_id"] = end_id
+    more = [id_ for id_ in dict.fromkeys(options.end_ids) if id_ != end_id]
+    records["more"] = len(more)
+    records["more_ends"][:, : len(more)] = more
+    records["looked_at"] = ranks(options.width, len(more)) if method == STANDARD else options.width
     records["length_penalty"] = options.length_penalty
     return records

@@ -1,4 +1,4 @@
-"""Where stop words and further end ids end a text. The host looks for them, so that no step has to."""
+"""Where stop words end a text. The host looks for them, so that no step has to."""
 
 from __future__ import annotations
 
@@ -18,13 +18,12 @@ class Stop:
     """Where a text of ids ends.
 
     found   tokens up to and with the one that completes the stop
-    kept    tokens of the answer, of which the last `silent` are no text
+    kept    tokens of the answer
     text    of the answer with its prompt, where the stop is one of text
     """
 
     found: int
     kept: int
-    silent: int = 0
     text: str | None = None
 
 
@@ -39,7 +38,7 @@ class Stops:
         options = request.options
         self._words = [word for word in options.stop if not isinstance(word, str)]
         self._texts = [word for word in options.stop if isinstance(word, str)]
-        self._end_ids, self._include = options.end_ids, options.include_stop
+        self._include = options.include_stop
         self._least = _least(sequence, config)
         self._prompt = sequence.tokens[sequence.tokens >= 0].tolist() if isinstance(config, GptConfig) else []
         self._decode = request.decode
@@ -60,7 +59,7 @@ class Stops:
 
     def find(self, tokens: np.ndarray, searched: int = 0) -> Stop | None:
         """The first stop of a text. tokens: int32 [n], of which the first `searched` have none."""
-        stops = [stop for stop in (self._end_id(tokens), self._word(tokens), self._text(tokens, searched)) if stop]
+        stops = [stop for stop in (self._word(tokens), self._text(tokens, searched)) if stop]
         return min(stops, key=lambda stop: (stop.found, stop.kept), default=None)
 
     def safe(self, tokens: np.ndarray) -> int:
@@ -77,11 +76,6 @@ class Stops:
         """The text of a prompt and tokens behind it."""
         assert self._decode is not None
         return self._decode([*self._prompt, *tokens.tolist()])
-
-    def _end_id(self, tokens: np.ndarray) -> Stop | None:
-        places = np.flatnonzero(np.isin(tokens, self._end_ids)) + 1
-        places = places[places >= self._least]
-        return Stop(int(places[0]), int(places[0]), silent=1) if places.size else None
 
     def _word(self, tokens: np.ndarray) -> Stop | None:
         found: list[Stop] = []
@@ -150,9 +144,8 @@ def _cut(one: Hypothesis, stop: Stop | None, options: DecodingOptions) -> Hypoth
         score = total / stop.found
     else:
         score = total * float(length_norm(stop.found, options.length_penalty))
-    return Hypothesis(
-        one.tokens[: stop.kept], score, True, None if shown is None else shown[: stop.kept], stop.silent, stop.text
-    )
+    each = None if shown is None else shown[: stop.kept]
+    return Hypothesis(one.tokens[: stop.kept], score, True, each, text=stop.text)
 
 
 def _least(sequence: Sequence, config: Config) -> int:

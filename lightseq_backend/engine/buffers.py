@@ -16,6 +16,7 @@ from lightseq_backend.errors import ConfigError
 from lightseq_backend.models.cache import Cache, Plan
 from lightseq_backend.models.layers import Work
 from lightseq_backend.models.pack import Pack
+from lightseq_backend.ops.slots import MOST_ENDS, ranks
 
 Array = Any
 _ALIGNMENT = 256
@@ -105,8 +106,8 @@ def _plan(model: Any, config: EngineConfig, beams: int, ops: ModuleType) -> dict
 
 
 def candidates(shape: Any, beams: int, ops: ModuleType) -> int:
-    """Best next tokens of a row that the widest standard search looks at: twice its beams, as far as there are any."""
-    return min(2 * beams, ops.MOST_CANDIDATES, shape.vocabulary - (shape.banned_id >= 0))
+    """Best next tokens of a row that the widest standard search looks at, as far as there are any."""
+    return min(ranks(beams, MOST_ENDS - 1), ops.MOST_CANDIDATES, shape.vocabulary - (shape.banned_id >= 0))
 
 
 def buckets(slots: int) -> list[int]:

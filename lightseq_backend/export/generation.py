@@ -5,7 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from lightseq_backend.options import GREEDY, LISTED, SAMPLE, STANDARD_BEAM, TOPK, TOPP, DecodingOptions, listed
+from lightseq_backend.options import (
+    GREEDY,
+    LISTED,
+    MOST_END_IDS,
+    SAMPLE,
+    STANDARD_BEAM,
+    TOPK,
+    TOPP,
+    DecodingOptions,
+    listed,
+)
+
+ENDS = "eos_token_id"  # one id or a list
 
 # Generation settings that have no counterpart, and the values that ask for nothing.
 LEFT_OUT: dict[str, tuple[Any, ...]] = {
@@ -75,6 +87,11 @@ def _rules(settings: Generation, forced: bool, never_id: int | None) -> dict[str
         rules["forced_eos_token_id"] = settings.token("forced_eos_token_id")
     if settings.generation("num_return_sequences") is not None:
         rules["num_hypotheses"] = settings.generation("num_return_sequences")
+    ends = settings.generation(ENDS)
+    if isinstance(ends, list):
+        rules["end_ids"] = tuple(ends[1:])
+    if len(rules.get("end_ids", ())) > MOST_END_IDS:
+        settings.faults.append(f"{ENDS} has {len(ends)} ids; there may be {1 + MOST_END_IDS}")
     words = [word for word in settings.generation("bad_words_ids", []) if word != [never_id]]
     rules["bad_words_ids"] = tuple(map(tuple, words))
     taken = listed(DecodingOptions(**rules))

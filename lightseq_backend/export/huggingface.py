@@ -18,7 +18,7 @@ from lightseq_backend.config import (
 from lightseq_backend.errors import ConfigError
 from lightseq_backend.export import arrays
 from lightseq_backend.export.checkpoint import Arrays, read_arrays, read_json
-from lightseq_backend.export.generation import decoding
+from lightseq_backend.export.generation import ENDS, decoding
 from lightseq_backend.export.model import Model
 
 ACTIVATIONS = {
@@ -136,10 +136,10 @@ class Settings:
         return 1
 
     def token(self, key: str) -> int:
-        """The id of a special token. A list of ends, as some generation settings have, has its first taken."""
+        """The id of a special token; the first of a list, of which those of eos_token_id become options."""
         value = self.generation(key)
         if isinstance(value, list) and value:
-            if len(value) > 1:
+            if len(value) > 1 and key != ENDS:
                 self.notes.append(f"{key} is {value}: only {value[0]} counts here")
             value = value[0]
         if isinstance(value, int) and not isinstance(value, bool):
@@ -181,7 +181,7 @@ def _gpt2_config(settings: Settings) -> GptConfig:
         vocabulary=vocabulary,
         max_positions=settings.number("n_positions", settings.get("n_ctx", 1024)),
         padding_id=vocabulary,  # GPT-2 has none: an id that no text contains
-        end_id=settings.token("eos_token_id"),
+        end_id=settings.token(ENDS),
         activation=settings.activation("activation_function"),
         norm_epsilon=float(settings.get("layer_norm_epsilon", 1e-5)),
         decoding=decoding(settings),
@@ -214,7 +214,7 @@ def _encoder_decoder_config(settings: Settings, family: Family, forced_id: int |
         max_positions=positions,
         padding_id=settings.number("pad_token_id"),
         start_id=settings.token("decoder_start_token_id"),
-        end_id=settings.token("eos_token_id"),
+        end_id=settings.token(ENDS),
         extra_decode_length=positions,
         post_norm=family.post_norm,
         activation=settings.activation("activation_function"),

@@ -43,7 +43,7 @@ class Original:
         self._model.generation_config = transformers.GenerationConfig(
             do_sample=False,
             num_beams=1,
-            eos_token_id=config.end_id,
+            eos_token_id=[config.end_id, *config.decoding.end_ids],
             pad_token_id=config.end_id if gpt else config.padding_id,
             decoder_start_token_id=self._start[0] if self._start else None,
             forced_bos_token_id=self._start[1] if len(self._start) > 1 else None,

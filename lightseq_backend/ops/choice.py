@@ -12,7 +12,7 @@ import numpy as np
 
 from lightseq_backend.ops.philox import gumbel
 from lightseq_backend.ops.product import divide, scratch
-from lightseq_backend.ops.slots import FAN_OUT, SAMPLE, SEARCH
+from lightseq_backend.ops.slots import FAN_OUT, SAMPLE, SEARCH, end_ids
 
 Array = np.ndarray[Any, Any]
 FLOAT = np.dtype(np.float32)
@@ -179,7 +179,7 @@ def advance(slots: Array, group: Array, tokens: Array, record: Any) -> None:
 
     The rest of a burst still runs over a closed sequence: its length stays, so that it stays inside its lane.
     """
-    finished = (tokens == record["end_id"]).astype(np.int32)
+    finished = np.isin(tokens, end_ids(record)).astype(np.int32)
     done = bool(finished.all()) or record["generated"] + 1 >= record["limit"]
     slots["token"][group] = tokens
     slots["finished"][group] = finished

@@ -6,6 +6,8 @@ sequence is admitted and reads them after a burst. Device code mirrors this layo
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 SEARCH = 1  # beam search in every step
@@ -15,6 +17,7 @@ STANDARD = 4  # the beam search of Hugging Face's generate
 
 # When a standard search ends: early_stopping false, true and never.
 UNTIL_NO_BETTER, UNTIL_FULL, UNTIL_NONE_CAN_BE = 0, 1, 2
+MOST_ENDS = 9  # ids that end a text, the model's own among them
 EMPTY = -1e9  # score of a pool entry that holds no hypothesis; what is not better does not get in
 
 SLOT = np.dtype(
@@ -29,7 +32,7 @@ SLOT = np.dtype(
         ("generated", "<i4"),  # tokens generated so far
         ("limit", "<i4"),  # and how many there may be
         ("end_id", "<i4"),
-        ("finished", "<i4"),  # this beam has generated end_id
+        ("finished", "<i4"),  # this beam has generated an id that ends a text
         ("done", "<i4"),  # the whole sequence is through: steps leave it alone
         ("memory", "<i4"),  # lane of the source's keys and values
         ("memory_length", "<i4"),
@@ -46,6 +49,9 @@ SLOT = np.dtype(
         ("stopping", "<i4"),  # STANDARD: UNTIL_NO_BETTER, UNTIL_FULL or UNTIL_NONE_CAN_BE
         ("pool_length", "<i4"),  # STANDARD: tokens of the finished hypothesis that this lane keeps; 0: it keeps none
         ("pool_score", "<f4"),  # STANDARD: its normalised score, or EMPTY
+        ("looked_at", "<i4"),  # best tokens of a row that its search looks at
+        ("more", "<i4"),  # ids that end a text beside end_id
+        ("more_ends", "<i4", (MOST_ENDS - 1,)),
     ]
 )
 
@@ -63,3 +69,14 @@ RULES = np.dtype(
         ("words", "<i4"),
     ]
 )
+
+
+def end_ids(record: Any) -> np.ndarray:
+    """int32 [1 + more]: what ends a text of that record's sequence, the model's own end id first."""
+    return np.append(record["end_id"], record["more_ends"][: record["more"]])
+
+
+def ranks(width: int, more: int) -> int:
+    """Best tokens of a beam that a standard search of that width looks at: as many that go on as there are beams, what
+    ends beside them, and never fewer than twice the beams."""
+    return max(2 * width, width + 1 + more)

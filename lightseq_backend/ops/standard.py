@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lightseq_backend.ops.choice import FLOAT, Array, leaders, log_sum_exp
-from lightseq_backend.ops.slots import SAMPLE, STANDARD, UNTIL_FULL, UNTIL_NONE_CAN_BE
+from lightseq_backend.ops.slots import SAMPLE, STANDARD, UNTIL_FULL, UNTIL_NONE_CAN_BE, end_ids
 
 
 def apply_rules(
@@ -21,7 +21,7 @@ def apply_rules(
 
     normalisations[r] is not a number for the other rows. In this order: a token of the past has its score s become
     s * penalty where s < 0, else s / penalty; then -inf for what would repeat an n-gram of the past, for what would
-    complete a listed word, and for the end id while there are too few tokens; at the limit's last token -inf for all
+    complete a listed word, and for all end ids while there are too few tokens; at the limit's last token -inf for all
     but a forced one, whose log-probability is 0; -inf for suppressed ids. s is the log-probability, or the logit where
     there is one row to a choice (samples, one beam). The past is the sequence's context, then what the row generated.
     rows: [n]; rules: RULES [slots], listed: int32 [slots, LISTED], contexts: int32 [slots, steps], each in the lane of
@@ -58,7 +58,7 @@ def _change(scores: Array, past: Array, record: Any, rule: Any, listed: Array, s
         if word.size - 1 <= past.size and (past[past.size - word.size + 1 :] == word[:-1]).all():
             scores[word[-1]] = -np.inf
     if record["generated"] < rule["least"]:
-        scores[record["end_id"]] = -np.inf
+        scores[end_ids(record)] = -np.inf
     if rule["forced_end"] >= 0 and record["generated"] + 1 >= record["limit"]:
         scores[:] = -np.inf
         scores[rule["forced_end"]] = certain
@@ -79,29 +79,30 @@ def standard_step(
 ) -> None:  # fmt: skip
     """Advances every sequence of the standard search by one token.
 
-    Beams offer their best tokens at log_probability + log p; the 2 * width best offers count, best first (among equals
-    the lower beam, then the better rank). Those of the first `width` that end (with the end id, or all of them at the
-    limit) go to the pool of the sequence at their sum / n ** length_penalty, n the counted tokens, if they are better
-    than its worst. The first `width` that do not end are the next beams. The sequence is done at the limit; when the
-    best beam, at n (with UNTIL_NONE_CAN_BE and a positive penalty, at the most n there may be), is no better than the
-    pool's worst; with UNTIL_FULL when the pool has `width` hypotheses.
+    Beams offer their best tokens at log_probability + log p; the (1 + end ids) * width best offers count, best first
+    (among equals the lower beam, then the better rank). Those of the first `width` that end (with one of the end ids,
+    or all of them at the limit) go to the pool of the sequence at their sum / n ** length_penalty, n the counted
+    tokens, if they are better than its worst. The first `width` that do not end are the next beams. The sequence is
+    done at the limit; when the best beam, at n (with UNTIL_NONE_CAN_BE and a positive penalty, at the most n there may
+    be), is no better than the pool's worst; with UNTIL_FULL when the pool has `width` hypotheses.
     rows: [n]; history: int32 [slots, steps], details: [slots, steps]: the generated tokens of each beam, and their
     log-probabilities where `detailed`; pool, pool_details: the same of the finished hypothesis that each lane keeps,
-    pool_length tokens of it; ids, log_probabilities: [n, at least min(2 * width, ids that may come)].
+    pool_length tokens of it; ids, log_probabilities: [n, at least min(looked_at, ids that may come)].
     """
     for first, record in leaders(rows, slots, (STANDARD,)):
         if record["done"]:
             continue
         width, step, length = int(record["width"]), int(record["generated"]), int(record["length"])
-        count = min(2 * width, ids.shape[1])
+        more = int(record["more"])
+        count = min(int(record["looked_at"]), ids.shape[1])
         group = rows[first : first + width]
         before = slots[group]
         offers = before["log_probability"][:, None] + log_probabilities[first : first + width, :count]
-        order = np.argsort(-offers, axis=None, kind="stable")[: 2 * width]
-        parents, ranks = order // count, order % count
-        tokens, totals = ids[first + parents, ranks], offers[parents, ranks]
-        chances = log_probabilities[first + parents, ranks]
-        ends = tokens == record["end_id"]
+        order = np.argsort(-offers, axis=None, kind="stable")[: (2 + more) * width]
+        parents, places = order // count, order % count
+        tokens, totals = ids[first + parents, places], offers[parents, places]
+        chances = log_probabilities[first + parents, places]
+        ends = np.isin(tokens, end_ids(record))
         last = step + 1 >= record["limit"]
 
         scores = totals / _divisor(record["counted"] + step + 1, record)

@@ -28,6 +28,7 @@ class Parts:
         self._wire, self._config, self._row = wire, config, row
         self._decode = decode
         count = methods.texts(options)
+        self._ends = [config.end_id, *options.end_ids]
         self._shown = [0] * count
         prompt = [] if decode is None else prompt_of_text(row, config)
         self._written = [] if decode is None else [Written(decode, prompt) for _ in range(count)]
@@ -79,7 +80,7 @@ class Parts:
         return {name: tensor[None] for name, tensor in tensors.items()} if self._wire.batched else tensors
 
     def _spoken(self, tokens: np.ndarray) -> list[int]:
-        ends = np.flatnonzero(tokens == self._config.end_id)
+        ends = np.flatnonzero(np.isin(tokens, self._ends))
         return [int(id_) for id_ in (tokens[: ends[0]] if ends.size else tokens)]
 
 

@@ -89,6 +89,18 @@ class Stream:
         while not self.next()["final"].all():
             pass
 
+    def ends(self, count: int) -> set[str]:
+        """Reads to the final responses of so many requests; the errors among them."""
+        errors: set[str] = set()
+        while count:
+            arrived = self._arrived.get(timeout=TIMEOUT)
+            if isinstance(arrived, InferenceServerException):
+                errors.add(arrived.message())
+                count -= 1
+            else:
+                count -= arrived.get_response().parameters["triton_final_response"].bool_param
+        return errors
+
     def all(self, model: str, name: str, ids: Any, **options: Any) -> list[dict[str, np.ndarray]]:
         self.send(model, name, ids, **options)
         found = [self.next()]

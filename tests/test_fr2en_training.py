@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import numpy as np
 import pytest
+from test_fr2en_data import HEADER, catalogue
 
-torch = pytest.importorskip("torch")
-pytest.importorskip("transformers")
+import lightseq_backend
 
-from examples.fr2en import train  # noqa: E402
+torch = pytest.importorskip("torch", reason="PyTorch is not installed (the extra fr2en)")
+pytest.importorskip("transformers", reason="transformers is not installed (the extra fr2en)")
+
+from examples.fr2en import __main__ as steps  # noqa: E402
+from examples.fr2en import prepare, train  # noqa: E402
 
 VOCABULARY = 50
 PADDING = VOCABULARY - 1
@@ -65,3 +72,24 @@ def test_texts_end_where_they_end() -> None:
     names = ["</s>", "<unk>", "▁Open", "▁the", "▁file", "s", "<pad>"]
     rows = torch.tensor([[6, 2, 3, 4, 5, 0, 6], [2, 4, 5, 5, 5, 5, 5]])
     assert train._texts(rows, names) == ["Open the files", "Open filesssss"]
+
+
+def test_catalogues_become_a_model_that_is_served(tmp_path: Path) -> None:
+    """Every step after gathering, on made-up words: what the data is made into, trained and converted fits together."""
+    pytest.importorskip("sentencepiece")
+    draw = random.Random(4)
+    words = {f"mot{one}{other}": f"word{one}{other}" for one in "abcdefgh" for other in "klmnopqr"}
+    for name in (*(f"program{letter}{letter}" for letter in "bcdefghijklm"), "konsole", "gawk"):
+        (tmp_path / "catalogues" / name).mkdir(parents=True)
+        texts = [draw.sample(list(words), 3) for _ in range(60)]
+        messages = {" ".join(words[word] for word in text): " ".join(text) for text in texts}
+        (tmp_path / "catalogues" / name / "000-a.mo").write_bytes(catalogue(HEADER | messages))
+    prepare.prepare(tmp_path, vocabulary=150)
+    settings = train.Settings(hidden=32, inner=64, encoder_layers=1, decoder_layers=1, tokens=600, warmup=5)
+    train.train(tmp_path, tmp_path / "trained", 1.0, settings)
+    steps.convert(tmp_path)
+    with lightseq_backend.load(tmp_path / "fr2en", device="cpu") as model:
+        (answer,) = model.translate(["motak «\u00a0motbl\u00a0»"], num_hypotheses=4, beam_size=4)
+    assert len(answer.hypotheses) == 4
+    curves = (tmp_path / "trained" / "training.log").read_text().splitlines()
+    assert '"bleu"' in curves[-1]

@@ -49,7 +49,7 @@ def main() -> None:
     prepare(parser.parse_args().data)
 
 
-def prepare(data: Path) -> None:
+def prepare(data: Path, vocabulary: int = VOCABULARY) -> None:
     parts = split(read(data / "catalogues"))
     for name, pairs in parts.items():
         lines = "".join(f"{pair.package}\t{pair.french}\t{pair.english}\n" for pair in pairs)
@@ -60,7 +60,7 @@ def prepare(data: Path) -> None:
         words = sum(len(pair.english.split()) for pair in pairs)
         packages = len({pair.package for pair in pairs})
         print(f"{name}: {len(pairs)} pairs of {packages} packages, {words} English words")
-    train_tokenizer(parts["training"], data)
+    train_tokenizer(parts["training"], data, vocabulary)
     tokenize(parts, data)
 
 
@@ -132,7 +132,7 @@ def _held_out(pairs: list[Pair], taken: set[str], size: int, draw: random.Random
     return kept[:size]
 
 
-def train_tokenizer(pairs: list[Pair], data: Path) -> None:
+def train_tokenizer(pairs: list[Pair], data: Path, vocabulary: int) -> None:
     """One SentencePiece model of both languages, as source.spm and target.spm, and vocab.json beside them."""
     import sentencepiece
 
@@ -143,7 +143,7 @@ def train_tokenizer(pairs: list[Pair], data: Path) -> None:
             sentence_iterator=iter([text for pair in pairs for text in (pair.french, pair.english)]),
             model_writer=model,
             model_type="unigram",
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             character_coverage=0.9998,
             normalization_rule_tsv=str(rules),
             user_defined_symbols=_CODES,

@@ -92,7 +92,7 @@ fr2en: setup ## Gather Debian's French catalogues and train model_repository/fr2
 	@$(python) -m examples.fr2en
 
 .PHONY: gpt
-gpt: setup ## Gather English prose from Debian packages and train model_repository/gpt_en on it (wants a GPU; 2 GB of packages)
+gpt: setup ## Train gpt_en anew on prose of Debian packages (1.5 GB to download; wants a GPU for 8 minutes)
 	@./setup.sh gpt
 	@$(python) -m examples.gpt.prepare
 	@$(python) -m examples.gpt.train

@@ -42,7 +42,7 @@ def test_directory_of_the_training_converts(trained: Path, data: Path) -> None:
     numbers = json.loads((data / "data.json").read_text())
     assert model.notes == []
     assert (model.config.vocabulary, model.config.end_id) == (numbers["vocabulary"], numbers["end_id"])
-    assert (model.config.decoding.sampling_method, model.config.decoding.top_k) == ("topk", 40)
+    assert (model.config.decoding.sampling_method, model.config.decoding.top_p) == ("topp", 0.9)
     assert {array.dtype for array in model.arrays.values()} == {np.dtype(np.float16)}
 
 

@@ -27,7 +27,8 @@ from examples.gpt import prepare
 POSITIONS = 512
 EVALUATED = {"cuda": 512, "cpu": 16}  # windows of validation, at most
 SHAPE = {"n_embd": 320, "n_head": 5, "n_layer": 6, "n_inner": 1280}
-GENERATION = {"do_sample": True, "top_k": 40, "temperature": 0.8, "max_new_tokens": 64, "use_cache": True}
+SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 0.9, "temperature": 0.8, "repetition_penalty": 1.15}
+GENERATION = {**SAMPLING, "max_new_tokens": 64, "use_cache": True}
 TINY = {"n_embd": 64, "n_head": 1, "n_layer": 2, "n_inner": 256}
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import stream_cases
 import tritonclient.grpc
+from held_out_english import HELD_OUT, WITHIN, perplexity, pytorch_perplexity
 from repositories import SCORED, TRANSFORMER, arrays, ask, ask_later, grpc, http, padded, tensor, write_model
 from stream_cases import Stream
 from test_scoring_served import SOURCES, TARGETS, expected
@@ -34,7 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from benchmarks import perf
 
 DEVICE, KIND = "gpu", "KIND_GPU"
-SHIPPED = ("transformer", "transformer_generate", "transformer_stream", "gpt", "gpt_stream", "gptlm")
+SHIPPED = (
+    *("transformer", "transformer_generate", "transformer_stream"),
+    *("gpt", "gpt_stream", "gptlm", "gpt_en_score"),
+)
 ADMIN = {"admin-key": "test"}
 SENTENCES = [sentence for sentence, _ in pairs("held_out.tsv")[::31]]
 PROMPTS = [prompt for prompt, _ in pairs("counting.tsv")[::10]]
@@ -126,6 +130,12 @@ def test_losses_are_those_of_the_cpu(server: EmbeddedServer) -> None:
         found = client.score(TEXTS, codec=codec)
     expected = [output.loss for output in engine_of(COUNTER).answer([codec.encode(text) for text in TEXTS], SCORE)]
     np.testing.assert_allclose(found, expected, atol=0.02)
+
+
+def test_english_has_the_perplexity_that_pytorch_gives_it(server: EmbeddedServer) -> None:
+    with grpc(server.grpc) as client:
+        found = [ask(client, "gpt_en_score", "token_ids", [one["ids"]])["log_probability"].item() for one in HELD_OUT]
+    assert perplexity(found) == pytest.approx(pytorch_perplexity(), rel=WITHIN)
 
 
 def test_many_at_once_get_what_each_gets_alone(server: EmbeddedServer, translated: list[Output]) -> None:

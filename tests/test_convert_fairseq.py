@@ -116,7 +116,7 @@ def test_converted_checkpoint_equals_its_port(name: str, old: bool, tmp_path: Pa
     comparison = proof.compare(path, Original(tmp_path / "original", weights.load(path)[0]), inputs=8 if old else 50)
     assert comparison.holds, "\n".join(comparison.lines())
     assert comparison.ties == 0
-    assert max(comparison.encoder or 0, comparison.logits) < 1e-4
+    assert max(comparison.encoder or 0, comparison.logits) < 1.5e-4
 
 
 @needs_torch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from lightseq_backend.errors import ConfigError
 from lightseq_backend.options import (  # noqa: F401 -- handed on: whoever asks for a configuration finds them here
@@ -25,6 +26,9 @@ from lightseq_backend.options import (  # noqa: F401 -- handed on: whoever asks 
     Ids,
 )
 
+TABLE, LEARNED, SINUSOIDS, INTERLEAVED = "table", "learned", "sinusoids", "interleaved_sinusoids"
+# A table of unknown making, a learned one, fairseq's and tensor2tensor's sinusoids, and Marian's.
+POSITIONS = (TABLE, LEARNED, SINUSOIDS, INTERLEAVED)
 ACTIVATIONS = ("relu", "gelu", "gelu_erf", "silu")  # gelu is the tanh form, LightSeq's only one
 
 
@@ -61,6 +65,14 @@ def dialect_named(name: str) -> Dialect:
     return DIALECTS[name]
 
 
+class Norms(NamedTuple):
+    """Where a stack has LayerNorms: TransformerConfig says what each means."""
+
+    post: bool
+    first: bool
+    embedding: bool
+
+
 @dataclass(frozen=True)
 class TransformerConfig:
     """An encoder-decoder Transformer as LightSeq's transformer.pb describes it.
@@ -71,11 +83,15 @@ class TransformerConfig:
     takes its output. end_id is resolved: never "0 means vocabulary - 1" here.
 
     What LightSeq's files cannot say: norm_epsilon (None: the dialect's); without first_norm nothing normalises what
-    the first sublayer of either stack reads; with embedding_norm a LayerNorm of its own follows the embeddings;
-    never_id is an id that is never generated; forced_id is fed after the start id, before anything is generated (a
-    multilingual model's target language), and is not in the answer. A standard post-norm model is LightSeq's form
-    with its LayerNorms moved one sublayer on: the first sublayer has the embeddings' (BART) or none (Marian), the
-    last one is the final one.
+    the first sublayer reads; with embedding_norm a LayerNorm of its own follows the embeddings; without
+    encoder_final_norm none follows the encoder; decoder_* are those of the decoder where it differs (None: as the
+    encoder's); never_id is an id that is never generated; forced_id is fed after the start id, before anything is
+    generated (a multilingual model's target language), and is not in the answer. A standard post-norm model is
+    LightSeq's form with its LayerNorms moved one sublayer on: the first sublayer has the embeddings' (BART) or none
+    (Marian), the last one is the final one.
+
+    positions says what the tables are (POSITIONS), and position_offset how many positions in front of theirs the
+    source has that no token uses. Nothing is computed from either.
     """
 
     hidden: int
@@ -96,6 +112,12 @@ class TransformerConfig:
     norm_epsilon: float | None = None
     first_norm: bool = True
     embedding_norm: bool = False
+    encoder_final_norm: bool = True
+    decoder_post_norm: bool | None = None
+    decoder_first_norm: bool | None = None
+    decoder_embedding_norm: bool | None = None
+    positions: str = TABLE
+    position_offset: int = 0
     never_id: int | None = None
     forced_id: int | None = None
     dialect: Dialect = DIALECTS["head"]
@@ -110,6 +132,15 @@ class TransformerConfig:
                 faults.append(f"{name} is {getattr(self, name)}; the target vocabulary has {self.target_vocabulary}")
         if faults:
             raise ConfigError("\n".join(faults))
+
+    @property
+    def encoder_norms(self) -> Norms:
+        return Norms(self.post_norm, self.first_norm, self.embedding_norm)
+
+    @property
+    def decoder_norms(self) -> Norms:
+        own = (self.decoder_post_norm, self.decoder_first_norm, self.decoder_embedding_norm)
+        return Norms(*(there if here is None else here for here, there in zip(own, self.encoder_norms)))
 
     @property
     def vocabulary(self) -> int:
@@ -169,6 +200,8 @@ class GptConfig:
     extra_decode_length: int = 0
     activation: str = "gelu"
     norm_epsilon: float | None = None
+    positions: str = TABLE
+    position_offset: int = 0
     dialect: Dialect = DIALECTS["head"]
     decoding: DecodingOptions = field(default_factory=lambda: DecodingOptions(TOPK, top_k=4))
 
@@ -221,6 +254,10 @@ def _architecture_faults(config: Config, sizes: tuple[str, ...]) -> list[str]:
     ]
     if config.activation not in ACTIVATIONS:
         faults.append(f"activation is {config.activation!r}; known activations are {', '.join(ACTIVATIONS)}")
+    if config.positions not in POSITIONS:
+        faults.append(f"positions is {config.positions!r}; known kinds are {', '.join(POSITIONS)}")
+    if config.position_offset < 0:
+        faults.append(f"position_offset is {config.position_offset}; it must be at least 0")
     if config.norm_epsilon is not None and not 0 < config.norm_epsilon < 1:
         faults.append(f"norm_epsilon is {config.norm_epsilon}; it must be over 0 and below 1")
     if config.heads > 0 and config.hidden % config.heads:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightseq_backend.config import DIALECTS
+from lightseq_backend.config import DIALECTS, TABLE
 from lightseq_backend.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def convert(options: argparse.Namespace) -> None:
         model = sources.read(options.source, options.forced_id, options.dialect, options.kind)
         if options.source_language:
             model = replace(model, source_language=options.source_language)
+        if options.format != "safetensors":  # LightSeq's formats have the tables and no word for what they are
+            model = replace(model, config=replace(model.config, positions=TABLE, position_offset=0))
         tokenizer = None if options.ids_only else sources.directory_of(options.source)
         name = options.name or options.target.resolve().name
         weights = directory.write(partial, name, model, tokenizer, FORMATS[options.format])

@@ -111,8 +111,9 @@ class Probe:
     def encode(self, ids: Sequence[int]) -> np.ndarray:
         """The encoder's output, float32 [ids, hidden]; it is kept for `logits` as well."""
         pack, work = self._pack(ids), self._buffers.work.first(len(ids))
+        assert isinstance(self._model, Transformer)
         self._model.prefill(pack, work, self._buffers.cache)
-        return np.array(work.normed)
+        return np.array(self._model.encoded(work))
 
     def logits(self, ids: Sequence[int]) -> np.ndarray:
         """Scores of the first token after ids, or after the start token: float32 [vocabulary]."""

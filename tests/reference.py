@@ -88,7 +88,13 @@ class _Model:
         self.config = config
         self.arrays = {name: np.asarray(array, np.float64) for name, array in arrays.items()}
         self.epsilon = config.norm_epsilon or EPSILON[config.dialect.name]
-        self.post_norm = getattr(config, "post_norm", False)
+        post = getattr(config, "post_norm", False)
+        decoders = getattr(config, "decoder_post_norm", None)
+        self._post = {"encoder": post, "decoder": post if decoders is None else decoders}
+
+    def residual(self, name: str, x: Array, y: Array) -> Array:
+        """What a sublayer of that name adds to, of its input and of that normalised."""
+        return y if self._post.get(name.split(".")[0]) else x
 
     def norm(self, name: str, x: Array) -> Array:
         if f"{name}.gain" not in self.arrays:
@@ -102,12 +108,12 @@ class _Model:
         y = self.norm(f"{name}_norm", x)
         q, k, v = np.split(self.linear(f"{name}_qkv", y), 3, axis=1)
         context = attention(q, k, v, self.config.heads, visible)
-        return (y if self.post_norm else x) + self.linear(f"{name}_output", context)
+        return self.residual(name, x, y) + self.linear(f"{name}_output", context)
 
     def feed_forward(self, name: str, x: Array) -> Array:
         y = self.norm(f"{name}.ffn_norm", x)
         inner = ACTIVATIONS[self.config.activation](self.linear(f"{name}.ffn_inner", y))
-        return (y if self.post_norm else x) + self.linear(f"{name}.ffn_output", inner)
+        return self.residual(name, x, y) + self.linear(f"{name}.ffn_output", inner)
 
 
 class TransformerReference(_Model):
@@ -145,7 +151,7 @@ class TransformerReference(_Model):
             y = self.norm(f"{name}.cross_norm", x)
             k, v = np.split(self.linear(f"{name}.cross_kv", self.memory), 2, axis=1)
             context = attention(self.linear(f"{name}.cross_query", y), k, v, self.config.heads, source)
-            x = (y if self.post_norm else x) + self.linear(f"{name}.cross_output", context)
+            x = self.residual(name, x, y) + self.linear(f"{name}.cross_output", context)
             x = self.feed_forward(name, x)
         scale = 1 / math.sqrt(self.config.hidden) if self.config.scaled_embedding else 1.0
         return scale * (self.norm("decoder.norm", x) @ self.arrays["output.weight"]) + self.arrays["output.bias"]

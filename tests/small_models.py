@@ -68,11 +68,17 @@ def transformer(seed: int = 0, **settings: Any) -> tuple[TransformerConfig, Arra
         arrays |= _linear(random, f"{name}.cross_kv", hidden, 2 * hidden)
         arrays |= _linear(random, f"{name}.cross_output", hidden, hidden)
         arrays |= _feed_forward(random, name, hidden, config.inner)
-    if config.embedding_norm:
-        arrays |= _norm(random, "source.norm", hidden) | _norm(random, "target.norm", hidden)
-    if not config.first_norm:
-        for name in ("encoder.0.attention_norm", "decoder.0.self_norm"):
-            del arrays[f"{name}.gain"], arrays[f"{name}.bias"]
+    decoders_first = config.first_norm if config.decoder_first_norm is None else config.decoder_first_norm
+    decoders_own = config.embedding_norm if config.decoder_embedding_norm is None else config.decoder_embedding_norm
+    arrays |= _norm(random, "source.norm", hidden) if config.embedding_norm else {}
+    arrays |= _norm(random, "target.norm", hidden) if decoders_own else {}
+    kept = {
+        "encoder.0.attention_norm": config.first_norm,
+        "decoder.0.self_norm": decoders_first,
+        "encoder.norm": config.encoder_final_norm,
+    }
+    for name in [name for name, there in kept.items() if not there]:
+        del arrays[f"{name}.gain"], arrays[f"{name}.bias"]
     if untied:
         arrays["target.tokens"] = _normal(random, size, vocabulary, hidden)
     return config, arrays

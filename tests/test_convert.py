@@ -387,6 +387,22 @@ def test_generation_settings_become_defaults(
         assert (model.config.decoding.beam_size, model.config.decoding.length_penalty) == (5, 0.8)
 
 
+@pytest.mark.parametrize(
+    ("family", "positions", "offset"),
+    [
+        ("gpt2", "learned", 0),
+        ("bart", "learned", 2),
+        ("marian", "interleaved_sinusoids", 0),
+        ("m2m_100", "sinusoids", 2),
+        ("mbart", "learned", 2),
+        ("pegasus", "interleaved_sinusoids", 0),
+    ],
+)
+def test_kind_of_positions_is_told(family: str, positions: str, offset: int) -> None:
+    config = huggingface.read(small_checkpoints.FOLDER / family).config
+    assert (config.positions, config.position_offset) == (positions, offset)
+
+
 def test_every_end_id_of_a_list_ends_a_text(checkpoint: Any) -> None:
     model = huggingface.read(checkpoint("gpt2", generation=True, eos_token_id=[36, 3, 4]))
     assert (model.config.end_id, model.config.decoding.end_ids, model.notes) == (36, (3, 4), [])

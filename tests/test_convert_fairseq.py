@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import small_fairseq
+from small_fairseq import POSITIONS
 
 from lightseq_backend import proof, text, weights
 from lightseq_backend.__main__ import main
+from lightseq_backend.config import TransformerConfig
 from lightseq_backend.errors import ConfigError, WeightError
 from lightseq_backend.export import fairseq
 from lightseq_backend.weights.safetensors import read_tensors
@@ -56,6 +58,38 @@ def test_converted_model_computes_what_its_port_did(name: str, tmp_path: Path) -
         assert probe.greedy(ids, 16) == expected[f"greedy.{number}"].tolist()
 
 
+def test_stacks_of_different_order_are_read() -> None:
+    """A pre-norm decoder behind a post-norm encoder: its LayerNorms stay where they are, and it has a last one."""
+    settings, arrays, _ = committed("post")
+    settings["decoder_normalize_before"] = True
+    with pytest.raises(WeightError, match=r"decoder\.layer_norm\.weight is missing"):
+        fairseq.convert(settings, arrays, Path("model.pt"))
+    arrays["decoder.layer_norm.weight"] = np.full(16, 2, np.float32)
+    arrays["decoder.layer_norm.bias"] = np.ones(16, np.float32)
+    model = fairseq.convert(settings, arrays, Path("model.pt"))
+    assert isinstance(model.config, TransformerConfig)
+    assert model.config.encoder_norms == (True, False, False)
+    assert model.config.decoder_norms == (False, True, False)
+    for ours, theirs in (
+        ("encoder.norm", "encoder.layers.1.final_layer_norm"),
+        ("encoder.1.attention_norm", "encoder.layers.0.final_layer_norm"),
+        ("decoder.0.self_norm", "decoder.layers.0.self_attn_layer_norm"),
+        ("decoder.1.ffn_norm", "decoder.layers.1.final_layer_norm"),
+        ("decoder.norm", "decoder.layer_norm"),
+    ):
+        np.testing.assert_array_equal(model.arrays[f"{ours}.gain"], arrays[f"{theirs}.weight"])
+
+
+def test_kind_of_positions_is_told() -> None:
+    settings, arrays, _ = committed("post")
+    config = fairseq.convert(settings, arrays, Path("model.pt")).config
+    assert (config.positions, config.position_offset) == ("sinusoids", 2)
+    table = {"encoder.embed_positions.weight": np.ones((POSITIONS + 2, 16), np.float32)}
+    learned = fairseq.convert({**settings, "encoder_learned_pos": True}, {**arrays, **table}, Path("model.pt"))
+    assert (learned.config.positions, learned.config.position_offset) == ("table", 2)  # one of each
+    assert (learned.arrays["source.positions"] == 1).all()
+
+
 @pytest.mark.parametrize("name", small_fairseq.COMMITTED)
 def test_expected_texts_vary(name: str) -> None:
     """Else equal texts would prove little."""
@@ -82,7 +116,7 @@ def test_converted_checkpoint_equals_its_port(name: str, old: bool, tmp_path: Pa
     comparison = proof.compare(path, Original(tmp_path / "original", weights.load(path)[0]), inputs=8 if old else 50)
     assert comparison.holds, "\n".join(comparison.lines())
     assert comparison.ties == 0
-    assert max(comparison.encoder or 0, comparison.logits) < 1e-4
+    assert max(comparison.encoder or 0, comparison.logits) < 1.5e-4
 
 
 @needs_torch
@@ -207,7 +241,6 @@ def test_checkpoint_of_a_directory_is_found_or_asked_for(tmp_path: Path) -> None
         ({"arch": "fconv"}, "arch is 'fconv'; this converts transformer, bart, mbart"),
         ({"decoder_output_dim": 8}, "decoder_output_dim is 8 and decoder_embed_dim 16; they must be the same"),
         ({"decoder_embed_dim": 8}, "decoder_embed_dim is 8 and encoder_embed_dim 16"),
-        ({"decoder_normalize_before": True}, "decoder_normalize_before is True and encoder_normalize_before None"),
         ({"decoder_ffn_embed_dim": 99}, "decoder_ffn_embed_dim is 99 and encoder_ffn_embed_dim 20"),
         ({"adaptive_softmax_cutoff": [5]}, "adaptive_softmax_cutoff is [5]; that is not supported"),
         ({"cross_self_attention": True}, "cross_self_attention is True; that is not supported"),

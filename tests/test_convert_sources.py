@@ -81,7 +81,7 @@ def test_tensor2tensors_habits_are_made_up_for(tmp_path: Path) -> None:
         scaled_embedding=None,
     )  # fmt: skip
     read = arrays_file.read(path)
-    assert read.config == config
+    assert read.config == replace(config, positions="sinusoids")
     for name in (
         "source.tokens",
         "target.tokens",
@@ -99,6 +99,17 @@ def test_tensor2tensors_habits_are_made_up_for(tmp_path: Path) -> None:
         np.testing.assert_allclose([row[feature], row[half + feature]], [np.sin(angle), np.cos(angle)], rtol=1e-5)
 
 
+def test_kind_of_positions_does_not_keep_a_model_out_of_lightseqs_format(tmp_path: Path) -> None:
+    config, arrays = small_models.transformer(2)
+    source = npz(tmp_path, config, arrays, without(arrays, "positions"), positions="interleaved_sinusoids")
+    assert main(["convert", str(source), str(tmp_path / "model"), "--format", "protobuf"]) == 0
+    back, tables = weights.load(tmp_path / "model" / "transformer.pb")
+    assert (back.positions, tables["source.positions"].shape) == ("table", (12, 16))
+    row, feature = tables["source.positions"][5], 3
+    angle = 5 / 10000 ** (2 * feature / 16)
+    np.testing.assert_allclose([row[feature], row[8 + feature]], [np.sin(angle), np.cos(angle)], rtol=1e-5)
+
+
 def test_untied_output_keeps_its_scale(tmp_path: Path) -> None:
     config, arrays = small_models.transformer(2, untied=True, scaled_embedding=False)
     path = npz(tmp_path, config, arrays, tied=False, embedding_scale="sqrt(hidden)", scaled_embedding=None)
@@ -111,7 +122,7 @@ def test_untied_output_keeps_its_scale(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"positions": "rotary"}, "positions is 'rotary'; it may be 'table' or 'sinusoids'"),
+        ({"positions": "rotary"}, "positions is 'rotary'; known kinds are table, learned, sinusoids, interleaved"),
         ({"embedding_scale": 3}, "embedding_scale is 3; it may be 1 or 'sqrt(hidden)'"),
         ({"embedding_scale": "sqrt(hidden)"}, "scaled_embedding follows from embedding_scale"),
         ({"tied_output": 2}, "tied_output is 2; it may be True or False"),

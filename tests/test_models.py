@@ -41,6 +41,17 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "pre-norm, first sublayer without a norm": {"first_norm": False, "encoder_layers": 2, "decoder_layers": 2},
     "norm of the embeddings": {"embedding_norm": True, "activation": "gelu_erf"},
     "untied": {"untied": True, "scaled_embedding": False},
+    "decoder post-norm": {"decoder_post_norm": True, "encoder_layers": 2, "decoder_layers": 2},
+    "decoder post-norm without a first norm": {"decoder_post_norm": True, "decoder_first_norm": False},
+    "encoder post-norm": {
+        "post_norm": True,
+        "first_norm": False,
+        "decoder_post_norm": False,
+        "decoder_first_norm": True,
+    },
+    "norm of the target's embeddings": {"decoder_embedding_norm": True},
+    "norm of the source's embeddings": {"embedding_norm": True, "decoder_embedding_norm": False},
+    "encoder without a final norm": {"encoder_final_norm": False, "encoder_layers": 2},
 }
 SOURCES = {
     "no padding": [3, 4, 5, 6, 7],
@@ -68,7 +79,7 @@ class Run:
         return cls(model, allocate(model, EngineConfig(slots=SLOTS, max_beam_size=1), 1, ops))
 
     def prefill(self, texts: list[tuple[list[int], list[int], int]]) -> np.ndarray:
-        """Reads packed (tokens, positions, lane) in one pass; what is left in work.normed."""
+        """Reads packed (tokens, positions, lane) in one pass; what a decoder then reads, or a head."""
         lengths = [len(tokens) for tokens, _, _ in texts]
         pack = Pack(
             tokens=np.array([token for tokens, _, _ in texts for token in tokens], np.int32),
@@ -80,7 +91,7 @@ class Run:
         )
         work = self.buffers.work.first(len(pack.tokens))
         self.model.prefill(pack, work, self.buffers.cache)
-        return work.normed.copy()
+        return (self.model.encoded(work) if isinstance(self.model, Transformer) else work.normed).copy()
 
     def step(self, lanes: list[int]) -> np.ndarray:
         """Logits of one step over those lanes."""

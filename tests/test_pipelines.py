@@ -27,8 +27,9 @@ TEXTS = [
 LENGTH = 20
 
 
-def converted(tmp_path: Path, source: Path) -> Any:
-    assert main(["convert", str(source), str(tmp_path / "ours"), "--no-check"]) == 0
+def converted(tmp_path: Path, source: Path, source_language: str | None = None) -> Any:
+    language = ["--source-language", source_language] if source_language else []
+    assert main(["convert", str(source), str(tmp_path / "ours"), "--no-check", *language]) == 0
     return lightseq_backend.load(tmp_path / "ours", device="cpu")
 
 
@@ -36,8 +37,9 @@ def train_pieces(folder: Path, **settings: Any) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_lines(folder / "sentences", *SENTENCES)
     sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "sentences"), model_prefix=str(folder / "own"), vocab_size=90, minloglevel=2, **settings
-    )
+        input=str(folder / "sentences"), model_prefix=str(folder / "own"), minloglevel=2,
+        **{"vocab_size": 90, **settings},
+    )  # fmt: skip
     return folder / "own.model"
 
 

@@ -144,7 +144,7 @@ def test_every_missing_superfluous_and_misshapen_array_is_named(tmp_path: Path) 
         ),
         ({"head_size": 3}, "head_size is 3; what else the file says makes it 8"),
         ({"tied_output": False}, "tied_output is False; what else the file says makes it True"),
-        ({"positions": "rotary"}, "positions is 'rotary'; what else the file says makes it 'table'"),
+        ({"positions": "rotary"}, "positions is 'rotary'; known kinds are table, learned, sinusoids, interleaved"),
         ({"first_norm": False}, "encoder.0.attention_norm.gain is no array of such a model"),
         ({"encoder_layers": 2}, "encoder.1.ffn_norm.gain is missing"),
     ],

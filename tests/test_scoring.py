@@ -27,6 +27,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "post-norm": {"post_norm": True, "activation": "gelu"},
     "norm behind the embeddings": {"embedding_norm": True, "scaled_embedding": False},
     "no first norm": {"first_norm": False, "post_norm": True},
+    "decoder post-norm": {"decoder_post_norm": True, "decoder_first_norm": False, "encoder_final_norm": False},
 }
 SOURCES = [[3, 4, 5], [6], [7, 0, 8, 9, 0, 0], list(range(1, 13))]
 TARGETS = [[5, 2], [4, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 2], [2], [9, 0, 9, 22]]

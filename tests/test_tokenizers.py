@@ -231,7 +231,7 @@ def test_marian_decodes_what_it_encoded(marian: Path) -> None:
 
 def test_marian_marks_what_it_does_not_know(marian: Path) -> None:
     tokenizer = load(marian, fitting(TRANSLATOR, 100, 100, 0, 90))
-    assert tokenizer.decode([99, 1]).split() == ["\ufffd", "\N{DOUBLE QUESTION MARK}"]
+    assert tokenizer.decode([99, 1]).split() == ["\ufffd"]  # 1, <unk>, is left out as transformers leaves it out
 
 
 def test_marian_takes_a_target_language_in_front(marian: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from lightseq_backend.config import GptConfig, TransformerConfig
+from lightseq_backend.config import INTERLEAVED, SINUSOIDS, GptConfig, TransformerConfig
 from lightseq_backend.export.checkpoint import Arrays
 
 EPSILON = 1e-5  # torch.nn.LayerNorm's, which all encoder-decoder sources here use
@@ -71,12 +71,13 @@ def _placed_norms(stack: str, sublayers: list[tuple[str, str]], config: Transfor
     ours, theirs = [name for name, _ in sublayers], [name for _, name in sublayers]
     final = f"{stack}.norm"
     of_embedding = f"{stack}.layernorm_embedding"
-    if config.post_norm:
+    norms = config.encoder_norms if stack == "encoder" else config.decoder_norms
+    if norms.post:
         placed = list(zip([*ours[1:], final], theirs))
-        return [(ours[0], of_embedding), *placed] if config.first_norm else placed
+        return [(ours[0], of_embedding), *placed] if norms.first else placed
     placed = [*sublayers, (final, f"{stack}.layer_norm")]
     side = "source" if stack == "encoder" else "target"
-    return [(f"{side}.norm", of_embedding), *placed] if config.embedding_norm else placed
+    return [(f"{side}.norm", of_embedding), *placed] if norms.embedding else placed
 
 
 def tables(
@@ -137,6 +138,9 @@ def fairseq_sinusoids(rows: int, width: int) -> np.ndarray:
     angles = np.arange(rows, dtype=np.float32)[:, None] * frequencies
     table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
     return np.pad(table, [(0, 0), (0, width - 2 * half)]).astype(np.float32)
+
+
+SINUSOIDAL = {SINUSOIDS: fairseq_sinusoids, INTERLEAVED: interleaved_sinusoids}  # a kind of positions: its table
 
 
 def _norm(source: Arrays, ours: str, theirs: str, width: int) -> dict[str, np.ndarray]:

@@ -14,16 +14,15 @@ import numpy as np
 
 from lightseq_backend.config import Config, TransformerConfig
 from lightseq_backend.errors import ConfigError, WeightError
-from lightseq_backend.export.arrays import fairseq_sinusoids, scaled
+from lightseq_backend.export.arrays import SINUSOIDAL, scaled
 from lightseq_backend.export.checkpoint import Arrays, read_json
 from lightseq_backend.export.model import Model
 from lightseq_backend.weights import description
 from lightseq_backend.weights.layout import shapes_of
 
-SINUSOIDS, ROOT = "sinusoids", "sqrt(hidden)"
+ROOT = "sqrt(hidden)"
 # What may be asked for, by key: the values that it may have, the default first.
 HABITS: dict[str, tuple[Any, ...]] = {
-    "positions": (description.TABLE, SINUSOIDS),
     "embedding_scale": (1, ROOT),
     "tied_output": (True, False),
     "zero_biases": (False, True),
@@ -41,8 +40,9 @@ def read(path: Path) -> Model:
     for name, shape in shapes.items():
         if name == "output.weight" and habits["tied_output"]:
             continue
-        if name.endswith("positions") and habits["positions"] == SINUSOIDS:
-            made[name] = fairseq_sinusoids(*shape)
+        if name.endswith("positions") and config.positions in SINUSOIDAL:
+            first, (rows, width) = config.position_offset, shape
+            made[name] = SINUSOIDAL[config.positions](first + rows, width)[first:]
         elif habits["zero_biases"] and name not in source and _is_bias(name, shapes):
             made[name] = np.zeros(shape, np.float32)
         else:

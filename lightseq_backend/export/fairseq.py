@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from lightseq_backend.config import TransformerConfig
+from lightseq_backend.config import LEARNED, SINUSOIDS, TABLE, Norms, TransformerConfig
 from lightseq_backend.errors import ConfigError, WeightError
 from lightseq_backend.export import arrays
 from lightseq_backend.export.checkpoint import Arrays, load_pickle, tensors_of
@@ -150,7 +150,7 @@ class Settings:
         for key in NEVER:
             if self.get(key):
                 self.faults.append(f"{key} is {self.get(key)!r}; that is not supported")
-        for name in ("embed_dim", "ffn_embed_dim", "attention_heads", "normalize_before"):
+        for name in ("embed_dim", "ffn_embed_dim", "attention_heads"):
             self._alike(f"decoder_{name}", f"encoder_{name}")
         for name in ("decoder_input_dim", "decoder_output_dim"):
             if self.get(name) is not None:
@@ -177,8 +177,8 @@ class Settings:
 
 
 def _config(settings: Settings, state: Mapping[str, np.ndarray]) -> TransformerConfig:
-    post_norm = not settings.get("encoder_normalize_before", False)
-    embedding_norm = bool(settings.get("layernorm_embedding", False))
+    encoder, decoder = (_norms(settings, stack) for stack in ("encoder", "decoder"))
+    learned = {bool(settings.get(f"{stack}_learned_pos", False)) for stack in ("encoder", "decoder")}
     sizes: dict[str, Any] = {
         ours: settings.number(theirs)
         for ours, theirs in (
@@ -203,18 +203,26 @@ def _config(settings: Settings, state: Mapping[str, np.ndarray]) -> TransformerC
             start_id=END,
             end_id=END,
             extra_decode_length=MOST_NEW,
-            post_norm=post_norm,
+            post_norm=encoder.post,
+            **{f"decoder_{name}_norm": own for name, own in decoder._asdict().items() if decoder != encoder},
+            positions=TABLE if len(learned) > 1 else LEARNED if learned == {True} else SINUSOIDS,
+            position_offset=PADDING + 1,
             activation=ACTIVATIONS[settings.get("activation_fn", "relu")],
             scaled_embedding=not settings.get("no_scale_embedding", False) and _ties(settings),
             norm_epsilon=arrays.EPSILON,
-            first_norm=embedding_norm or not post_norm,
-            embedding_norm=embedding_norm and not post_norm,
+            first_norm=encoder.first,
+            embedding_norm=encoder.embedding,
             never_id=PADDING,
             decoding=DecodingOptions(STANDARD_BEAM, beam_size=5, length_penalty=1.0, early_stopping=True),
         )
     except ConfigError as error:
         settings.fail(*str(error).splitlines())
         raise
+
+
+def _norms(settings: Settings, stack: str) -> Norms:
+    post, embedding = not settings.get(f"{stack}_normalize_before", False), settings.get("layernorm_embedding", False)
+    return Norms(post, bool(embedding or not post), bool(embedding and not post))
 
 
 def _scale(settings: Settings, hidden: int) -> float:
@@ -240,7 +248,7 @@ def _table_names(settings: Settings, source: Arrays) -> tuple[str, str, str]:
 
 def _positions(settings: Settings, config: TransformerConfig, source: Arrays) -> dict[str, np.ndarray]:
     """Positions are counted from the row behind padding's, whether they were learned or not."""
-    first, rows = PADDING + 1, config.max_positions
+    first, rows = config.position_offset, config.max_positions
     sinusoids = arrays.fairseq_sinusoids(first + rows, config.hidden)[first:]
     made = {}
     for side, stack in (("source", "encoder"), ("target", "decoder")):

@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 
 from lightseq_backend.config import (
+    INTERLEAVED,
+    LEARNED,
+    SINUSOIDS,
     GptConfig,
     TransformerConfig,
 )
@@ -37,7 +40,7 @@ HEAD = "lm_head.weight"
 class Family:
     """One kind of encoder-decoder checkpoint.
 
-    positions        "learned" (two rows in front), "halves" (Marian, Pegasus) or "fairseq" (M2M100)
+    positions        LEARNED (two rows in front), INTERLEAVED (Marian, Pegasus) or SINUSOIDS (M2M100)
     post_norm        LayerNorms stand behind the sublayers
     embedding_norm   layernorm_embedding is there
     fixed            settings that must be as here where config.json has them
@@ -50,12 +53,12 @@ class Family:
 
 
 FAMILIES = {
-    "marian": Family("halves", True, False, {"normalize_before": False, "normalize_embedding": False}),
-    "bart": Family("learned", True, True, {"normalize_before": False, "normalize_embedding": True}),
-    "mbart": Family("learned", False, True, {"normalize_before": True, "normalize_embedding": True}),
-    "m2m_100": Family("fairseq", False, False, {"normalize_before": True}),
+    "marian": Family(INTERLEAVED, True, False, {"normalize_before": False, "normalize_embedding": False}),
+    "bart": Family(LEARNED, True, True, {"normalize_before": False, "normalize_embedding": True}),
+    "mbart": Family(LEARNED, False, True, {"normalize_before": True, "normalize_embedding": True}),
+    "m2m_100": Family(SINUSOIDS, False, False, {"normalize_before": True}),
     "pegasus": Family(
-        "halves", False, False,
+        INTERLEAVED, False, False,
         {"normalize_before": True, "normalize_embedding": False, "add_final_layer_norm": True},
     ),
 }  # fmt: skip
@@ -184,6 +187,7 @@ def _gpt2_config(settings: Settings) -> GptConfig:
         end_id=settings.token(ENDS),
         activation=settings.activation("activation_function"),
         norm_epsilon=float(settings.get("layer_norm_epsilon", 1e-5)),
+        positions=LEARNED,
         decoding=decoding(settings),
     )
     return built
@@ -195,7 +199,7 @@ def _gpt2_config(settings: Settings) -> GptConfig:
 def _encoder_decoder_config(settings: Settings, family: Family, forced_id: int | None) -> TransformerConfig:
     for key, value in family.fixed.items():
         settings.must_be(key, value)
-    settings.must_be("static_position_embeddings", family.positions != "learned")
+    settings.must_be("static_position_embeddings", family.positions != LEARNED)
     for side in ("attention_heads", "ffn_dim"):
         settings.must_be(f"decoder_{side}", settings.get(f"encoder_{side}"))
     settings.must_be("is_encoder_decoder", True)
@@ -222,6 +226,9 @@ def _encoder_decoder_config(settings: Settings, family: Family, forced_id: int |
         norm_epsilon=arrays.EPSILON,
         first_norm=family.embedding_norm or not family.post_norm,
         embedding_norm=family.embedding_norm and not family.post_norm,
+        positions=family.positions,
+        # fairseq, where all but Marian's come from, counts positions behind padding's id; BART kept the first two.
+        position_offset={INTERLEAVED: 0, LEARNED: 2, SINUSOIDS: settings.number("pad_token_id") + 1}[family.positions],
         never_id=never_id,
         forced_id=forced_id,
         decoding=decoding(settings, forced_id is not None, never_id),
@@ -253,26 +260,23 @@ def _encoder_decoder_arrays(
 ) -> dict[str, np.ndarray]:
     scale = math.sqrt(config.hidden) if _scales(settings) else 1.0
     made = arrays.tables(config, source, _table_names(settings, source), scale, _ties(settings))
-    made |= _positions(config, family, source)
+    made |= _positions(config, source)
     made["output.bias"] = np.zeros(config.target_vocabulary, np.float32)
     if "final_logits_bias" in source:
         made["output.bias"] = source.take("final_logits_bias", 1, config.target_vocabulary)[0]
     return made | arrays.layers(config, source)
 
 
-def _positions(config: TransformerConfig, family: Family, source: Arrays) -> dict[str, np.ndarray]:
+def _positions(config: TransformerConfig, source: Arrays) -> dict[str, np.ndarray]:
     # A file may keep Marian's and Pegasus's sinusoids, and transformers then takes them from there.
-    if family.positions == "learned" or (family.positions == "halves" and "encoder.embed_positions.weight" in source):
-        offset = 2 if family.positions == "learned" else 0
+    rows, width, offset = config.max_positions, config.hidden, config.position_offset
+    kept = config.positions == INTERLEAVED and "encoder.embed_positions.weight" in source
+    if config.positions == LEARNED or kept:
         return {
-            f"{side}.positions": arrays.learned_positions(source, stack, config.max_positions, config.hidden, offset)
+            f"{side}.positions": arrays.learned_positions(source, stack, rows, width, offset)
             for side, stack in (("source", "encoder"), ("target", "decoder"))
         }
-    if family.positions == "halves":
-        table = arrays.interleaved_sinusoids(config.max_positions, config.hidden)
-    else:
-        first = config.padding_id + 1  # fairseq counts positions from there
-        table = arrays.fairseq_sinusoids(first + config.max_positions, config.hidden)[first:]
+    table = arrays.SINUSOIDAL[config.positions](offset + rows, width)[offset:]
     return {"source.positions": table, "target.positions": table}
 
 

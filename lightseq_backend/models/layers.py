@@ -8,6 +8,7 @@ sublayer without a LayerNorm reads x as it is.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, fields
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -46,6 +47,12 @@ class Reader:
         """WeightError names every array the precision cannot hold; ConfigError says that memory is missing."""
         self._weights, self._ops, self._post_norm = weights, ops, post_norm
         check_weights(weights, ops)
+
+    def of_order(self, post_norm: bool) -> Reader:
+        """The same weights, for a stack of that order."""
+        other = copy(self)
+        other._post_norm = post_norm
+        return other
 
     def norm(self, name: str) -> Norm:
         gain, bias = (self._placed(self._ops.vector, self._weights[f"{name}.{part}"]) for part in ("gain", "bias"))

@@ -21,30 +21,31 @@ class Transformer:
     def __init__(self, config: TransformerConfig, weights: Weights, ops: ModuleType):
         self.config = config
         epsilon = config.epsilon
-        self.arithmetic = Arithmetic(ops, config.heads, epsilon, config.activation, config.post_norm)
-        read = Reader(weights, ops, config.post_norm)
+        first, second = config.encoder_norms, config.decoder_norms
+        self.arithmetic = Arithmetic(ops, config.heads, epsilon, config.activation, first.post)
+        self.decoding = self.arithmetic._replace(post_norm=second.post)
+        read = Reader(weights, ops, first.post)
+        decoders = read.of_order(second.post)
         self.source_tokens, self.source_positions = read.table("source.tokens"), read.table("source.positions")
         self.target_tokens, self.target_positions = read.table("target.tokens"), read.table("target.positions")
         encoder = [f"encoder.{i}" for i in range(config.encoder_layers)]
         decoder = [f"decoder.{i}" for i in range(config.decoder_layers)]
-        normed = [config.first_norm or layer > 0 for layer in range(max(len(encoder), len(decoder)))]
         self.encoder = [
-            (read.attention(name, "attention", has_norm), read.feed_forward(name))
-            for name, has_norm in zip(encoder, normed)
+            (read.attention(name, "attention", first.first or layer > 0), read.feed_forward(name))
+            for layer, name in enumerate(encoder)
         ]
         self.decoder = [
             (
-                read.attention(name, "self", has_norm),
-                read.sublayer(name, "cross_norm", "cross_query", "cross_output"),
-                read.feed_forward(name),
+                decoders.attention(name, "self", second.first or layer > 0),
+                decoders.sublayer(name, "cross_norm", "cross_query", "cross_output"),
+                decoders.feed_forward(name),
             )
-            for name, has_norm in zip(decoder, normed)
+            for layer, name in enumerate(decoder)
         ]
-        self.source_norm, self.target_norm = (
-            read.norm(f"{side}.norm") if config.embedding_norm else None for side in ("source", "target")
-        )
+        self.source_norm = read.norm("source.norm") if first.embedding else None
+        self.target_norm = read.norm("target.norm") if second.embedding else None
         self.memory = read.joined([f"{name}.cross_kv" for name in decoder])
-        self.encoder_norm = read.norm("encoder.norm")
+        self.encoder_norm = read.norm("encoder.norm") if config.encoder_final_norm else None
         self.head = Head(
             read.norm("decoder.norm"),
             read.vocabulary("output", "decoder.norm"),
@@ -69,9 +70,15 @@ class Transformer:
         for attention, feed_forward in self.encoder:
             arithmetic.attention(work, attention, attend)
             arithmetic.feed_forward(work, feed_forward)
-        ops.layer_norm(work.x, self.encoder_norm, arithmetic.epsilon, work.normed)
-        ops.linear(work.normed, self.memory, work.memory)
+        ops.linear(self.encoded(work), self.memory, work.memory)
         ops.store(work.memory, pack.lanes, pack.steps, cache.memory_keys, cache.memory_values)
+
+    def encoded(self, work: Work) -> Array:
+        """What the decoder reads of the last encoder layer's hidden states, in work.x."""
+        if self.encoder_norm is None:
+            return work.x
+        self.arithmetic.ops.layer_norm(work.x, self.encoder_norm, self.arithmetic.epsilon, work.normed)
+        return work.normed
 
     def step(self, rows: Array, slots: Array, work: Work, cache: Cache) -> None:
         """One decoder token a row, into work.x. rows: int32 [n], the slot of each; work has n rows."""
@@ -112,7 +119,7 @@ class Transformer:
         self, attend: Callable[[int], Callable[..., None]], rows: Array, slots: Array, work: Work, cache: Cache
     ) -> None:
         """The decoder's layers; attend(layer) is the self-attention of one. rows: int32 [n], the slot of each."""
-        arithmetic = self.arithmetic
+        arithmetic = self.decoding
         for layer, (self_attention, cross_attention, feed_forward) in enumerate(self.decoder):
             arithmetic.attention(work, self_attention, attend(layer))
             arithmetic.cross_attention(

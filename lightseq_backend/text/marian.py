@@ -31,7 +31,7 @@ class Marian:
         self._target_ids = target_ids
         self._unknown = self._ids[UNKNOWN]
         self._pieces = {id_: piece for piece, id_ in target_ids.items()}
-        self._hidden = {target_ids[END], target_ids[PADDING]}
+        self._hidden = {target_ids[END], target_ids[PADDING], target_ids[UNKNOWN]}
         self.source_size, self.target_size = max(self._ids.values()) + 1, max(target_ids.values()) + 1
         self.end_id: int | None = target_ids[END]
         self.padding_id: int | None = self._ids[PADDING]

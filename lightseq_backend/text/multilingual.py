@@ -90,7 +90,7 @@ class Multilingual:
             raise ConfigError(f"{given} has no {', '.join(missing)}")
         self._languages = _languages(directory, config, family, max(self._ids.values()) + 1)
         self._tokens = {id_: token for token, id_ in self._ids.items()}
-        self._hidden = {*(self._ids[token] for token in (START, PADDING, END)), *self._languages.values()}
+        self._hidden = {*(self._ids[token] for token in FAIRSEQ_IDS), *self._languages.values()}
         self.source_size = self.target_size = max(*self._ids.values(), *self._languages.values()) + 1
         self.end_id: int | None = self._ids[END]
         self.padding_id: int | None = self._ids[PADDING]

@@ -15,7 +15,6 @@ from lightseq_backend.errors import ConfigError
 from lightseq_backend.weights.layout import GPT, TRANSFORMER, layout_of
 
 CLASSES: dict[str, type[Config]] = {TRANSFORMER: TransformerConfig, GPT: GptConfig}
-TABLE = "table"  # positions are looked up, learned or not
 
 
 def write(config: Config, tied: bool) -> dict[str, Any]:
@@ -48,11 +47,11 @@ def read(values: Mapping[str, Any], tied: bool, faults: list[str]) -> Config | N
     return config if len(faults) == before else None
 
 
-FACTS = ("head_size", "positions", "tied_output")
+FACTS = ("head_size", "tied_output")
 
 
 def _facts(config: Config, tied: bool) -> dict[str, Any]:
-    return dict(zip(FACTS, (config.hidden // config.heads, TABLE, tied)))
+    return dict(zip(FACTS, (config.hidden // config.heads, tied)))
 
 
 def _fields(config: Config) -> dict[str, Any]:

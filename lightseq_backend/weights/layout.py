@@ -269,12 +269,16 @@ def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
     for name, of in layout.views.items():
         shapes[name] = shapes[of][::-1]
     if isinstance(config, TransformerConfig):
-        parts = ("gain", "bias")
-        if config.embedding_norm:
-            shapes |= {f"{side}.norm.{part}": (config.hidden,) for side in ("source", "target") for part in parts}
-        if not config.first_norm:
-            for norm in ("encoder.0.attention_norm", "decoder.0.self_norm"):
-                del shapes[f"{norm}.gain"], shapes[f"{norm}.bias"]
+        absent = [] if config.encoder_final_norm else ["encoder.norm"]
+        for norms, embedding, first in (
+            (config.encoder_norms, "source.norm", "encoder.0.attention_norm"),
+            (config.decoder_norms, "target.norm", "decoder.0.self_norm"),
+        ):
+            if norms.embedding:
+                shapes |= {f"{embedding}.{part}": (config.hidden,) for part in ("gain", "bias")}
+            absent += [] if norms.first else [first]
+        for norm in absent:
+            del shapes[f"{norm}.gain"], shapes[f"{norm}.bias"]
     return shapes
 
 

@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("build/gpt/data"))
     parser.add_argument("--output", type=Path, default=Path("build/gpt/model"))
     parser.add_argument("--seconds", type=float, default=480, help="all of it, loading and saving too")
+    parser.add_argument("--steps", type=int, help="end there, if the time is not over before")
     parser.add_argument("--seed", type=int, default=prepare.SEED)
     parser.add_argument("--windows", type=int, default=128, help=f"of {POSITIONS} tokens, a step")
     parser.add_argument("--rate", type=float, default=1.5e-3)
@@ -57,6 +58,7 @@ def main() -> None:
     schedule = loop.Schedule(
         seconds=max(1.0, arguments.seconds - spent - min(20.0, arguments.seconds / 10)),
         rate=arguments.rate,
+        steps=arguments.steps,
         warmup=500 if device.type == "cuda" else 20,
         weight_decay=0.1,
         betas=(0.9, 0.95),

@@ -6,10 +6,12 @@ SHELL := /bin/bash
 # PYTHON   interpreter for .venv (3.10 to 3.13; default: the one .venv has, else python3)
 # DEVICE   auto (the GPU where one is usable, else the CPU, saying so), cpu or gpu
 # MODEL    the model that `make perf` measures; URL the gRPC address of a running server, else perf starts one
+# MINUTES  how long `make test-faults` keeps a server under load and looks at its memory
 PYTHON ?=
 DEVICE ?= auto
 MODEL ?= transformer
 URL ?=
+MINUTES ?= 30
 HTTP_PORT ?= 8000
 GRPC_PORT ?= 8001
 METRICS_PORT ?= 8002
@@ -21,7 +23,7 @@ cores := $(shell nproc)
 
 .PHONY: help
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  \1\t\2/' | expand -t 12
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z0-9-]+):.*## (.*)/  \1\t\2/' | expand -t 12
 
 .PHONY: setup
 setup: ## Make .venv with all that serving, testing and developing need
@@ -47,9 +49,10 @@ test: setup ## Run all tests that need no GPU
 	    $(python) -m pytest --durations=15 -n $(cores) --maxprocesses 4 --dist loadfile $(TESTS)
 
 .PHONY: test-faults
-test-faults: setup ## Run the tests of overload and faults at full length: 10,000 requests, 5,000 damaged files
-	@LIGHTSEQ_FAULT_REQUESTS=10000 LIGHTSEQ_FAULT_FILES=5000 LIGHTSEQ_FAULT_EXAMPLES=2000 $(python) -m pytest \
-	    --durations=5 tests/test_overload.py tests/test_operations.py tests/test_damaged_files.py
+test-faults: setup ## Run the tests of overload and faults at full length, the last for MINUTES
+	@LIGHTSEQ_FAULT_REQUESTS=10000 LIGHTSEQ_FAULT_FILES=5000 LIGHTSEQ_FAULT_EXAMPLES=2000 \
+	    LIGHTSEQ_SOAK_MINUTES=$(MINUTES) $(python) -m pytest --durations=5 -rP \
+	    tests/test_overload.py tests/test_operations.py tests/test_damaged_files.py tests/test_soak.py
 
 .PHONY: test-gpu
 test-gpu: setup ## Run the tests that need a GPU (install CuPy first: .venv/bin/pip install -e '.[cuda12]')
@@ -74,10 +77,29 @@ bench-gpu: setup ## Measure operations, models and loading on a GPU, beside PyTo
 perf: setup ## Measure MODEL with Triton's perf_analyzer at concurrency 1, 4 and 16
 	@$(python) benchmarks/perf.py --model $(MODEL) --device $(DEVICE) $(if $(URL),--url $(URL))
 
+.PHONY: bench-server
+bench-server: setup ## Measure what serving adds to the engine, beside static batches and a no-op model
+	@$(python) -m benchmarks.server --device $(DEVICE)
+
 .PHONY: train
 train: setup ## Train both shipped models anew, in under ten minutes (installs PyTorch)
 	@./setup.sh train
 	@$(python) -m examples.numbers.train
+
+.PHONY: fr2en
+fr2en: setup ## Gather Debian's French catalogues and train model_repository/fr2en on them (wants a GPU; 1.1 GB of packages)
+	@./setup.sh fr2en
+	@$(python) -m examples.fr2en
+
+.PHONY: gpt
+gpt: setup ## Train gpt_en anew on prose of Debian packages (1.5 GB to download; wants a GPU for 8 minutes)
+	@./setup.sh gpt
+	@$(python) -m examples.gpt.prepare
+	@$(python) -m examples.gpt.train
+	@cp build/gpt/data/tokenizer*.json build/gpt/model
+	@rm -rf build/gpt/gpt_en && $(lightseq) convert build/gpt/model build/gpt/gpt_en
+	@cp build/gpt/gpt_en/*.safetensors build/gpt/gpt_en/*.json model_repository/gpt_en
+	@$(python) -m examples.gpt.evaluate
 
 .PHONY: clean
 clean: ## Remove .venv and everything else that was made

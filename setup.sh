@@ -1,7 +1,7 @@
 #!/bin/sh
 # Make .venv: this project, editable, with what serving, testing and developing need. Run through `make setup`.
 # A second run does nothing, in an instant. PYTHON names the interpreter; without it an existing .venv is kept.
-# usage: setup.sh [EXTRA]   with EXTRA, that extra's packages too: train, bench, kernels, ray, cuda12, cuda13
+# usage: setup.sh [EXTRA]   with EXTRA, that extra's packages too: train, fr2en, gpt, bench, kernels, ray, cuda12, cuda13
 set -eu
 cd "$(dirname "$0")"
 

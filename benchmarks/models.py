@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine, transformer_base
+from benchmarks.peers import PEERS
 from benchmarks.transformer_base import BEAMS, CONFIG, NEW_TOKENS, SENTENCES, SOURCE_TOKENS
 from benchmarks.worker import Worker
 
@@ -75,7 +76,8 @@ def _measure(path: Path, environment: dict[str, str | None], repeats: int) -> di
         names.insert(2, CTRANSLATE2)
     sources = transformer_base.sources()
     with ExitStack() as stack:
-        workers = {name: stack.enter_context(Worker(name, path, BEAMS, SENTENCES, environment)) for name in names}
+        made_of = (path, BEAMS, SENTENCES)
+        workers = {name: stack.enter_context(Worker(PEERS[name], made_of, environment)) for name in names}
         agreement = _agreement(workers, sources)
         seconds: dict[str, dict[int, list[float]]] = {name: {1: [], NEW_TOKENS: []} for name in names}
         others: list[float] = []
@@ -96,7 +98,7 @@ def _measure(path: Path, environment: dict[str, str | None], repeats: int) -> di
             "others_share_of_cores": [max(0.0, share) for share in statistics.quantiles(others, n=10)][4::4],
             "engines": {name: _figures(taken) for name, taken in seconds.items()},
             "agreement": agreement,
-            "memory": {**ours.sizes, "peak": ours.ask("peak_memory")},
+            "memory": {**ours.ask("sizes"), "peak": ours.ask("peak_memory")},
         }
 
 

@@ -207,23 +207,27 @@ def m2m100_config(config: TransformerConfig) -> Any:
     """The same network as Hugging Face's M2M100; both sides share one embedding there."""
     from transformers import M2M100Config
 
-    return M2M100Config(
-        vocab_size=config.target_vocabulary,
-        d_model=config.hidden,
-        encoder_layers=config.encoder_layers,
-        decoder_layers=config.decoder_layers,
-        encoder_attention_heads=config.heads,
-        decoder_attention_heads=config.heads,
-        encoder_ffn_dim=config.inner,
-        decoder_ffn_dim=config.inner,
-        max_position_embeddings=config.max_positions,
-        activation_function=config.activation,
-        scale_embedding=True,
-        pad_token_id=config.padding_id,
-        bos_token_id=config.start_id,
-        eos_token_id=config.end_id,
-        decoder_start_token_id=config.start_id,
-    )
+    return M2M100Config(bos_token_id=config.start_id, **huggingface_settings(config))
+
+
+def huggingface_settings(config: TransformerConfig) -> dict[str, Any]:
+    """What the settings of all its encoder-decoder models have in common."""
+    return {
+        "vocab_size": config.target_vocabulary,
+        "d_model": config.hidden,
+        "encoder_layers": config.encoder_layers,
+        "decoder_layers": config.decoder_layers,
+        "encoder_attention_heads": config.heads,
+        "decoder_attention_heads": config.heads,
+        "encoder_ffn_dim": config.inner,
+        "decoder_ffn_dim": config.inner,
+        "max_position_embeddings": config.max_positions,
+        "activation_function": config.activation,
+        "scale_embedding": True,
+        "pad_token_id": config.padding_id,
+        "eos_token_id": config.end_id,
+        "decoder_start_token_id": config.start_id,
+    }
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -238,9 +242,16 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
 def _huggingface(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     tokens = arrays["source.tokens"] / np.float32(np.sqrt(CONFIG.hidden))
     state = dict.fromkeys(("model.shared.weight", "lm_head.weight"), tokens)
-    for side, layers in (("encoder", CONFIG.encoder_layers), ("decoder", CONFIG.decoder_layers)):
+    for side in ("encoder", "decoder"):
         state[f"model.{side}.embed_tokens.weight"] = tokens
         state |= _norm(f"model.{side}.layer_norm", arrays, f"{side}.norm")
+    return state | huggingface_layers(CONFIG, arrays)
+
+
+def huggingface_layers(config: TransformerConfig, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Both stacks as Hugging Face names them; each LayerNorm goes to the sublayer whose name it has here."""
+    state: dict[str, np.ndarray] = {}
+    for side, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
         for i in range(layers):
             ours, theirs = f"{side}.{i}.", f"model.{side}.layers.{i}."
             own = "attention" if side == "encoder" else "self"

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import tritonclient.grpc as triton
 
-from lightseq_backend.serving.embedded import DEVICES, EmbeddedServer, find_triton
+from lightseq_backend.serving.embedded import DEVICES, TRITON_VARIABLE, EmbeddedServer, find_triton
 from lightseq_client.vocabulary import Words
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,7 +57,10 @@ def main() -> None:
 
 
 def install() -> Path:
-    """perf_analyzer's path; the first call fetches it."""
+    """perf_analyzer's path: the one in an unpacked Triton (LIGHTSEQ_TRITON), or one that the first call fetches."""
+    unpacked = Path(os.environ.get(TRITON_VARIABLE, "")) / "bin" / "perf_analyzer"
+    if unpacked.is_absolute() and unpacked.exists():
+        return unpacked
     binary = CACHE / "perf_analyzer"
     if binary.exists():
         return binary
@@ -102,20 +105,24 @@ def write_rows(directory: Path, url: str, repository: Path, model: str) -> Path:
 
 def measure(analyzer: Path, url: str, model: str, data: Path, concurrency: int, report: Path) -> dict[str, str]:
     """One row of perf_analyzer's report, column name -> value."""
+    windows = ["--measurement-interval", "3000", "--stability-percentage", "15", "--max-trials", "6"]
+    analyze(analyzer, url, model, data, concurrency, [*windows, "-f", str(report)])
+    with report.open(newline="") as lines:
+        return next(csv.DictReader(lines))
+
+
+def analyze(analyzer: Path, url: str, model: str, data: Path, concurrency: int, more: list[str]) -> None:
+    """Runs perf_analyzer over gRPC; more: its options that say for how long, and where to write what it found."""
     command = [
         str(analyzer),
         *("-m", model, "-u", url, "-i", "grpc", "--async", "-b", "1"),
-        *("--input-data", str(data), "--concurrency-range", str(concurrency)),
-        *("--measurement-interval", "3000", "--stability-percentage", "15", "--max-trials", "6"),
-        *("-f", str(report)),
+        *("--input-data", str(data), "--concurrency-range", str(concurrency), *more),
     ]
     environment = dict(os.environ)
     environment["LD_LIBRARY_PATH"] = os.pathsep.join([str(CACHE), *map(str, find_triton().libraries)])
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120)
-    if done.returncode or not report.exists():
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout.decode(errors='replace')}")
-    with report.open(newline="") as lines:
-        return next(csv.DictReader(lines))
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stdout.decode(errors='replace')[:3000]}")
 
 
 def _arguments() -> argparse.Namespace:

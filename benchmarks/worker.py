@@ -5,23 +5,24 @@ from __future__ import annotations
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
 
 
 class Worker:
-    """Starts the process; `ask` has it call something and returns the answer. Use as a context manager.
+    """Starts the process, which makes an engine; `ask` has it call something. Use as a context manager.
 
+    make(*arguments): the engine; both are pickled.
     environment: variables to set, or to unset where the value is None, before the process starts.
     """
 
-    def __init__(self, peer: str, path: Path, beams: int, sentences: int, environment: dict[str, str | None]):
+    def __init__(self, make: Callable[..., Any], arguments: tuple[Any, ...], environment: dict[str, str | None]):
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(peer, path, beams, sentences, theirs), daemon=True)
+        self._process = context.Process(target=_serve, args=(make, arguments, theirs), daemon=True)
         before = dict(os.environ)
         try:
             for name, value in environment.items():
@@ -33,10 +34,11 @@ class Worker:
             os.environ.clear()
             os.environ.update(before)
         theirs.close()
-        self.sizes: dict[str, int] = self._receive()
+        self._receive()
 
     def ask(self, what: str, *arguments: Any) -> Any:
-        """Of "time": seconds and processor seconds of a translate; "peak_memory": bytes; "blas"; or a peer's method."""
+        """What "time" (seconds and processor seconds of a translate), "peak_memory" (bytes), "blas" or a method of the
+        engine gives."""
         self._connection.send((what, *arguments))
         return self._receive()
 
@@ -55,12 +57,10 @@ class Worker:
         self._process.terminate()
 
 
-def _serve(peer: str, path: Path, beams: int, sentences: int, connection: Connection) -> None:
-    from benchmarks.peers import PEERS
-
+def _serve(make: Callable[..., Any], made_of: tuple[Any, ...], connection: Connection) -> None:
     try:
-        engine = PEERS[peer](path, beams, sentences)
-        connection.send(engine.sizes())
+        engine = make(*made_of)
+        connection.send(True)
         while True:
             what, *arguments = connection.recv()
             if what == "time":

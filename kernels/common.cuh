@@ -127,17 +127,6 @@ __device__ __forceinline__ Choice warp_best(Choice x) {
     return (Choice)high << 32 | low;
 }
 
-// Of the choices of a warp's first `count` lanes, how many come before this lane's; equal ones by lane.
-__device__ __forceinline__ int places_before(Choice mine, int count) {
-    const int lane = threadIdx.x % 32;
-    int place = 0;
-    for (int i = 0; i < count; i++) {
-        const Choice other = __shfl_sync(FULL_WARP, mine, i);
-        place += other > mine || (other == mine && i < lane);
-    }
-    return place;
-}
-
 __device__ __forceinline__ float gelu(float x) {  // tanh form (Hendrycks and Gimpel 2016)
     return 0.5f * x * (1.f + tanhf(0.7978845608028654f * x * (1.f + 0.044715f * x * x)));
 }

@@ -44,25 +44,15 @@ __device__ __forceinline__ Offer offer(const Sequence& sequence, const Best& bes
     return made;
 }
 
-// The offer that a beam of the next step continues, for every beam; called by the first warp.
+// The offer that a beam of the next step continues, for every beam; called by the first warp. Offers of one beam only
+// get worse with their rank, so each lane holds out the best of one beam that is not taken yet.
 __device__ __forceinline__ void choose(const Sequence& sequence, const Best& best, int* parents, int* ranks) {
-    const int lane = threadIdx.x % 32, width = sequence.record.width;
-    auto offered = [&](int beam, int rank) {
-        const float penalty = __fmul_rn(sequence.record.diverse_lambda, (float)(rank + 1));
-        return choice(__fsub_rn(offer(sequence, best, beam, rank).score, penalty), beam * width + rank);
+    int lane = threadIdx.x % 32, width = sequence.record.width, rank = 0;
+    auto held_out = [&]() {
+        if (lane >= width || rank >= width) return (Choice)0;
+        float penalty = __fmul_rn(sequence.record.diverse_lambda, (float)(rank + 1));
+        return choice(__fsub_rn(offer(sequence, best, lane, rank).score, penalty), lane * width + rank);
     };
-    if (width * width <= 32) {  // a lane for every offer
-        const bool there = lane < width * width;
-        const int place = places_before(there ? offered(lane / width, lane % width) : 0, width * width);
-        if (there && place < width) {
-            parents[place] = lane / width;
-            ranks[place] = lane % width;
-        }
-        return;
-    }
-    // Offers of one beam only get worse with their rank: each lane holds out the best of one beam not taken yet.
-    int rank = 0;
-    auto held_out = [&]() { return lane < width && rank < width ? offered(lane, rank) : (Choice)0; };
     Choice mine = held_out();
     for (int beam = 0; beam < width; beam++) {
         Choice taken = warp_best(mine);
@@ -75,60 +65,27 @@ __device__ __forceinline__ void choose(const Sequence& sequence, const Best& bes
 }
 
 // Beam b becomes the continuation of beam parents[b]: its past and the tokens that led there, with what they were worth
-// where that is kept. A thread permutes one step of all beams, so nothing is overwritten before it has been read; its
-// first one is read before it is known who continues whom, where beams are few.
-struct Heritage {
-    static constexpr int FEW = 4;
-    int *ancestors, *history;
-    float* details;
-    int steps, width, generated, texts, columns;
-    int held[FEW];
-
-    __device__ __forceinline__ Heritage(const Sequence& sequence, int* ancestors, int* history, float* details,
-                                        int steps)
-        : ancestors(ancestors), history(history), details(details), steps(steps), width(sequence.record.width),
-          generated(sequence.record.generated), texts(generated + sequence.record.length + 1),
-          columns(texts + (sequence.record.detailed ? generated : 0)) {
-        if (width > FEW || threadIdx.x >= columns) return;
+// where that is kept. A thread permutes one step of all beams, so nothing is overwritten before it has been read.
+__device__ __forceinline__ void inherit(const Sequence& sequence, const int* parents, int* ancestors, int* history,
+                                        float* details, int steps) {
+    int width = sequence.record.width, generated = sequence.record.generated, length = sequence.record.length;
+    int texts = generated + length + 1, columns = texts + (sequence.record.detailed ? generated : 0);
+    for (int i = threadIdx.x; i < columns; i += blockDim.x) {
+        int* column = i < generated ? history + i : ancestors + i - generated;
+        if (i >= texts) column = reinterpret_cast<int*>(details) + i - texts;
+        int held[MAX_WIDTH];
 #pragma unroll
-        for (int b = 0; b < FEW; b++)
-            if (b < width) held[b] = column(threadIdx.x)[sequence.slots[b] * steps];
-    }
-    __device__ __forceinline__ int* column(int i) const {
-        if (i >= texts) return reinterpret_cast<int*>(details) + i - texts;
-        return i < generated ? history + i : ancestors + i - generated;
-    }
-    __device__ __forceinline__ void pass_on(const Sequence& sequence, const int* parents) const {
-        int first = threadIdx.x;
-        if (width <= FEW) {
-            if (first < columns) {
-#pragma unroll
-                for (int b = 0; b < FEW; b++) {
-                    if (b >= width || parents[b] == b) continue;
-                    int from = held[0];
-#pragma unroll
-                    for (int p = 1; p < FEW; p++)
-                        if (parents[b] == p) from = held[p];
-                    column(first)[sequence.slots[b] * steps] = from;
-                }
-            }
-            first += blockDim.x;
+        for (int b = 0; b < MAX_WIDTH; b++) {
+            if (b >= width) break;
+            held[b] = column[sequence.slots[parents[b]] * steps];
         }
-        for (int i = first; i < columns; i += blockDim.x) {
-            int all[MAX_WIDTH];
 #pragma unroll
-            for (int b = 0; b < MAX_WIDTH; b++) {
-                if (b >= width) break;
-                all[b] = column(i)[sequence.slots[parents[b]] * steps];
-            }
-#pragma unroll
-            for (int b = 0; b < MAX_WIDTH; b++) {
-                if (b >= width) break;
-                if (parents[b] != b) column(i)[sequence.slots[b] * steps] = all[b];
-            }
+        for (int b = 0; b < MAX_WIDTH; b++) {
+            if (b >= width) break;
+            if (parents[b] != b) column[sequence.slots[b] * steps] = held[b];
         }
     }
-};
+}
 
 // Whether this block has a sequence to advance; then its record and beams are in shared memory after a barrier. What it
 // reads no kernel of this step writes: it may be read before the kernel in front has ended.
@@ -157,7 +114,6 @@ __device__ __forceinline__ bool begin(const int* rows, const Slot* slots, Sequen
 __device__ __forceinline__ void advance(Sequence& sequence, const Best& best, int* parents, int* ranks, Slot* slots,
                                         int* ancestors, int* history, float* details, int steps) {
     const Slot& record = sequence.record;
-    const Heritage heritage(sequence, ancestors, history, details, steps);
     if (threadIdx.x < 32) {
         int beam = threadIdx.x;
         if (record.method == FAN_OUT && record.generated > 0) {
@@ -180,8 +136,8 @@ __device__ __forceinline__ void advance(Sequence& sequence, const Best& best, in
             slot->token = made.token;
             slot->finished = finished;
             // The rest of a burst still runs over a closed sequence: its length stays, inside its lane.
-            slot->length = record.length + !done;
-            slot->generated = record.generated + 1;
+            slot->length += !done;
+            slot->generated += 1;
             slot->done = done;
             long long place = (long long)sequence.slots[beam] * steps + record.generated;
             history[place] = made.token;
@@ -191,7 +147,7 @@ __device__ __forceinline__ void advance(Sequence& sequence, const Best& best, in
         }
     }
     __syncthreads();
-    heritage.pass_on(sequence, parents);
+    inherit(sequence, parents, ancestors, history, details, steps);
 }
 
 // beam_step: advances every searching sequence by one token, as ops/cpu.py beam_step.
@@ -221,129 +177,85 @@ beam_step(const int* rows, Slot* slots, int* ancestors, int* history, float* det
 
 // Merging what kernels/vocabulary.cu found in each tile of the vocabulary ---------------------------------------------
 
-constexpr int MERGING_WARPS = 32;
-
-// What one lane of a warp reads of a row: the statistics of its first tile and the best of what that offers, requested
-// together.
-struct Offered {
-    static constexpr int AHEAD = 4;
-    const Choice* choices;
-    float2 statistics;
-    Choice held[AHEAD];
-
-    __device__ __forceinline__ Offered(const float2* statistics_of, const Choice* choices_of, int tile, int tiles,
-                                       int count, int wanted)
-        : choices(choices_of + (long long)tile * count), statistics(make_float2(-INFINITE, 0.f)) {
-        if (tile < tiles) statistics = statistics_of[tile];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) held[i] = tile < tiles && i < wanted ? choices[i] : 0;
-    }
-    // Gives up the first, the `taken`th of `wanted`.
-    __device__ __forceinline__ void next(int taken, int wanted) {
-#pragma unroll
-        for (int i = 0; i + 1 < AHEAD; i++) held[i] = held[i + 1];
-        held[AHEAD - 1] = taken + AHEAD < wanted ? choices[taken + AHEAD] : 0;
-    }
-};
-
 // The largest logit of a row and the sum of exp(logit - it), from those of the tiles of one warp, as in `merge`.
-__device__ __forceinline__ float2 total(const Offered& offered, const float2* statistics, int tile, int stride,
-                                        int tiles) {
-    const float2 own = offered.statistics;
-    float most = own.x;
-    for (int other = tile + stride; other < tiles; other += stride) most = fmaxf(most, statistics[other].x);
+__device__ __forceinline__ float2 total(const float2* statistics, int first, int stride, int tiles) {
+    float most = -INFINITE, sum = 0;
+    for (int tile = first + threadIdx.x % 32; tile < tiles; tile += stride) most = fmaxf(most, statistics[tile].x);
     most = warp_max(most);
-    float sum = tile < tiles ? own.y * expf(own.x - most) : 0.f;
-    for (int other = tile + stride; other < tiles; other += stride)
-        sum += statistics[other].y * expf(statistics[other].x - most);
+    for (int tile = first + threadIdx.x % 32; tile < tiles; tile += stride)
+        sum += statistics[tile].y * expf(statistics[tile].x - most);
     return make_float2(most, warp_sum(sum));
 }
 
-// The `wanted` best of a row, best first, from the best of some tiles, sorted, `count` apart; by one warp, whose lane
-// has `tile`, `stride` and so on after it. A lane holds out the best of its tiles that is not taken yet; tiles that
-// have one taken offer their next.
+// The `wanted` best of a row, best first, from the best of some tiles, sorted, `count` apart; by one warp, whose first
+// lane has tile `first`, `stride` and so on after it. A lane holds out the best of its tiles that is not taken yet;
+// tiles that have one taken offer their next.
 template <typename Take>
-__device__ __forceinline__ void merge(Offered& offered, const Choice* choices, int tile, int stride, int tiles,
-                                      int count, int wanted, Take take) {
-    Choice mine = offered.held[0];
+__device__ __forceinline__ void merge(const Choice* choices, int first, int stride, int tiles, int count, int wanted,
+                                      Take take) {
+    first += threadIdx.x % 32;
+    const Choice* own = choices + (long long)first * count;
+    Choice mine = 0;
+    int next = 0;  // of a lane's only tile
 #pragma unroll 4
-    for (int other = tile + stride; other < tiles; other += stride)
-        mine = better(mine, choices[(long long)other * count]);
-    int own = 0;  // of a lane's only tile, that were taken
+    for (int tile = first; tile < tiles; tile += stride) mine = better(mine, choices[(long long)tile * count]);
     for (int rank = 0; rank < wanted; rank++) {
-        const Choice taken = warp_best(mine);
+        Choice taken = warp_best(mine);
         take(rank, taken);
-        if (mine != taken || !taken) continue;
+        if (mine != taken || !taken || rank + 1 == wanted) continue;
         if (tiles <= stride) {
-            offered.next(own++, wanted);
-            mine = offered.held[0];
+            mine = own[++next];
             continue;
         }
         mine = 0;
-        for (int other = tile; other < tiles; other += stride) {
-            const Choice* of_tile = choices + (long long)other * count;
+        for (int tile = first; tile < tiles; tile += stride) {
+            const Choice* offered = choices + (long long)tile * count;
             int i = 0;
-            while (i < wanted && of_tile[i] >= taken) i++;
-            if (i < wanted) mine = better(mine, of_tile[i]);
+            while (i < wanted && offered[i] >= taken) i++;
+            if (i < wanted) mine = better(mine, offered[i]);
         }
     }
-}
-
-// What the warps of a row have found of it: the largest logit and the sum of each, and the `wanted` best of each.
-struct Found {
-    float2 totals[MERGING_WARPS];
-    Choice best[MERGING_WARPS * MAX_WIDTH];
-};
-
-// By one warp, from those of `warps` others, the first of which is `first`: the natural logarithm of the sum over the
-// row. The order of the sum is the warps'.
-__device__ __forceinline__ float normalisation_of(const Found& found, int first, int warps) {
-    float most = -INFINITE, sum = 0;
-    for (int i = 0; i < warps; i++) most = fmaxf(most, found.totals[first + i].x);
-    for (int i = 0; i < warps; i++) sum += found.totals[first + i].y * expf(found.totals[first + i].x - most);
-    return most + logf(sum);
 }
 
 // vocabulary_beam_step: the best tokens of each searching row, as many as its sequence has beams, then beam_step.
 //   statistics float2 [n, tiles]   choices Choice [n, tiles, count]   other arguments as of beam_step
 //   grid n; block 1024; static shared memory 21 KiB; moves n * tiles * (2 + 2 * count) words and what beam_step moves
 //   The warps share the rows of a sequence evenly; those of a row share its tiles, then one merges what they found.
+constexpr int MERGING_WARPS = 32;
 extern "C" __global__ void __launch_bounds__(32 * MERGING_WARPS)
 vocabulary_beam_step(const int* rows, Slot* slots, int* ancestors, int* history, float* details,
                      const float2* statistics, const Choice* choices, int tiles, int count, int steps) {
     __shared__ Sequence sequence;
     __shared__ Best best;
-    __shared__ Found found;
+    __shared__ Choice found[MERGING_WARPS][MAX_WIDTH];
+    __shared__ float2 totals[MERGING_WARPS];
     __shared__ int parents[MAX_WIDTH], ranks[MAX_WIDTH];
     launch_next();
     const bool searches = begin(rows, slots, sequence);
     wait_for_previous();
     if (!searches) return;
     __syncthreads();
-    const int width = sequence.record.width, share = MERGING_WARPS / width;  // warps of a row
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, beam = warp / share;
+    int width = sequence.record.width, share = MERGING_WARPS / width;  // warps of a row
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, beam = warp / share;
     if (beam < width) {
-        const long long first_tile = (blockIdx.x + beam) * (long long)tiles;
-        statistics += first_tile;
-        choices += first_tile * count;
-        const int own = warp % share, tile = 32 * own + lane, stride = 32 * share;
-        Offered offered(statistics, choices, tile, tiles, count, width);
-        const float2 sum = total(offered, statistics, tile, stride, tiles);
-        if (lane == 0) found.totals[warp] = sum;
-        merge(offered, choices, tile, stride, tiles, count, width, [&](int rank, Choice taken) {
-            if (lane == 0) found.best[beam * MERGING_WARPS + own * width + rank] = taken;
+        long long row = blockIdx.x + beam;
+        int first = 32 * (warp % share), stride = 32 * share;
+        float2 own = total(statistics + row * tiles, first, stride, tiles);
+        if (lane == 0) totals[warp] = own;
+        merge(choices + row * tiles * count, first, stride, tiles, count, width, [&](int rank, Choice taken) {
+            if (lane == 0) found[warp][rank] = taken;
         });
     }
     __syncthreads();
-    if (warp < width) {  // share * width <= 32: a lane for each that was found
-        const float normalisation = normalisation_of(found, warp * share, share);
-        const int count_found = share * width;
-        const Choice mine = lane < count_found ? found.best[warp * MERGING_WARPS + lane] : 0;
-        const int place = places_before(mine, count_found);
-        if (lane < count_found && place < width) {
-            best.tokens[warp][place] = mine ? choice_id(mine) : 0;  // no numbers, no choice
-            best.log_probabilities[warp][place] = choice_score(mine) - normalisation;
-        }
+    if (warp < width) {
+        float2 own = total(totals + warp * share, 0, 32, share);
+        float normalisation = own.x + logf(own.y);
+        merge(found[warp * share], 0, 32, share, MAX_WIDTH, width, [&](int rank, Choice taken) {
+            if (lane == 0) {
+                best.tokens[warp][rank] = taken ? choice_id(taken) : 0;  // no numbers, no choice
+                best.log_probabilities[warp][rank] = choice_score(taken) - normalisation;
+            }
+        });
     }
     __syncthreads();
     advance(sequence, best, parents, ranks, slots, ancestors, history, details, steps);
@@ -356,28 +268,27 @@ vocabulary_beam_step(const int* rows, Slot* slots, int* ancestors, int* history,
 extern "C" __global__ void __launch_bounds__(32 * MERGING_WARPS)
 best_of_tiles(const int* rows, const Slot* slots, const float2* statistics, const Choice* choices, int* ids,
               float* log_probabilities, int tiles, int count) {
-    __shared__ Found found;
+    __shared__ Choice found[MERGING_WARPS][MAX_WIDTH];
+    __shared__ float2 totals[MERGING_WARPS];
     launch_next();
     const Slot* slot = slots + rows[blockIdx.x];
     const int wanted = least(count, slot->looked_at);
     const bool searches = slot->method == STANDARD && slot->width > 0 && !slot->done;
     wait_for_previous();
     if (!searches) return;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, stride = 32 * MERGING_WARPS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const long long row = blockIdx.x;
-    statistics += row * tiles;
-    choices += row * tiles * count;
-    Offered offered(statistics, choices, threadIdx.x, tiles, count, wanted);
-    const float2 sum = total(offered, statistics, threadIdx.x, stride, tiles);
-    if (lane == 0) found.totals[warp] = sum;
-    merge(offered, choices, threadIdx.x, stride, tiles, count, wanted, [&](int rank, Choice taken) {
-        if (lane == 0) found.best[warp * MAX_WIDTH + rank] = taken;
-    });
+    const float2 own = total(statistics + row * tiles, 32 * warp, 32 * MERGING_WARPS, tiles);
+    if (lane == 0) totals[warp] = own;
+    merge(choices + row * tiles * count, 32 * warp, 32 * MERGING_WARPS, tiles, count, wanted,
+          [&](int rank, Choice taken) {
+              if (lane == 0) found[warp][rank] = taken;
+          });
     __syncthreads();
     if (warp > 0) return;
-    const float normalisation = normalisation_of(found, 0, MERGING_WARPS);
-    Offered of_warps(found.totals, found.best, lane, MERGING_WARPS, MAX_WIDTH, wanted);
-    merge(of_warps, found.best, lane, 32, MERGING_WARPS, MAX_WIDTH, wanted, [&](int rank, Choice taken) {
+    const float2 all = total(totals, 0, 32, MERGING_WARPS);
+    const float normalisation = all.x + logf(all.y);
+    merge(found[0], 0, 32, MERGING_WARPS, MAX_WIDTH, wanted, [&](int rank, Choice taken) {
         if (lane > 0) return;
         ids[row * count + rank] = taken ? choice_id(taken) : 0;  // no numbers, no choice
         log_probabilities[row * count + rank] = choice_score(taken) - normalisation;

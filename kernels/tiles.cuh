@@ -30,121 +30,82 @@ __device__ __forceinline__ float logit(float sum, const float2& moments, const C
 
 __device__ __forceinline__ float best_of(const float4& x) { return fmaxf(fmaxf(x.x, x.y), fmaxf(x.z, x.w)); }
 
-// LINES lines of logits at a time, of one row and one tile each, in shared memory, -inf beyond the vocabulary;
-// overwritten. Eight lanes take a line, each four groups of four ids; that a warp has several hides what its reductions
-// wait for. A lane keeps the best of each group; of the group that loses its best it finds the next in shared memory.
-// What is not to be chosen, or was already, is not a number, which no maximum heeds.
-template <int LINES> struct Lines {
-    float4* groups[LINES];  // this lane's, eight apart
-    int row[LINES], tile[LINES];
-    bool there[LINES];  // where not, nothing is written
-};
-
-template <int LINES> __device__ __forceinline__ void summarise(const Lines<LINES>& lines, const Wanted& of) {
-    constexpr int NO_ID = 0x7fffffff, GROUPS = TILE / 32;
+// logits: a row's of one tile in shared memory, -inf beyond the vocabulary; overwritten. Eight lanes take it, each
+// four groups of four ids. A lane keeps the best of each group; of the group that loses its best it finds the next in
+// shared memory. What is not to be chosen, or was already, is not a number, which no maximum heeds.
+// Warps whose rows are all beyond the last do not come here.
+__device__ __forceinline__ void summarise(float* logits, int row, int tile, bool there, const Wanted& of) {
+    constexpr int NO_ID = 0x7fffffff;
     const float none = __int_as_float(0x7fffffff);
-    const int member = threadIdx.x % 8, tiles = (of.vocabulary + TILE - 1) / TILE;
-    int wanted[LINES], rounds = 0;
-    float best[LINES][GROUPS], most[LINES], sum[LINES];
+    int member = threadIdx.x % 8, wanted = there ? of.best : 0;
+    if (there && of.slots) wanted = min(wanted, of.slots[of.rows[row]].looked_at);
+    float4* groups = reinterpret_cast<float4*>(logits) + member;  // eight apart
+    float4 values[TILE / 32];
+    float best[TILE / 32], most, sum = 0;
 #pragma unroll
-    for (int l = 0; l < LINES; l++) {
-        wanted[l] = lines.there[l] ? of.best : 0;
-        if (lines.there[l] && of.slots) wanted[l] = min(wanted[l], of.slots[of.rows[lines.row[l]]].looked_at);
+    for (int i = 0; i < TILE / 32; i++) {
+        values[i] = groups[8 * i];
+        best[i] = best_of(values[i]);
     }
+    most = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3]));
 #pragma unroll
-    for (int l = 0; l < LINES; l++) {
+    for (int offset = 4; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, offset));
 #pragma unroll
-        for (int i = 0; i < GROUPS; i++) best[l][i] = best_of(lines.groups[l][8 * i]);
-        most[l] = fmaxf(fmaxf(best[l][0], best[l][1]), fmaxf(best[l][2], best[l][3]));
-    }
+    for (int i = 0; i < TILE / 32; i++)
+        sum += (exp2f((values[i].x - most) * LOG2_E) + exp2f((values[i].y - most) * LOG2_E)) +
+               (exp2f((values[i].z - most) * LOG2_E) + exp2f((values[i].w - most) * LOG2_E));
 #pragma unroll
-    for (int offset = 4; offset > 0; offset /= 2)
+    for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, offset);
+
+    int tiles = (of.vocabulary + TILE - 1) / TILE, id = tile * TILE + member * 4;
+    long long place = (long long)row * tiles + tile;
+    if (there && member == 0) of.statistics[place] = make_float2(most, sum);
+    if (tile == tiles - 1 || (of.banned >= 0 && of.banned / TILE == tile)) {
 #pragma unroll
-        for (int l = 0; l < LINES; l++) most[l] = fmaxf(most[l], __shfl_xor_sync(FULL_WARP, most[l], offset));
-#pragma unroll
-    for (int l = 0; l < LINES; l++) {
-        sum[l] = 0;
-#pragma unroll
-        for (int i = 0; i < GROUPS; i++) {
-            const float4 four = lines.groups[l][8 * i];
-            sum[l] += (exp2f((four.x - most[l]) * LOG2_E) + exp2f((four.y - most[l]) * LOG2_E)) +
-                      (exp2f((four.z - most[l]) * LOG2_E) + exp2f((four.w - most[l]) * LOG2_E));
-        }
-    }
-#pragma unroll
-    for (int offset = 4; offset > 0; offset /= 2)
-#pragma unroll
-        for (int l = 0; l < LINES; l++) sum[l] += __shfl_xor_sync(FULL_WARP, sum[l], offset);
-#pragma unroll
-    for (int l = 0; l < LINES; l++) {
-        const int tile = lines.tile[l], id = tile * TILE + member * 4;
-        if (lines.there[l] && member == 0)
-            of.statistics[(long long)lines.row[l] * tiles + tile] = make_float2(most[l], sum[l]);
-        if (tile != tiles - 1 && (of.banned < 0 || of.banned / TILE != tile)) continue;
-#pragma unroll
-        for (int i = 0; i < GROUPS; i++) {
-            float4 four = lines.groups[l][8 * i];
+        for (int i = 0; i < TILE / 32; i++) {
+            float4& four = values[i];
             auto out = [&](int j) { return id + 32 * i + j >= of.vocabulary || id + 32 * i + j == of.banned; };
             four = make_float4(out(0) ? none : four.x, out(1) ? none : four.y, out(2) ? none : four.z,
                                out(3) ? none : four.w);
-            best[l][i] = best_of(four);
-            lines.groups[l][8 * i] = four;
+            best[i] = best_of(four);
+            groups[8 * i] = four;
         }
     }
-    int group[LINES], own[LINES];  // of what this lane holds out: where it is, and its id
-    float mine[LINES];
-    float4 held[LINES];
-    auto hold_out = [&](int l) {
-        const float(&of_groups)[GROUPS] = best[l];
-        mine[l] = fmaxf(fmaxf(of_groups[0], of_groups[1]), fmaxf(of_groups[2], of_groups[3]));
-        group[l] = mine[l] == of_groups[0] ? 0 : mine[l] == of_groups[1] ? 1 : mine[l] == of_groups[2] ? 2 : 3;
-        held[l] = lines.groups[l][8 * group[l]];
-        own[l] = lines.tile[l] * TILE + member * 4 + 32 * group[l] +
-                 (mine[l] == held[l].x ? 0 : mine[l] == held[l].y ? 1 : mine[l] == held[l].z ? 2 : 3);
-        if (mine[l] != mine[l]) own[l] = NO_ID;
+    int group = 0, own = NO_ID;  // of what this lane holds out: where it is, and its id
+    float mine = none;
+    float4 held;
+    auto hold_out = [&]() {
+        mine = fmaxf(fmaxf(best[0], best[1]), fmaxf(best[2], best[3]));
+        group = mine == best[0] ? 0 : mine == best[1] ? 1 : mine == best[2] ? 2 : 3;
+        held = groups[8 * group];
+        own = id + 32 * group + (mine == held.x ? 0 : mine == held.y ? 1 : mine == held.z ? 2 : 3);
+        if (mine != mine) own = NO_ID;
     };
-#pragma unroll
-    for (int l = 0; l < LINES; l++) {
-        hold_out(l);
-        rounds = max(rounds, wanted[l]);
-    }
+    hold_out();
     // A warp goes on until the last of its rows has what it wants.
+    int rounds = wanted;
 #pragma unroll
     for (int offset = 16; offset > 0; offset /= 2) rounds = max(rounds, __shfl_xor_sync(FULL_WARP, rounds, offset));
+    Choice* found = of.choices + place * of.best;
     for (int rank = 0; rank < rounds; rank++) {
-        float top[LINES];
-        int winner[LINES];
+        float top = mine;
 #pragma unroll
-        for (int l = 0; l < LINES; l++) top[l] = mine[l];
+        for (int offset = 4; offset > 0; offset /= 2) top = fmaxf(top, __shfl_xor_sync(FULL_WARP, top, offset));
+        int winner = mine == top ? own : NO_ID;
 #pragma unroll
-        for (int offset = 4; offset > 0; offset /= 2)
+        for (int offset = 4; offset > 0; offset /= 2) winner = min(winner, __shfl_xor_sync(FULL_WARP, winner, offset));
+        if (member == 0 && rank < wanted) found[rank] = winner == NO_ID ? 0 : choice(top, winner);
+        if (own != winner || winner == NO_ID) continue;
+        int which = own % 4;
+        if (which == 0) held.x = none;
+        if (which == 1) held.y = none;
+        if (which == 2) held.z = none;
+        if (which == 3) held.w = none;
+        groups[8 * group] = held;
 #pragma unroll
-            for (int l = 0; l < LINES; l++) top[l] = fmaxf(top[l], __shfl_xor_sync(FULL_WARP, top[l], offset));
-#pragma unroll
-        for (int l = 0; l < LINES; l++) winner[l] = mine[l] == top[l] ? own[l] : NO_ID;
-#pragma unroll
-        for (int offset = 4; offset > 0; offset /= 2)
-#pragma unroll
-            for (int l = 0; l < LINES; l++)
-                winner[l] = min(winner[l], __shfl_xor_sync(FULL_WARP, winner[l], offset));
-#pragma unroll
-        for (int l = 0; l < LINES; l++) {
-            if (rank >= wanted[l]) continue;
-            if (member == 0)
-                of.choices[((long long)lines.row[l] * tiles + lines.tile[l]) * of.best + rank] =
-                    winner[l] == NO_ID ? 0 : choice(top[l], winner[l]);
-            if (own[l] != winner[l] || winner[l] == NO_ID) continue;
-            const int which = own[l] % 4;
-            if (which == 0) held[l].x = none;
-            if (which == 1) held[l].y = none;
-            if (which == 2) held[l].z = none;
-            if (which == 3) held[l].w = none;
-            lines.groups[l][8 * group[l]] = held[l];
-#pragma unroll
-            for (int i = 0; i < GROUPS; i++)
-                if (i == group[l]) best[l][i] = best_of(held[l]);
-            hold_out(l);
-        }
+        for (int i = 0; i < TILE / 32; i++)
+            if (i == group) best[i] = best_of(held);
+        hold_out();
     }
 }
 
@@ -153,7 +114,7 @@ template <int LINES> __device__ __forceinline__ void summarise(const Lines<LINES
 template <int span, int height, int threads, typename Together>
 __device__ __forceinline__ void finish_tiles(float* logits, int tile, int first_row, const Wanted& of,
                                              Together together) {
-    const int tiles = (of.vocabulary + TILE - 1) / TILE;
+    int tiles = (of.vocabulary + TILE - 1) / TILE;
     if (of.logits) {
 #pragma unroll 1  // more would take registers from all that comes before
         for (int i = threadIdx.x; i < span * height * TILE; i += threads) {
@@ -164,21 +125,9 @@ __device__ __forceinline__ void finish_tiles(float* logits, int tile, int first_
         together();
     }
     if (!of.statistics) return;
-    constexpr int AT_ONCE = threads / 8, LINES = span * height >= 2 * AT_ONCE ? 2 : 1;
-    for (int first = threadIdx.x / 8; first < span * height; first += LINES * AT_ONCE) {
-        Lines<LINES> lines;
-        bool any = false;  // of the warp's lines is there
-#pragma unroll
-        for (int l = 0; l < LINES; l++) {
-            const int line = first + l * AT_ONCE, row = first_row + line % height, own = tile + line / height;
-            const bool inside = line < span * height && own < tiles;
-            float* const at = logits + (inside ? line : first) * LOGIT_STRIDE;
-            lines.groups[l] = reinterpret_cast<float4*>(at) + threadIdx.x % 8;
-            lines.row[l] = row;
-            lines.tile[l] = inside ? own : -1;
-            lines.there[l] = inside && row < of.count;
-            any = any || (inside && row - (int)threadIdx.x % 32 / 8 < of.count);
-        }
-        if (any) summarise(lines, of);
+    for (int line = threadIdx.x / 8; line < span * height; line += threads / 8) {
+        int row = first_row + line % height, first = row - threadIdx.x % 32 / 8;  // of the warp
+        if (tile + line / height < tiles && first < of.count)
+            summarise(logits + line * LOGIT_STRIDE, row, tile + line / height, row < of.count, of);
     }
 }

@@ -79,7 +79,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
 
 
 def _add_options(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("options of decoding (docs/serving.md); the weight file's by default")
+    group = command.add_argument_group("options of decoding (docs/protocol.md); the weight file's by default")
     for name, kind in OPTION_TYPES.items():
         group.add_argument(
             f"--{name.replace('_', '-')}", dest=f"option_{name}", metavar=kind.__name__.upper(),

@@ -48,7 +48,7 @@ class Model:
     they are needed, and give an iterator of answers in the order of the rows. They may be called from any thread, also
     at the same time.
 
-    options  those of a request (docs/serving.md), by default the weight file's; one hypothesis a row is returned
+    options  those of a request (docs/protocol.md), by default the weight file's; one hypothesis a row is returned
              unless num_hypotheses is given
     errors   what becomes of a row that the model cannot take: "raise" (RequestError, when its turn comes) or "return"
              (a Failure in its place)

@@ -13,7 +13,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu, gpu_engine, gpu_load, gpu_models, gpu_ops, gpu_report  # noqa: E402
+from benchmarks import (  # noqa: E402
+    gpu,
+    gpu_engine,
+    gpu_load,
+    gpu_models,
+    gpu_ops,
+    gpu_report,
+    server,
+    server_engine,
+    server_models,
+    server_run,
+)
 from benchmarks.gpu_models import MODELS, TINY  # noqa: E402
 from benchmarks.gpu_records import Record, Recorder, read  # noqa: E402
 
@@ -144,3 +155,68 @@ def test_stream_kernel_keeps_its_loads_in_registers(architecture: int) -> None:
     taken = toolkit.compile(gpu_engine._STREAM, architecture, {})["stream"]
     assert taken.spilled == 0
     assert taken.registers >= 32  # eight loads of sixteen bytes under way
+
+
+# The server's share --------------------------------------------------------------------------------------------------
+
+EXPORT = {
+    "experiments": [
+        {
+            "window_boundaries": [0, 1_000_000_000, 2_000_000_000],
+            "requests": [
+                {"timestamp": begun, "request_inputs": {"source_ids": first}, "response_timestamps": arrivals}
+                for begun, first, arrivals in [
+                    (-5e8, 3, [1e8, 5e8]),  # begun before, answered within
+                    (1e8, 10, [2e8, 11e8]),
+                    (2e8, 3, [3e8, 5e8]),
+                    (19e8, 10, [21e8]),  # answered behind the end
+                    (19e8, 3, []),
+                ]
+            ],
+        }
+    ]
+}
+
+
+def test_what_perf_analyzer_exports_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "export.json"
+    text = json.dumps(EXPORT).encode()
+    path.write_bytes(text.replace(b'"window', b'"response_outputs": "\xff\xc3\\u0000", "window', 1))
+    run = server_run.read_export(path, {3: 5, 10: 20}, {"models": 1.5})
+    assert (run.requests, run.tokens) == (1.5, (5 + 20 + 5) / 2)
+    assert run.latency["p50"] == pytest.approx(1000)
+    assert run.first["p50"] == pytest.approx(100)
+    assert run.cores == {"models": 1.5}
+    assert server_run.middle([run, run._replace(tokens=7.0), run._replace(tokens=9.0)]).tokens == 9
+
+
+def test_translations_of_the_bench_are_as_long_as_it_takes_them_to_be(tmp_path: Path) -> None:
+    load = server_models.LOADS["cpu"]
+    counts = server_models.lengths()
+    assert (len(counts), counts.min(), counts.max()) == (256, 4, 100)
+    rows = server_models.sources(load, counts)
+    assert len({row[0] for row in rows}) == 256  # by which an answer's tokens are known
+    engine = server_engine.local.build(server_models.write_weights(tmp_path / "w.safetensors", load), slots=16)
+    for row, output in zip(rows[:3], engine.answer(rows[:3]), strict=True):
+        assert len(output.hypotheses[0].tokens) == len(row)
+    engine.start()
+    run = server_engine.closed_loop(engine, [[5, 6, 7], [8] * 9], concurrency=3, seconds=0.2)
+    engine.stop()
+    assert run.requests > 0
+    assert 3 <= run.tokens / run.requests <= 9
+
+
+@pytest.mark.timeout(400)
+def test_server_is_measured_and_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "QUICK_INTERVAL", 0.2)
+    options = ["--device", "cpu", "--quick", "--concurrency", "2", "--results", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["", *options])
+    server.main()
+    (report,) = (json.loads(path.read_text()) for path in tmp_path.glob("server-*.json"))
+    (run,) = report["runs"]
+    for name in ("engine alone", "served", "static", "stream", "noop"):
+        assert run[name]["tokens"] > 0
+    assert run["stream"]["first"]["p50"] < run["stream"]["latency"]["p50"]
+    assert run["noop"]["latency"]["p50"] < run["served"]["latency"]["p50"]
+    (text,) = (path.read_text() for path in tmp_path.glob("server-*.md"))
+    assert text.count("(aim: ") == 3

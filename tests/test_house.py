@@ -1,16 +1,23 @@
-"""The house itself: set-up, make targets, and imports that point one way."""
+"""The house itself: set-up, make targets, imports that point one way, and what the documentation must name."""
 
 from __future__ import annotations
 
 import ast
+import importlib
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
+
+from lightseq_backend.options import OPTION_TYPES
+from lightseq_backend.serving.control import CONTROLS
+from lightseq_backend.serving.settings import PARAMETERS
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"lightseq_backend": ROOT / "lightseq_backend", "lightseq_client": ROOT / "client"}
@@ -301,3 +308,50 @@ def test_setup_without_python_names_the_package(checkout: Checkout) -> None:
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
     assert "python3 was not found: apt-get install python3 python3-venv" in done.stderr
+
+
+# What the documentation must name ------------------------------------------------------------------------------------
+
+
+def documented(*names: str) -> set[str]:
+    """The words in backquotes of those files of docs/; of a list of metrics that share a beginning, each in full."""
+    words: set[str] = set()
+    for name in names:
+        for line in (ROOT / "docs" / name).read_text().splitlines():
+            found = re.findall(r"`([\w.]+)(?:\{\w+\})?`", line)
+            words |= {f"lightseq{word}" if word.startswith("_") else word for word in found}
+    return words
+
+
+def test_every_parameter_of_a_request_is_documented() -> None:
+    assert {*OPTION_TYPES, *CONTROLS, "queue_priority"} - documented("protocol.md") == set()
+
+
+def test_every_parameter_of_a_model_is_documented() -> None:
+    assert set(PARAMETERS) - documented("serving.md") == set()
+
+
+def test_every_metric_and_outcome_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", MagicMock())
+    names = ("lightseq_backend.serving.metrics", "lightseq_backend.serving.replies")
+    for name in names:
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    metrics, replies = map(importlib.import_module, names)
+    exported = {*metrics.GAUGES, *metrics.COUNTERS, *metrics.HISTOGRAMS, metrics.REQUESTS[0], *replies.OUTCOMES}
+    for name in names:
+        monkeypatch.delitem(sys.modules, name)
+    assert exported - documented("operate.md") == set()
+
+
+def test_every_error_code_is_documented() -> None:
+    codes = set(re.findall(r"TritonError\.(\w+)", (ROOT / "lightseq_backend/serving/replies.py").read_text()))
+    table = (ROOT / "docs/protocol.md").read_text().partition("## Errors")[2]
+    names = {"INVALID_ARG": "INVALID_ARGUMENT"}
+    assert len(codes) > 4
+    assert {code for code in codes if f"| {names.get(code, code)} |" not in table} == set()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").glob("*.md")), ids=lambda path: path.name)
+def test_files_that_documentation_names_are_there(path: Path) -> None:
+    named = {name.removeprefix("docs/") for name in re.findall(r"[\w/]+\.md\b", path.read_text())}
+    assert {name for name in named if not (ROOT / "docs" / name).exists() and not (ROOT / name).exists()} == set()

@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,17 @@ CONNECTIONS = 64
 CASES = golden_cases("t01_base")
 
 
+def write_crowded(root: Path) -> None:
+    """The models that a Crowd asks."""
+    write_model(root, "translate", golden("t01_base.pb"), TRANSFORMER, parameters={"queue": 24})
+    write_model(root, "generate", golden("g01_base.pb"), GPT)
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     root = tmp_path_factory.mktemp("repository")
-    t01, g01 = golden("t01_base.pb"), golden("g01_base.pb")
-    write_model(root, "translate", t01, TRANSFORMER, parameters={"queue": 24})
-    write_model(root, "generate", g01, GPT)
-    write_model(root, "reloaded", t01, TRANSFORMER, parameters={"slots": 8, "max_beam_size": 8})
+    write_crowded(root)
+    write_model(root, "reloaded", golden("t01_base.pb"), TRANSFORMER, parameters={"slots": 8, "max_beam_size": 8})
     models = ["translate", "generate", "reloaded"]
     with EmbeddedServer(root, device="cpu", models=models, admin_key=ADMIN["admin-key"]) as running:
         yield running
@@ -113,6 +117,15 @@ def test_unknown_priority_is_a_bad_request(served: EmbeddedServer) -> None:
     assert (status, answer) == (400, {"error": "queue_priority is 'urgent'; priorities are high, normal, low"})
 
 
+ALLOWED = {
+    "good": {"answered", "StatusCode.UNAVAILABLE"},
+    "text": {"answered", "StatusCode.UNAVAILABLE"},
+    "bad": {"StatusCode.INVALID_ARGUMENT"},
+    "timeout": {"answered", "StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"},
+    "gone": {"gone"},
+}
+
+
 class Crowd:
     """Requests of all kinds from many connections, and what became of each. Bounded in number and time."""
 
@@ -123,17 +136,22 @@ class Crowd:
     def run(self, requests: int) -> None:
         each = [requests // CONNECTIONS + (number < requests % CONNECTIONS) for number in range(CONNECTIONS)]
         with ThreadPoolExecutor(CONNECTIONS) as pool:
-            for done in [pool.submit(self._connection, number, count) for number, count in enumerate(each)]:
+            for done in [pool.submit(self.connection, number, range(count)) for number, count in enumerate(each)]:
                 done.result()
 
-    def _connection(self, number: int, count: int) -> None:
+    def connection(self, number: int, turns: Iterable[object]) -> None:
+        """One connection's requests, a turn each; what they are hangs on its number."""
         choose = random.Random(number)
         with grpc(self.server.grpc) as client:
-            for _ in range(count):
+            for _ in turns:
                 kind = choose.choices(["good", "text", "bad", "timeout", "gone"], [55, 20, 10, 10, 5])[0]
                 outcome = getattr(self, f"_{kind}")(client, choose)
                 with self._lock:
                     self.outcomes[kind, outcome] += 1
+
+    def unexpected(self) -> list[tuple[str, str]]:
+        """Kinds of requests and outcomes that must not be."""
+        return [(kind, outcome) for kind, outcome in self.outcomes if outcome not in ALLOWED[kind]]
 
     def _good(self, client: Any, choose: random.Random) -> str:
         ids, options, wanted = choose.choice(self.alone["translate"])
@@ -189,6 +207,10 @@ class Crowd:
 
 @pytest.fixture(scope="module")
 def alone(client: Any) -> dict[str, Any]:
+    return answers_alone(client)
+
+
+def answers_alone(client: Any) -> dict[str, Any]:
     """By model: requests as (ids, options, what they give with nobody else there)."""
 
     def asked(model: str, name: str, output: str, ids: Any, options: dict[str, Any]) -> tuple[Any, ...]:
@@ -213,14 +235,7 @@ def test_crowd_of_good_bad_and_vanishing_callers_gets_one_right_answer_each(
     crowd.run(REQUESTS)
     assert sum(crowd.outcomes.values()) == REQUESTS
     assert crowd.wrong == []
-    allowed = {
-        "good": {"answered", "StatusCode.UNAVAILABLE"},
-        "text": {"answered", "StatusCode.UNAVAILABLE"},
-        "bad": {"StatusCode.INVALID_ARGUMENT"},
-        "timeout": {"answered", "StatusCode.UNAVAILABLE", "StatusCode.DEADLINE_EXCEEDED"},
-        "gone": {"gone"},
-    }
-    assert [key for key in crowd.outcomes if key[1] not in allowed[key[0]]] == []
+    assert crowd.unexpected() == []
     assert crowd.outcomes["good", "answered"] > 0
     assert crowd.outcomes["good", "StatusCode.UNAVAILABLE"] > 0  # 64 callers, 24 places and 8 searches
     wait_until_idle(served, "translate")

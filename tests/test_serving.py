@@ -42,7 +42,10 @@ from lightseq_backend.serving.settings import Settings, read_settings
 from lightseq_backend.serving.wire import Wire, read_wire
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = ("transformer", "transformer_generate", "transformer_stream", "gpt", "gpt_stream", "gptlm")
+MODELS = (
+    *("transformer", "transformer_generate", "transformer_stream"),
+    *("gpt", "gpt_stream", "gptlm", "gpt_en", "gpt_en_score"),
+)
 END = 2  # small_models' end id
 GPT_ALL = {"inputs": {"token_ids": "INT32"}, "outputs": {"gpt_out": "INT32", "gpt_scores": "FP32"}}
 GPT_GENERATE = {"inputs": {"inputs_ids": "INT32"}, "outputs": {"outputs_ids": "INT32"}}

@@ -88,7 +88,8 @@ def test_log_holds_a_line_of_json_for_each_report(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("decay", "step", "progress", "wanted"),
     [
-        ("cosine", 5, 0.1, 0.5),
+        ("cosine", 5, 0.01, 0.5),
+        ("cosine", 2, 0.08, 0.8),  # a tenth of the budget ends the climb
         ("cosine", 10, 0.0, 1.0),
         ("cosine", 500, 0.5, 0.51),
         ("cosine", 999, 1.0, 0.02),

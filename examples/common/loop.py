@@ -18,13 +18,15 @@ from torch import Tensor, nn
 
 State = dict[str, Tensor]
 _DECAYS = ("cosine", "inverse_sqrt")
+_LONGEST_CLIMB = 0.1  # of the budget
 
 
 @dataclass(frozen=True)
 class Schedule:
     """How long and how fast to learn. The loop ends at the first of `seconds` and `steps`.
 
-    rate             the highest learning rate, reached after `warmup` steps of a straight climb
+    rate             the highest learning rate, reached by a straight climb
+    warmup           steps of that climb, which a tenth of the budget ends in any case
     decay            "cosine": down to `last_rate` of it at the end; "inverse_sqrt": rate * sqrt(warmup / step)
     evaluate_every   share of the budget between two evaluations; the last is at the end
     averaged         how many of the last evaluations' states the result is the mean of
@@ -61,8 +63,9 @@ class Schedule:
 
     def rate_at(self, step: int, progress: float) -> float:
         """Learning rate of step `step`, counted from 1."""
-        if step < self.warmup:
-            return self.rate * step / self.warmup
+        climb = max(step / self.warmup, progress / _LONGEST_CLIMB)
+        if climb < 1:
+            return self.rate * climb
         if self.decay == "inverse_sqrt":
             return self.rate * math.sqrt(self.warmup / step)
         return self.rate * (self.last_rate + (1 - self.last_rate) * (1 + math.cos(math.pi * progress)) / 2)

@@ -29,9 +29,27 @@ _TAG = re.compile(
     re.IGNORECASE,
 )
 _OLD_CONTEXT = re.compile(r"^_: ?[^\n]*\n")  # KDE before 4
-_QUOTES = str.maketrans({"’": "'", "‘": "'", "ʼ": "'", "“": '"', "”": '"', "`": "'", "…": "...", "\u2011": "-"})
-_GUILLEMETS = re.compile(r"«\s*|\s*»")
-_BLANK_BEFORE_SIGN = re.compile(r"\s+([:;!?])(?=\s|$)")
+_BLANKS = "\u00a0\u2002\u2003\u2007\u2009\u202f"
+_SIGNS = {"’": "'", "‘": "'", "ʼ": "'", "`": "'", "“": '"', "”": '"', "«": '"', "»": '"', "…": "...", "\u2011": "-"}
+
+
+def _spellings() -> dict[str, str]:
+    """What is written otherwise here, and how: typographic signs, blanks of any kind, an accent apart from its letter.
+
+    French puts a blank before : ; ! ? and inside « »; many translators do not, so that here no one does.
+    """
+    rules = _SIGNS | dict.fromkeys(_BLANKS, " ")
+    for blank in " " + _BLANKS:
+        rules |= {f"{blank}{sign}": sign for sign in ":;!?"} | {f"«{blank}": '"', f"{blank}»": '"'}
+    composed = (chr(code) for code in range(0xC0, 0x180))
+    rules |= {apart: sign for sign in composed if (apart := unicodedata.normalize("NFD", sign)) != sign}
+    return rules
+
+
+# The tokenizer has these rules as well: what users ask is spelt like what the model has read.
+SPELLINGS = _spellings()
+_SPELLING = re.compile("|".join(map(re.escape, sorted(SPELLINGS, key=len, reverse=True))))
+
 _WORDS = re.compile(r"[^\W\d_]+")
 _IDENTIFIER = re.compile(r"^\S*[a-z0-9][_/.:]\w\S*$|^\S*[a-z][A-Z]\S*$")
 _CREDITS = re.compile(r"your (name|email)|translator-credits|launchpad\.net|translated by|@\w+\.\w+", re.IGNORECASE)
@@ -53,15 +71,10 @@ def pairs(english: str, french: str) -> Iterator[tuple[str, str]]:
 
 
 def text(given: str) -> str:
-    """One line: markup and control characters gone, entities resolved, blanks single, quotes plain.
-
-    French puts a blank before : ; ! ? and writes « »; many translators do not, so that here no one does. What a
-    translator is asked goes through this as well.
-    """
+    """One line: markup and control characters gone, entities resolved, blanks single, signs spelt one way."""
     given = html.unescape(_TAG.sub(" ", given.replace("\\n", " ")))
-    given = unicodedata.normalize("NFC", given).translate(_QUOTES)
+    given = _SPELLING.sub(lambda found: SPELLINGS[found[0]], given)
     given = "".join(" " if unicodedata.category(sign)[0] in "ZC" else sign for sign in given)
-    given = _BLANK_BEFORE_SIGN.sub(r"\1", _GUILLEMETS.sub('"', given))
     return " ".join(given.split())
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import io
 import re
+import shutil
 import subprocess
 import tarfile
 import tempfile
@@ -59,6 +60,9 @@ def listed() -> list[Package]:
 
 def gather(packages: list[Package], data: Path) -> None:
     """Fetches what DATA/gathered.tsv does not list yet, so that a run that broke off goes on where it was."""
+    for program in ("apt-get", "dpkg-deb"):
+        if shutil.which(program) is None:
+            raise SystemExit(f"{program} was not found; gathering needs a Debian system")
     record = data / "gathered.tsv"
     record.parent.mkdir(parents=True, exist_ok=True)
     record.touch()
@@ -92,7 +96,7 @@ def fetched(wanted: dict[str, str]) -> Iterator[Contents]:
                     _download([name], Path(folder))
                 archive = _archive(name, folder)
                 if archive is None:
-                    print(f"{name} is not offered at all; going on without it")
+                    print(f"{name} is not offered at all (after apt-get update?); going on without it")
                     continue
                 yield read(archive)
         print(f"{min(start + _BATCH, len(names))} of {len(names)} packages read", flush=True)

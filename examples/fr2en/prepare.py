@@ -32,8 +32,8 @@ _PART_OF_HASH = {"test": range(5), "validation": range(5, 8)}  # of 100
 _SHARE_IDENTICAL = 0.02  # of training pairs, those whose sides are equal
 _OF_ONE_TEXT = 3  # training pairs with the same text on one side
 _FAMILY = re.compile(r"^lib(?=\w{3})|[-.]?\d[\d.]*|-(data|common|l10n|i18n|locales|client|core|gtk|qt)\b")
-# What the tokenizer must never cut, and the unknown of either side copies nothing.
-_CODES = ["%s", "%d", "%u", "%i", "%lu", "%ld", "%c", "%x", "%f", "%%", "%1", "%2", "%3", "%4", "%1$s", "%2$s", "%3$s"]
+# What the tokenizer must never cut.
+_CODES = ["%s", "%d", "%u", "%i", "%lu", "%ld", "%c", "%x", "%f", "%1", "%2", "%3", "%4", "%1$s", "%2$s", "%3$s"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def main() -> None:
     prepare(parser.parse_args().data)
 
 
-def prepare(data: Path) -> None:
+def prepare(data: Path, vocabulary: int = VOCABULARY) -> None:
     parts = split(read(data / "catalogues"))
     for name, pairs in parts.items():
         lines = "".join(f"{pair.package}\t{pair.french}\t{pair.english}\n" for pair in pairs)
@@ -60,7 +60,7 @@ def prepare(data: Path) -> None:
         words = sum(len(pair.english.split()) for pair in pairs)
         packages = len({pair.package for pair in pairs})
         print(f"{name}: {len(pairs)} pairs of {packages} packages, {words} English words")
-    train_tokenizer(parts["training"], data)
+    train_tokenizer(parts["training"], data, vocabulary)
     tokenize(parts, data)
 
 
@@ -132,17 +132,20 @@ def _held_out(pairs: list[Pair], taken: set[str], size: int, draw: random.Random
     return kept[:size]
 
 
-def train_tokenizer(pairs: list[Pair], data: Path) -> None:
+def train_tokenizer(pairs: list[Pair], data: Path, vocabulary: int) -> None:
     """One SentencePiece model of both languages, as source.spm and target.spm, and vocab.json beside them."""
     import sentencepiece
 
+    rules = data / "spellings.tsv"
+    rules.write_text("".join(f"{_codes(one)}\t{_codes(other)}\n" for one, other in sorted(clean.SPELLINGS.items())))
     with (data / "source.spm").open("wb") as model:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter([text for pair in pairs for text in (pair.french, pair.english)]),
             model_writer=model,
             model_type="unigram",
-            vocab_size=VOCABULARY,
+            vocab_size=vocabulary,
             character_coverage=0.9998,
+            normalization_rule_tsv=str(rules),
             user_defined_symbols=_CODES,
             bos_id=-1,
             eos_id=-1,
@@ -154,6 +157,10 @@ def train_tokenizer(pairs: list[Pair], data: Path) -> None:
     (data / "vocab.json").write_text(
         json.dumps({name: index for index, name in enumerate(names)}, ensure_ascii=False, indent=0), encoding="utf-8"
     )
+
+
+def _codes(text: str) -> str:
+    return " ".join(f"{ord(sign):X}" for sign in text)
 
 
 def tokenize(parts: dict[str, list[Pair]], data: Path) -> None:

@@ -33,7 +33,8 @@ _BLANK_LINE = re.compile(r"\n\s*\n")
 _ROLE = re.compile(r":[a-z:+-]+:`([^`<]+?)\s*(?:<[^`>]*>)?`")  # reStructuredText: :func:`name`
 _REFERENCE = re.compile(r"`+([^`<]+?)\s*(?:<[^`>]*>)?`+_{0,2}")
 _STARRED = re.compile(r"(?<!\w)\*{1,2}([^*\s](?:[^*]*[^*\s])?)\*{1,2}(?!\w)")
-_POD_CODE = re.compile(r"[BCFILSX]<+\s?(?:[^<>|]*\|)?([^<>]*?)\s?>+")
+_POD_LINK = re.compile(r"L<([^<>|]*)\|[^<>]*>")
+_POD_CODE = re.compile(r"[BCFILSX]<+\s?([^<>]*?)\s?>+")
 
 _BREAKS = {"SH", "SS", "PP", "P", "LP", "IP", "HP", "sp", "br", "RS", "RE", "TS", "TE", "TQ", "nf", "EX", "fi", "EE"}
 _FONTS = {"B", "I", "SM", "SB", "BR", "RB", "BI", "IB", "IR", "RI"}
@@ -95,7 +96,7 @@ def pod(source: str) -> Iterator[str]:
     """Perl's documentation: paragraphs that are neither commands nor indented."""
     for piece in _BLANK_LINE.split(source):
         if not piece.startswith(("=", " ", "\t")):
-            yield html.unescape(_POD_CODE.sub(r"\1", _POD_CODE.sub(r"\1", piece)))
+            yield html.unescape(_POD_CODE.sub(r"\1", _POD_CODE.sub(r"\1", _POD_LINK.sub(r"\1", piece))))
 
 
 def man_page(source: str) -> Iterator[str]:

@@ -87,11 +87,11 @@ def trained_tokenizer(texts: list[str]) -> Any:
 def encode(tokenizer: Any, texts: list[str]) -> np.ndarray:
     """uint16 [tokens]: END, and behind every document END again."""
     end = tokenizer.token_to_id(END)
-    ids = [end]
+    parts = [np.array([end], np.uint16)]
     for begin in range(0, len(texts), 1_000):
         for encoding in tokenizer.encode_batch(texts[begin : begin + 1_000], add_special_tokens=False):
-            ids += [*encoding.ids, end]
-    return np.array(ids, np.uint16)
+            parts.append(np.array([*encoding.ids, end], np.uint16))
+    return np.concatenate(parts)
 
 
 def counts(texts: list[str], ids: np.ndarray) -> dict[str, int]:

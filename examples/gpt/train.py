@@ -25,8 +25,10 @@ from examples.common import loop
 from examples.gpt import prepare
 
 POSITIONS = 512
-EVALUATED = 512  # windows of validation, at most
+EVALUATED = {"cuda": 512, "cpu": 16}  # windows of validation, at most
 SHAPE = {"n_embd": 320, "n_head": 5, "n_layer": 6, "n_inner": 1280}
+SAMPLING = {"do_sample": True, "top_k": 0, "top_p": 0.9, "temperature": 0.8, "repetition_penalty": 1.15}
+GENERATION = {**SAMPLING, "max_new_tokens": 64, "use_cache": True}
 TINY = {"n_embd": 64, "n_head": 1, "n_layer": 2, "n_inner": 256}
 
 
@@ -123,7 +125,7 @@ def loss_of(model: Any, batch: Tensor) -> Tensor:
 
 def evaluation(model: Any, ids: Tensor, numbers: dict[str, int], windows: int) -> Callable[[], dict[str, float]]:
     """Loss, perplexity and bits a byte of validation text, in windows side by side."""
-    count = min(EVALUATED, (len(ids) - 1) // POSITIONS)
+    count = min(EVALUATED[ids.device.type], (len(ids) - 1) // POSITIONS)
     if count < 1:
         raise ValueError(f"validation has {len(ids)} tokens; a window takes {POSITIONS + 1}")
     rows = ids[: count * POSITIONS + 1].long().unfold(0, POSITIONS + 1, POSITIONS)
@@ -146,7 +148,8 @@ def save(model: Any, output: Path, report: dict[str, Any]) -> None:
     """Weights in halves and in shards of 10 MB, config.json, generation_config.json, training.json."""
     model.eval().half()
     model.config.use_cache = True
-    model.generation_config.use_cache = True
+    for name, value in GENERATION.items():
+        setattr(model.generation_config, name, value)
     model.save_pretrained(output, max_shard_size="10MB")
     (output / "training.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report), flush=True)

@@ -132,7 +132,7 @@ def is_near_tie(cpu: Engine, arrays: Any, row: np.ndarray, output: Output, chang
     else:
         model = reference.TransformerReference(config, arrays, row.tolist())
         limit = config.new_tokens(len(row), options)
-    return reference.beam_search(model.next, 1, limit, config.end_id, options.length_penalty).gap < NEAR
+    return reference.beam_search(model.next, 1, limit, [config.end_id], options.length_penalty).gap < NEAR
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

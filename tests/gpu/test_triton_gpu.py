@@ -7,27 +7,38 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import shutil
-import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from repositories import TRANSFORMER, ask, ask_later, grpc, http, write_model
+import stream_cases
+import tritonclient.grpc
+from held_out_english import HELD_OUT, WITHIN, perplexity, pytorch_perplexity
+from repositories import SCORED, TRANSFORMER, arrays, ask, ask_later, grpc, http, padded, tensor, write_model
+from stream_cases import Stream
+from test_scoring_served import SOURCES, TARGETS, expected
 from test_trained_models import COUNTER, REPOSITORY, TRANSLATOR, count_on, engine_of, pairs
 from test_trained_models import Words as Vocabulary
 from tritonclient.utils import InferenceServerException
+from weight_files import golden
 
 from lightseq_backend.errors import ConfigError
 from lightseq_backend.request import SCORE, Output
-from lightseq_backend.serving.embedded import TRITON_VARIABLE, EmbeddedServer, find_triton
+from lightseq_backend.serving.embedded import EmbeddedServer, find_triton
 from lightseq_client import Client, Words
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from benchmarks import perf
+
 DEVICE, KIND = "gpu", "KIND_GPU"
-SHIPPED = ("transformer", "transformer_generate", "gpt", "gptlm")
+SHIPPED = (
+    *("transformer", "transformer_generate", "transformer_stream"),
+    *("gpt", "gpt_stream", "gptlm", "gpt_en_score"),
+)
 ADMIN = {"admin-key": "test"}
 SENTENCES = [sentence for sentence, _ in pairs("held_out.tsv")[::31]]
 PROMPTS = [prompt for prompt, _ in pairs("counting.tsv")[::10]]
@@ -121,6 +132,12 @@ def test_losses_are_those_of_the_cpu(server: EmbeddedServer) -> None:
     np.testing.assert_allclose(found, expected, atol=0.02)
 
 
+def test_english_has_the_perplexity_that_pytorch_gives_it(server: EmbeddedServer) -> None:
+    with grpc(server.grpc) as client:
+        found = [ask(client, "gpt_en_score", "token_ids", [one["ids"]])["log_probability"].item() for one in HELD_OUT]
+    assert perplexity(found) == pytest.approx(pytorch_perplexity(), rel=WITHIN)
+
+
 def test_many_at_once_get_what_each_gets_alone(server: EmbeddedServer, translated: list[Output]) -> None:
     codec = Words.for_translation(REPOSITORY / "transformer")
     rows = [[list(codec.encode(sentence))] for sentence in SENTENCES]
@@ -183,31 +200,58 @@ def test_unloaded_model_is_gone_and_comes_back(server: EmbeddedServer) -> None:
         assert ask(client, "transformer_generate", "src_ids:0", [[5, 6, 7]])["trg_ids:0"].shape[:2] == (1, 4)
 
 
+# Streams, stops, cancellation, scores --------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
+    """The models of stream_cases, whose long texts take a GPU a second for all their layers, and one that scores."""
+    root = tmp_path_factory.mktemp("small")
+    stream_cases.write_models(root, KIND, layers=24)
+    write_model(root, "scorer", golden("t01_base.pb"), SCORED, kind=KIND, parameters={"precision": "fp32"})
+    with EmbeddedServer(root, device=DEVICE, start_timeout=300, shm_bytes=16 << 20) as running:
+        yield running
+
+
+@pytest.mark.parametrize("case", stream_cases.CASES, ids=lambda case: case.__name__)
+def test_stream(small: EmbeddedServer, case: Callable[[EmbeddedServer, Stream], None]) -> None:
+    with Stream(small.grpc) as stream:
+        case(small, stream)
+
+
+def test_scores_of_targets_are_those_of_the_cpu(small: EmbeddedServer) -> None:
+    given = [tensor(tritonclient.grpc, "source_ids", padded(SOURCES, 0))]
+    given.append(tensor(tritonclient.grpc, "target_ids", padded(TARGETS, 99)))
+    with grpc(small.grpc) as client:
+        found = arrays(client.infer("scorer", given))
+    for name, array in expected("t01_base.pb", padded(SOURCES, 0).tolist(), TARGETS).items():
+        np.testing.assert_allclose(found[name], array, atol=2e-3)
+
+
+@pytest.mark.parametrize("model", ["transformer_stream", "gpt_stream"])
+def test_shipped_streams_end_as_the_other_model_answers(server: EmbeddedServer, model: str) -> None:
+    if model == "gpt_stream":
+        name, outputs, row = "token_ids", "result", Words.for_generation(REPOSITORY / "gpt").encode(PROMPTS[0])
+    else:
+        codec = Words.for_translation(REPOSITORY / "transformer")
+        name, outputs, row = "source_ids", "target_ids", codec.encode(SENTENCES[0])
+    with grpc(server.grpc) as client, Stream(server.grpc) as stream:
+        *parts, final = stream.all(model, name, [list(row)])
+        plain = ask(client, model.removesuffix("_stream"), name, [list(row)])[outputs]
+    assert len(parts) > 0
+    np.testing.assert_array_equal(final[outputs], plain)
+
+
 # perf_analyzer -------------------------------------------------------------------------------------------------------
 
 
-def analyzer() -> tuple[Path, list[Path]]:
-    """perf_analyzer and where its libraries are: the one in an unpacked Triton, else the one that `make perf` uses."""
-    unpacked = Path(os.environ.get(TRITON_VARIABLE, "")) / "bin" / "perf_analyzer"
-    libraries = list(find_triton().libraries)
-    if unpacked.is_absolute() and unpacked.exists():
-        return unpacked, libraries
-    from benchmarks import perf
-
-    return perf.install(), [perf.CACHE, *libraries]
+WINDOWS = ["--measurement-interval", "1000", "--stability-percentage", "50", "--max-trials", "4"]
 
 
 def measure(address: str, rows: Path, concurrency: int, report: Path) -> dict[str, str]:
     """One row of perf_analyzer's report, column name -> value; a few seconds of load."""
-    program, libraries = analyzer()
-    command = [
-        *(str(program), "-m", "transformer", "-u", address, "-i", "grpc", "--async", "-b", "1"),
-        *("--input-data", str(rows), "--concurrency-range", str(concurrency)),
-        *("--measurement-interval", "1000", "--stability-percentage", "50", "--max-trials", "4", "-f", str(report)),
-    ]
-    environment = {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(map(str, libraries))}
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=90)
-    assert done.returncode == 0, done.stdout.decode(errors="replace")[-3000:]
+    more = [*WINDOWS, "-f", str(report)]
+    perf.analyze(perf.install(), address, "transformer", rows, concurrency, more)
     with report.open(newline="") as lines:
         return next(csv.DictReader(lines))
 

@@ -1,0 +1,94 @@
+"""The report of `make bench-server`: JSON, and tables with what was aimed at."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.server_models import NOOP, SERVED, STATIC, STREAM
+
+ENGINE_SHARE, GAIN, ADDED_MS = 0.9, 1.5, 0.5  # aims: of the engine's tokens/s, over static batches, beyond the no-op
+ENGINE = "engine alone"
+
+
+def write(folder: Path, report: dict[str, Any], device: str) -> list[Path]:
+    """Writes both files, named after the processor or the GPU."""
+    named = machine.file_name() if device == "cpu" else "gpu-" + report["machine"]["gpu"].lower()
+    stem = folder / f"server-{re.sub('[^a-z0-9]+', '-', named)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [stem.with_suffix(".json"), stem.with_suffix(".md")]
+    written[0].write_text(json.dumps(report, indent=1) + "\n")
+    written[1].write_text(markdown(report))
+    return written
+
+
+def markdown(report: dict[str, Any]) -> str:
+    where, load = report["machine"], report["load"]
+    title = where.get("gpu", f"{where['processor']}, {where['cores']} cores")
+    lines = [
+        f"# The server's share: {title}",
+        "",
+        f"{load['model']} (hidden {load['hidden']}, FFN {load['inner']}, {load['heads']} heads, {load['layers']}+"
+        f"{load['layers']} layers, vocabulary {load['vocabulary']}), random weights, {load['beams']} beams, "
+        f"{load['slots']} slots; sources of {' to '.join(map(str, load['tokens of a source, least to most']))} tokens, "
+        f"log-normal, {load['tokens of a source, mean']:.1f} on average, each answered with as many. "
+        f"perf_analyzer over gRPC on the same machine, {report['seconds']:g} s each or more, medians of "
+        f"{report['repeats']}; load average {where['load_average_1min']} in the end; {where['date']}.",
+        "",
+        "Tokens a second of the best hypotheses. Static is the same engine behind Triton's dynamic batching: a batch "
+        "waits for its longest.",
+        "",
+        "| under way | engine alone | served | share | static | served / static |",
+        "|--:|--:|--:|--:|--:|--:|",
+        *(_throughput(run) for run in report["runs"]),
+        "",
+        "Milliseconds to the answer, and to the first token of a greedy stream (p50, p95, p99), and the cores in "
+        "use: by the engine alone, and when served by the models' processes, Triton and perf_analyzer.",
+        "",
+        "| under way | engine alone | served | static | first token | no-op | no-op, requests/s | cores |",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|",
+        *(_latency(run) for run in report["runs"]),
+        "",
+        *_verdicts(report),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _throughput(run: dict[str, Any]) -> str:
+    engine, served, static = (run[name]["tokens"] for name in (ENGINE, SERVED, STATIC))
+    share, gain = f"{served / engine:.0%}", f"{served / static:.2f}"
+    return f"| {run['concurrency']} | {engine:.0f} | {served:.0f} | {share} | {static:.0f} | {gain} |"
+
+
+def _latency(run: dict[str, Any]) -> str:
+    cells = [_three(run[name]["latency"]) for name in (ENGINE, SERVED, STATIC)]
+    cells += [_three(run[STREAM]["first"]), _three(run[NOOP]["latency"]), f"{run[NOOP]['requests']:.0f}"]
+    cores = run[ENGINE]["cores"] | run[SERVED]["cores"]
+    cells.append(", ".join(f"{cores[name]:.2f}" for name in ("engine", "models", "triton", "callers")))
+    return f"| {run['concurrency']} | " + " | ".join(cells) + " |"
+
+
+def _three(latency: dict[str, float]) -> str:
+    return ", ".join(f"{value:.3g}" if value < 1000 else f"{value:.0f}" for value in latency.values())
+
+
+def _verdicts(report: dict[str, Any]) -> list[str]:
+    busiest = max(report["runs"], key=lambda run: float(run[ENGINE]["tokens"]))
+    share = busiest[SERVED]["tokens"] / busiest[ENGINE]["tokens"]
+    gain = busiest[SERVED]["tokens"] / busiest[STATIC]["tokens"]
+    engine, served, noop = (report["short"][name]["latency"]["p50"] for name in (ENGINE, SERVED, NOOP))
+    added = served - engine
+    return [
+        f"- At {busiest['concurrency']} under way the server gives {share:.0%} of the engine's tokens "
+        f"(aim: {ENGINE_SHARE:.0%}; {_met(share >= ENGINE_SHARE)}).",
+        f"- There it gives {gain:.2f} times what static batches do (aim: {GAIN}; {_met(gain >= GAIN)}).",
+        f"- One short request at a time takes {served:.2f} ms, the engine alone {engine:.2f}, a no-op {noop:.2f}: "
+        f"{added:.2f} ms are added (aim: {ADDED_MS} beyond the no-op; {_met(added <= noop + ADDED_MS)}).",
+    ]
+
+
+def _met(holds: bool) -> str:
+    return "met" if holds else "MISSED"

@@ -11,6 +11,7 @@ from lightseq_backend.config import DIALECTS, TABLE
 from lightseq_backend.errors import ConfigError
 
 if TYPE_CHECKING:
+    from lightseq_backend import proof
     from lightseq_backend.export.model import Model
 
 FORMATS = {"safetensors": ".safetensors", "protobuf": ".pb", "hdf5": ".hdf5"}
@@ -59,8 +60,11 @@ def convert(options: argparse.Namespace) -> None:
         if tokenizer and not text.files_of(partial):
             print(f"{tokenizer} has no tokenizer of a known kind: the model takes and gives ids")
         if not options.no_check:
-            check = _check_original if sources.is_huggingface(options.source) else _check_arrays
-            check(options.source, weights, model)
+            if sources.is_huggingface(options.source):
+                _check_original(options.source, weights, model)
+            else:
+                _check_arrays(options.source, weights, model)
+                _check_computed(options.source, weights, model)
     print(f"{options.target} is ready to be served")
 
 
@@ -106,8 +110,7 @@ def _check_arrays(source: Path, weights: Path, model: Model) -> None:
     """Reads back what was written; ConfigError where that is not what was read from the source."""
     from lightseq_backend.export import comparison, sources
 
-    dialect = model.config.dialect.name if sources.is_lightseqs(weights) else None
-    written = comparison.compare(model, sources.read(weights, dialect=dialect))
+    written = comparison.compare(model, sources.read(weights, dialect=_dialect_of(weights, model)))
     if not written.holds():
         raise ConfigError("\n  ".join(["what was written is not what was read; nothing was kept", *written.lines()]))
     print(f"read back: all {len(written.arrays)} arrays and all settings are what {source} was read as")
@@ -122,7 +125,28 @@ def _check_original(source: Path, weights: Path, model: Model) -> None:
     if missing:
         print(f"not compared with the original: {' and '.join(missing)} would have to be installed")
         return
-    comparison = proof.compare(weights, Original(source, model.config))
-    print("\n".join(comparison.lines()))
+    _judge(proof.compare(weights, Original(source, model.config)), "the original")
+
+
+def _check_computed(source: Path, weights: Path, model: Model) -> None:
+    """The same, beside a plain pass over the source's own arrays."""
+    from lightseq_backend import proof
+    from lightseq_backend.export import sources
+
+    plain = sources.plain(source, model.config)
+    if plain is not None:
+        comparison = proof.compare(weights, plain, dialect=_dialect_of(weights, model) or "head")
+        _judge(comparison, f"a plain pass over the arrays of {source}")
+
+
+def _judge(comparison: proof.Comparison, what: str) -> None:
+    print("\n".join(comparison.lines(what)))
     if not comparison.holds:
         raise ConfigError("the converted model differs from its original; nothing was kept")
+
+
+def _dialect_of(weights: Path, model: Model) -> str | None:
+    """What must be said for a written file to be read as it was meant."""
+    from lightseq_backend.export import sources
+
+    return model.config.dialect.name if sources.is_lightseqs(weights) else None

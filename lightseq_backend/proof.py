@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from lightseq_backend import ops, weights
-from lightseq_backend.config import BEAM_SEARCH, Config, EngineConfig, GptConfig
+from lightseq_backend.config import BEAM_SEARCH, Config, DecodingOptions, EngineConfig, GptConfig
 from lightseq_backend.engine import Engine
 from lightseq_backend.engine.buffers import allocate
 from lightseq_backend.models.gpt import Gpt
@@ -25,7 +25,7 @@ _ROOM = EngineConfig(slots=1, max_beam_size=1)
 
 
 class Original(Protocol):
-    """What export/original.py has."""
+    """What export/original.py and export/plain.py have."""
 
     def encode(self, ids: Sequence[int]) -> np.ndarray: ...
 
@@ -53,9 +53,9 @@ class Comparison:
     def holds(self) -> bool:
         return max(self.encoder or 0.0, self.logits) <= TOLERANCE and not self.unlike
 
-    def lines(self) -> list[str]:
-        """As text."""
-        shown = [f"compared with the original on {self.inputs} random inputs (tolerance {TOLERANCE:g}):"]
+    def lines(self, what: str = "the original") -> list[str]:
+        """As text; what: which computation this was compared with."""
+        shown = [f"compared with {what} on {self.inputs} random inputs (tolerance {TOLERANCE:g}):"]
         if self.encoder is not None:
             shown.append(f"  encoder output      largest difference {self.encoder:.1e} of the largest value")
         shown.append(f"  first-step logits   largest difference {self.logits:.1e} of the largest value")
@@ -66,9 +66,9 @@ class Comparison:
         return shown
 
 
-def compare(path: str | Path, original: Original, inputs: int = 4, seed: int = 0) -> Comparison:
+def compare(path: str | Path, original: Original, inputs: int = 4, seed: int = 0, dialect: str = "head") -> Comparison:
     """Loads a weight file as serving does, on the CPU, and gives random ids to it and to the original."""
-    probe = Probe(path)
+    probe = Probe(path, dialect)
     result = Comparison(encoder=None if probe.is_gpt else 0.0)
     for ids in random_inputs(probe.config, inputs, seed):
         result.inputs += 1
@@ -76,6 +76,7 @@ def compare(path: str | Path, original: Original, inputs: int = 4, seed: int = 0
             result.encoder = max(result.encoder, _difference(probe.encode(ids), original.encode(ids)))
         result.logits = max(result.logits, _difference(probe.logits(ids), original.logits(ids)))
         steps = min(STEPS, probe.config.max_positions - len(ids) - 2) if probe.is_gpt else STEPS
+        steps = min(steps, probe.limit(len(ids)))
         ours, theirs = probe.greedy(ids, steps), original.greedy(ids, steps)
         if ours != theirs:
             if _tied(original, ids, ours, theirs):
@@ -98,10 +99,10 @@ def random_inputs(config: Config, count: int, seed: int) -> list[list[int]]:
 class Probe:
     """A weight file's model on the CPU, one text at a time, with its inner results."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, dialect: str = "head"):
         self._ops = ops.load("cpu")
         self._ops.start()
-        self.config, arrays = weights.load(path)
+        self.config, arrays = weights.load(path, dialect)
         self.is_gpt = isinstance(self.config, GptConfig)
         made = Gpt if isinstance(self.config, GptConfig) else Transformer
         self._model = made(self.config, arrays, self._ops)  # type: ignore[arg-type]
@@ -133,10 +134,16 @@ class Probe:
         self._ops.vocabulary_logits(x, head.norm, head.output, head.epsilon, head.scale, work.normed[:1], logits)
         return np.array(logits[0])
 
+    def limit(self, length: int) -> int:
+        """Tokens that an input of that length may grow in a search of the model's own."""
+        return self.config.new_tokens(length, replace(DecodingOptions(), beam_size=1))
+
     def greedy(self, ids: Sequence[int], steps: int) -> list[int]:
         """What the engine generates with one beam, at most so many tokens. LightSeq's search has none of the rules that
         the file may have as defaults."""
         changes: dict[str, object] = {"sampling_method": BEAM_SEARCH, "beam_size": 1, "num_hypotheses": 1}
+        if steps < 1:
+            return []
         changes["max_new_tokens"] = steps
         tokens: list[int] = self._engine.answer([ids], changes=changes)[0].hypotheses[0].tokens.tolist()
         return tokens

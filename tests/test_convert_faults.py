@@ -81,7 +81,7 @@ SHARD = "model-00002-of-00002.safetensors"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (remove("config.json"), "has neither config.json (Hugging Face) nor a .pt file (fairseq), and none of the"),
+        (remove("config.json"), "has neither config.json (Hugging Face) nor a .pt file (fairseq): "),
         (remove(SHARD), f"lacks shards that model.safetensors.index.json names: {SHARD}"),
         (remove("model.safetensors.index.json"), "has no weights; looked for model.safetensors, "),
         (cut(SHARD, 0.6), "the file is cut short"),

@@ -31,9 +31,8 @@ HABITS: dict[str, tuple[Any, ...]] = {
 
 def read(path: Path) -> Model:
     """ConfigError for the settings, WeightError naming every array that is missing, superfluous or of a wrong shape."""
-    beside = path.with_suffix(".json")
-    config, habits = _read_settings(beside)
-    source = Arrays(_read_arrays(path), "")
+    config, habits = _read_settings(path.with_suffix(".json"))
+    source = Arrays(read_arrays(path), "")
     scale = math.sqrt(config.hidden) if habits["embedding_scale"] == ROOT else 1.0
     made: dict[str, np.ndarray] = {}
     shapes = shapes_of(config)
@@ -52,6 +51,11 @@ def read(path: Path) -> Model:
         made["output.weight"] = made["target.tokens" if isinstance(config, TransformerConfig) else "tokens"].T
     source.finish(path, lambda name: False)
     return Model(config, made, [])
+
+
+def settings_beside(path: Path) -> dict[str, Any]:
+    """What the .json beside some arrays says, unchecked."""
+    return read_json(path.with_suffix(".json"))
 
 
 def _read_settings(path: Path) -> tuple[Config, dict[str, Any]]:
@@ -76,7 +80,7 @@ def _read_settings(path: Path) -> tuple[Config, dict[str, Any]]:
     return config, habits
 
 
-def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 from dataclasses import replace
 from pathlib import Path
 
 from lightseq_backend import weights
-from lightseq_backend.config import GptConfig
+from lightseq_backend.config import Config, GptConfig
 from lightseq_backend.errors import ConfigError
-from lightseq_backend.export import arrays_file, fairseq, huggingface
+from lightseq_backend.export import arrays_file, fairseq, huggingface, plain_arrays, plain_fairseq, plain_lightseq
+from lightseq_backend.export.checkpoint import load_pickle, tensors_of
 from lightseq_backend.export.model import Model
+from lightseq_backend.export.plain import Plain
 from lightseq_backend.weights import directory
 
 CHECKPOINT, ARRAYS = ".pt", ".npz"
@@ -26,6 +29,22 @@ def is_lightseqs(source: Path) -> bool:
     except ConfigError:
         return False
     return path.suffix in (".pb", ".hdf5")
+
+
+def plain(source: Path, config: Config) -> Plain | None:
+    """A source's own computation, by a second way to read it; None where there is none (safetensors and HDF5, which
+    have our names, int8, and protobuf files beyond its runtime). config: of the converted model."""
+    if source.is_dir():
+        named = any(source.glob(f"*{CHECKPOINT}"))
+        source = fairseq.find(source) if named else directory.find(source).weights
+    if source.suffix == CHECKPOINT:
+        checkpoint = load_pickle(source, argparse.Namespace)
+        return plain_fairseq.plain(fairseq.settings_of(checkpoint, source), tensors_of(checkpoint["model"]), config)
+    if source.suffix == ARRAYS:
+        return plain_arrays.plain(arrays_file.settings_beside(source), arrays_file.read_arrays(source), config)
+    if source.suffix == ".pb" and source.stat().st_size < plain_lightseq.MOST:
+        return plain_lightseq.plain(source.read_bytes(), config)
+    return None
 
 
 def directory_of(source: Path) -> Path:

@@ -15,12 +15,10 @@ from lightseq_backend.weights.schema import message_type
 MOST = 1 << 31  # bytes of a file that protobuf's runtime reads
 
 
-def plain(content: bytes, config: Config) -> Plain | None:
-    """None for a file that does not hold floats: LightSeq's int8."""
+def plain(content: bytes, config: Config) -> Plain:
+    """content: of a file of floats, not of int8."""
     gpt = isinstance(config, GptConfig)
     message = message_type("Gpt" if gpt else "Transformer").FromString(content)
-    if not message.src_embedding.token_embedding:  # type: ignore[attr-defined]
-        return None
     return _Gpt(message, config).built() if gpt else _Transformer(message, config).built()
 
 

@@ -13,7 +13,8 @@ from lightseq_backend.export import arrays_file, fairseq, huggingface, plain_arr
 from lightseq_backend.export.checkpoint import load_pickle, tensors_of
 from lightseq_backend.export.model import Model
 from lightseq_backend.export.plain import Plain
-from lightseq_backend.weights import directory
+from lightseq_backend.weights import directory, protobuf
+from lightseq_backend.weights.layout import layout_of
 
 CHECKPOINT, ARRAYS = ".pt", ".npz"
 
@@ -43,7 +44,8 @@ def plain(source: Path, config: Config) -> Plain | None:
     if source.suffix == ARRAYS:
         return plain_arrays.plain(arrays_file.settings_beside(source), arrays_file.read_arrays(source), config)
     if source.suffix == ".pb" and source.stat().st_size < plain_lightseq.MOST:
-        return plain_lightseq.plain(source.read_bytes(), config)
+        int8 = protobuf.examine(source, config.dialect, layout_of(config).kind).layout.int8
+        return None if int8 else plain_lightseq.plain(source.read_bytes(), config)
     return None
 
 

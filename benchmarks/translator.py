@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -32,9 +33,7 @@ BEAMS = 4
 SENTENCES = 64  # that an engine has under way at the same time
 THREADS = "2"
 PRECISIONS = {"cpu": ("fp32", "int8"), "gpu": ("fp16", "int8")}
-_COLUMNS = (
-    "| engine | precision | BLEU | sentences/s | slowest, fastest | same as Hugging Face |\n|--|--|--:|--:|--:|--:|"
-)
+_COLUMNS = "| engine | precision | BLEU | sentences/s | slowest - fastest | same as Hugging Face |"
 
 
 def main() -> None:
@@ -47,7 +46,13 @@ def main() -> None:
     rows = [line.split("\t") for line in PAIRS.read_text(encoding="utf-8").splitlines()[: options.sentences]]
     with tempfile.TemporaryDirectory() as folder:
         engines = measure(Path(folder), [row[0] for row in rows], [row[1] for row in rows], options)
-    report = {"machine": machine.describe(), "device": options.device, "sentences": len(rows), "engines": engines}
+    report = {
+        "machine": machine.describe(),
+        "device": options.device,
+        "sentences": len(rows),
+        "repeats": options.repeats,
+    }
+    report["engines"] = engines
     text = markdown(report)
     print(text)
     stem = options.results / f"translator-{options.device}-{machine.file_name()}"
@@ -71,10 +76,14 @@ def measure(folder: Path, french: list[str], english: list[str], options: argpar
         }
         texts = {kind: worker.ask("translate", french, BEAMS) for kind, worker in workers.items()}  # and warms up
         seconds: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
+        others: dict[tuple[str, str], list[float]] = {kind: [] for kind in kinds}
         for _ in range(options.repeats):
             for kind, worker in workers.items():
-                machine.wait_until_idle(patience=1)
-                seconds[kind].append(worker.ask("time", french, BEAMS)[0])
+                machine.wait_until_idle(patience=5)
+                busy = machine.busy_seconds()
+                wall, processor = worker.ask("time", french, BEAMS)
+                seconds[kind].append(wall)
+                others[kind].append((machine.busy_seconds() - busy - processor) / wall / (os.cpu_count() or 1))
     best = texts[HUGGING_FACE, PRECISIONS[options.device][0]]
     return [
         {
@@ -82,6 +91,7 @@ def measure(folder: Path, french: list[str], english: list[str], options: argpar
             "precision": precision,
             "bleu": bleu(texts[name, precision], english),
             "sentences_a_second": [len(french) / taken for taken in seconds[name, precision]],
+            "others_share_of_cores": [max(0.0, share) for share in others[name, precision]],
             "same_as_hugging_face": sum(map(str.__eq__, texts[name, precision], best)) / len(best),
         }
         for name, precision in kinds
@@ -89,14 +99,29 @@ def measure(folder: Path, french: list[str], english: list[str], options: argpar
 
 
 def markdown(report: dict[str, Any]) -> str:
-    lines = [f"{report['sentences']} held-out sentences, beam {BEAMS}, {report['device']}: {report['machine']}", ""]
-    lines += [_COLUMNS, "|--|--|--:|--:|--:|--:|"]
+    where = report["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in where["packages"].items() if version)
+    lines = [
+        f"# The French-English translator, {report['device']}",
+        "",
+        f"{report['sentences']} held-out sentences, beam {BEAMS}, {THREADS} threads, from text to text; medians of "
+        f"{report['repeats']}, engines taking turns. {where['processor']}, {where['cores']} cores; "
+        f"Python {where['python']}, {versions}; {where['date']}.",
+        "",
+        _COLUMNS,
+        "|--|--|--:|--:|--:|--:|",
+    ]
     for row in report["engines"]:
         speeds = row["sentences_a_second"]
         lines.append(
-            f"| {row['engine']} | {row['precision']} | {row['bleu']:.2f} | {statistics.median(speeds):.1f} "
-            f"| {min(speeds):.1f}, {max(speeds):.1f} | {row['same_as_hugging_face']:.1%} |"
+            f"| {row['engine']} | {row['precision']} | {row['bleu']:.2f} | {statistics.median(speeds):.0f} "
+            f"| {min(speeds):.0f} - {max(speeds):.0f} | {row['same_as_hugging_face']:.1%} |"
         )
+    shares = [share for row in report["engines"] for share in row["others_share_of_cores"]]
+    lines += [
+        "",
+        f"Other processes used {statistics.median(shares):.0%} of the cores (median), {max(shares):.0%} at most.",
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import tritonclient.grpc as triton
 from tokenizers import Tokenizer
 
+from lightseq_backend.text.marian import Marian
 from lightseq_client import GENERATE, Client, Words
 
 MODELS = Path(__file__).parents[1] / "model_repository"
@@ -22,6 +23,13 @@ FRENCH = [
     "sept cent soixante-dix-sept mille cinq cent quatre-vingt-un",
 ]
 COUNTING = "twelve , thirteen , fourteen ,"
+INTERFACE = [
+    "Échec de la création du pool de stockage",
+    "Impossible d'ouvrir « %s » : le fichier n'existe pas.",
+    "Afficher la liste des fenêtres ouvertes",
+    "Voulez-vous vraiment supprimer ce calque ?",
+    "Cet utilitaire affiche l'état de la batterie de votre ordinateur portable.",
+]
 SEED = 5
 RIGHT = "twenty-one , twenty-two , twenty-three"
 WRONG = "twenty-one , forty , twenty-three"
@@ -38,6 +46,7 @@ def main() -> None:
         for client in (grpc, http):
             translate(client)
         hypotheses(grpc)
+        translate_interface(grpc)
         generate(http)
         stream(grpc)
         score(grpc)
@@ -57,6 +66,16 @@ def hypotheses(client: Client) -> None:
     (answer,) = client.translate(FRENCH[3:], model="transformer_generate", codec=codec, beam_size=4)
     for one in answer.hypotheses:
         print(f"  {one.score:8.4f}  {one.text}")
+
+
+def translate_interface(client: Client) -> None:
+    """Sentences of real programs; the four beams of each, which the server's own tokenizer could read as well."""
+    print("\nFrom French program interfaces (model fr2en, 4 beams with their scores):")
+    codec = Marian(MODELS / "fr2en")
+    for answer in client.translate(INTERFACE, model="fr2en", codec=codec, beam_size=4, num_hypotheses=4):
+        print(f"  {answer.given}")
+        for one in answer.hypotheses:
+            print(f"   {one.score:8.4f}  {one.text}")
 
 
 def generate(client: Client) -> None:

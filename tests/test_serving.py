@@ -43,7 +43,7 @@ from lightseq_backend.serving.wire import Wire, read_wire
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = (
-    *("transformer", "transformer_generate", "transformer_stream"),
+    *("transformer", "transformer_generate", "transformer_stream", "fr2en"),
     *("gpt", "gpt_stream", "gptlm", "gpt_en", "gpt_en_score"),
 )
 END = 2  # small_models' end id

@@ -111,7 +111,7 @@ def read(archive: Path) -> Contents:
         text=True,
     )
     name, version = fields.stdout.split("\t")
-    catalogues, licence = {}, "unknown"
+    catalogues, licence = {}, "see its copyright file"
     files = subprocess.run(["dpkg-deb", "--fsys-tarfile", str(archive)], check=True, capture_output=True).stdout
     with tarfile.open(fileobj=io.BytesIO(files)) as members:
         for member in members:

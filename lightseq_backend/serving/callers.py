@@ -1,6 +1,7 @@
 """Who waits for an answer, and whether they still do: cancelled calls and ids that are to be stopped.
 
-Asking Triton is a round trip to the server, so a thread of its own does it, and only of calls that last.
+Asking Triton is a round trip to the server, so a thread of its own does it, only of calls that last, and with a small
+part of its time: with 64 calls under way, asking about all of them every 50 ms took a sixth of the tokens/s on a CPU.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from lightseq_backend.request import Request
 
 log = logging.getLogger(__name__)
 
-PERIOD = 0.05  # seconds between two rounds of questions
+PERIOD = 0.05  # seconds between two rounds of questions, at least
+SHARE = 0.05  # of the time, that questions may take
 AGE = 0.1  # of a call that is asked about: most are answered by then
 
 Cancel = Callable[[Sequence[Request], Exception], None]
@@ -70,11 +72,13 @@ class Callers:
         return len(named)
 
     def _loop(self) -> None:
-        while not self._closed.wait(PERIOD):
+        pause = PERIOD
+        while not self._closed.wait(pause):
             now = time.monotonic()
             for caller in list(self._callers.values()):
                 if now - caller.since >= AGE:
                     self._ask(caller)
+            pause = max(PERIOD, (time.monotonic() - now) / SHARE)
 
     def _ask(self, caller: Caller) -> None:
         with caller.lock:

@@ -1,0 +1,1 @@
+from lightseq_backend.serving.model import TritonPythonModel as TritonPythonModel

@@ -18,10 +18,13 @@ from lightseq_backend.request import SCORE as ENGINE_SCORE
 from lightseq_backend.serving.embedded import EmbeddedServer
 from lightseq_client import SCORE, Answer, Client, Failure, Ids, ModelError, RowError, ServerText, Words
 from lightseq_client.__main__ import main
+from lightseq_client.answers import Row, grouped
+from lightseq_client.signature import signature
 from lightseq_client.vocabulary import Codec
 
 PROTOCOLS = ("grpc", "http")
 PAIRS = [*zip(SOURCES, TARGETS)]
+TEXT_METADATA = dict.fromkeys(TEXTS, "BYTES")
 LINES = ["5 9 20 95\t17 4 99", "7 95\t8 9 10 11 12 99", "30 31 32 33 34\t40 99"]
 needs_text = pytest.mark.skipif(not NUMPY_1, reason="Triton's Python stub takes no strings under NumPy 2")
 
@@ -145,6 +148,33 @@ def test_text_has_its_sum_and_its_tokens(client: Client) -> None:
 def test_translator_that_scores_nothing_is_refused_with_its_tensors(client: Client) -> None:
     with pytest.raises(ModelError, match=r"translator cannot score.*target_ids too.*inputs source_ids INT32 and"):
         client.score_targets(PAIRS, model="translator")
+
+
+# Metadata and shapes
+
+
+def test_pairs_share_a_request_where_both_lengths_are_the_same() -> None:
+    rows = [Row(1, "", (5,), (7, 8)), Row(2, "", (6,), (7,)), Row(3, "", (9,), (8, 8)), Row(4, "", (9, 9), (8, 8))]
+    assert [[row.number for row in group] for group in grouped(rows, may_pad=False)] == [[1, 3], [2], [4]]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "takes_text", "target"),
+    [
+        ({"text_input": "BYTES", "source_ids": "INT32", "target_ids": "INT64"}, False, ("target_ids", "INT64")),
+        ({**TEXT_METADATA, "source_ids": "INT32", "target_ids": "INT32"}, True, ("target_ids", "INT32")),
+        ({"text_input": "BYTES", "token_ids": "INT32"}, True, None),
+    ],
+)
+def test_kind_of_a_model_is_told_by_its_inputs(
+    inputs: dict[str, str], takes_text: bool, target: tuple[str, str] | None
+) -> None:
+    outputs = {"log_probability": "FP32", "token_log_probabilities": "FP32"}
+    sides = {"inputs": inputs, "outputs": outputs}
+    found = signature(
+        SCORE, "m", {side: [{"name": n, "datatype": d} for n, d in given.items()] for side, given in sides.items()}
+    )
+    assert (found.takes_text(SCORE), found.target, found.scores) == (takes_text, target, "log_probability")
 
 
 # Words for both sides

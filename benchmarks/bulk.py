@@ -90,7 +90,7 @@ def measure(model: Path, lines: Path, output: Path, seconds: float) -> tuple[lis
     before the lines."""
     command = [sys.executable, "-m", "lightseq_backend", "translate", model, lines, "--output", output, *OPTIONS]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=environment)
+    process = subprocess.Popen(command, env=environment, preexec_fn=_heed_interrupts)
     try:
         samples = list(_samples(process, output, seconds))
         if process.poll() is None:
@@ -99,6 +99,11 @@ def measure(model: Path, lines: Path, output: Path, seconds: float) -> tuple[lis
     finally:
         process.kill()
     return samples, code
+
+
+def _heed_interrupts() -> None:
+    """A shell's background jobs ignore them, and what they start does too."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _samples(process: subprocess.Popen[bytes], output: Path, seconds: float) -> Iterator[Sample]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import signal
 import sys
 from pathlib import Path
 
@@ -40,6 +41,18 @@ def test_run_answers_every_line_and_is_sampled(tmp_path: Path, monkeypatch: pyte
     assert [sample.lines for sample in samples] == sorted(sample.lines for sample in samples)
     assert 0 < samples[-1].lines <= 3000
     assert 20 * MIB < samples[-1].memory < 1000 * MIB
+
+
+def test_run_is_interrupted_even_where_interrupts_were_ignored(tmp_path: Path) -> None:
+    weights.save(tmp_path / "transformer.pb", bulk.CONFIG, transformer_base.random_arrays(bulk.CONFIG))
+    with (tmp_path / "lines").open("wb") as file:
+        bulk.write_lines(file, 1_000_000)
+    heeded = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        _, code = bulk.measure(tmp_path / "transformer.pb", tmp_path / "lines", tmp_path / "out", 3)
+    finally:
+        signal.signal(signal.SIGINT, heeded)
+    assert code in (130, -signal.SIGINT)  # the latter where it had not begun
 
 
 def test_growth_is_that_behind_the_warm_up() -> None:

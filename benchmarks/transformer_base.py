@@ -40,7 +40,7 @@ CONFIG = TransformerConfig(
 
 def write(path: Path) -> None:
     """Writes the weights as a transformer.pb. Both sides share one embedding, as Hugging Face's class does."""
-    arrays = _random_arrays()
+    arrays = random_arrays(CONFIG)
     tokens = np.random.default_rng(SEED + 1).standard_normal((VOCABULARY, HIDDEN), dtype=np.float32)
     # LightSeq's tables hold sqrt(hidden) already; logits spread by about 2.
     tokens *= 0.1 * np.sqrt(HIDDEN)
@@ -71,10 +71,11 @@ def shapes(config: TransformerConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
             yield entry.name.replace("*", str(layer)), shape
 
 
-def _random_arrays() -> dict[str, np.ndarray]:
+def random_arrays(config: TransformerConfig) -> dict[str, np.ndarray]:
+    """Weights of which scores come out neither flat nor sharp; float32."""
     random = np.random.default_rng(SEED)
     arrays = {}
-    for name, shape in shapes(CONFIG):
+    for name, shape in shapes(config):
         values = random.standard_normal(shape, dtype=np.float32)
         if name.endswith(".weight"):
             values /= np.sqrt(np.float32(shape[0]))

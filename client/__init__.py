@@ -1,6 +1,6 @@
 """Client for LightSeq models served by Triton: a library (`Client`) and the command `lightseq-client`."""
 
-from lightseq_client.answers import GENERATE, SCORE, TRANSLATE, Answer, Failure, Hypothesis
+from lightseq_client.answers import Answer, Failure, Hypothesis
 from lightseq_client.client import Client, Health, ModelState
 from lightseq_client.errors import (
     ClientError,
@@ -11,6 +11,7 @@ from lightseq_client.errors import (
     ServerUnreachable,
     VocabularyError,
 )
+from lightseq_client.signature import GENERATE, SCORE, TRANSLATE
 from lightseq_client.stream import Part
 from lightseq_client.vocabulary import Ids, ServerText, Vocabulary, Words
 

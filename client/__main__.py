@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
 
-from lightseq_client.answers import GENERATE, SCORE, TRANSLATE, Answer, Failure
-from lightseq_client.client import DEFAULT_MODELS, DEFAULT_STREAMS, DEFAULT_URLS, Client, checked_url
+from lightseq_client.answers import Answer, Failure, Given
+from lightseq_client.client import DEFAULT_MODELS, DEFAULT_STREAMS, Client
 from lightseq_client.errors import ModelError, RequestFailed, RowError, ServerUnreachable, VocabularyError
 from lightseq_client.lines import Lines
 from lightseq_client.output import Json, JsonStream, Plain, PlainStream, Summary
+from lightseq_client.protocols import DEFAULT_URLS, checked_url
+from lightseq_client.signature import GENERATE, SCORE, TRANSLATE
 from lightseq_client.vocabulary import Codec, Ids, ServerText, Words
 
 HEALTH = "health"
@@ -39,13 +41,19 @@ Rows come from the arguments, one row an argument, or else from standard input, 
 with blanks between them ("17 4 2"), or text with --text. A failed row leaves an empty line in plain output,
 so that line n always belongs to row n.
 """
+_PAIRS = """\
+Where the model scores translations, a row is a source, a tab and its target: what the model would write, as ids
+with the end id. What comes is the mean negative log-likelihood of the tokens after the first (of models with an
+output loss), or the log-probability of all that is scored (log_probability), and with --json each token's too;
+the logarithm is the natural one.
+"""
 _TEXT = "With --text the server tokenises; where it cannot, or with --vocabulary, "
 _DESCRIPTIONS = {
     TRANSLATE: "Translate rows." + _ROWS + _TEXT + "a source is sent as its words and </s>.",
     GENERATE: "Continue prompts; the output begins with the prompt." + _ROWS + _TEXT + "a prompt is sent as <s> "
     "and its words.",
-    SCORE: "Mean negative log-likelihood of the tokens after the first, natural log." + _ROWS + _TEXT + "a row is "
-    "sent as <s> and its words.",
+    SCORE: "Score texts, or translations that are given." + _ROWS + _PAIRS + _TEXT + "a row is sent as <s> and its\n"
+    "words, of a pair each side as its words and </s>.",
     HEALTH: "State of the server and its models, with their versions.",
 }
 _OPTIONS: dict[str, tuple[Callable[[str], Any], str]] = {
@@ -115,7 +123,7 @@ def _task(arguments: argparse.Namespace, opened: ExitStack) -> int:
     codec = _codec(arguments, client)
     items = client.answers(
         task,
-        rows,
+        map(_parts, rows) if task == SCORE else rows,
         model=arguments.model,
         codec=codec,
         rows_per_request=arguments.rows_per_request,
@@ -197,13 +205,20 @@ def _codec(arguments: argparse.Namespace, client: Client) -> Codec:
     if not arguments.vocabulary and client.takes_text(arguments.command, arguments.model):
         return ServerText()
     directory = arguments.vocabulary or _beside_weights(arguments.model, client)
-    make = Words.for_translation if arguments.command == TRANSLATE else Words.for_generation
-    return make(directory, warn=_warn)
+    translates = arguments.command == TRANSLATE or (
+        arguments.command == SCORE and client.takes_targets(arguments.model)
+    )
+    return (Words.for_translation if translates else Words.for_generation)(directory, warn=_warn)
 
 
 def _beside_weights(model: str, client: Client) -> str:
     """The directory of the model's weights in the repository here; models may share one file (../gpt/gpt.pb)."""
     return os.path.normpath(Path("model_repository", model, client.weights(model) or "none").parent)
+
+
+def _parts(line: str) -> Given:
+    """The line; one with tabs as what lies between them: a source and its target."""
+    return tuple(line.split("\t")) if "\t" in line else line
 
 
 def _rows(arguments: argparse.Namespace) -> tuple[Iterable[str], Callable[[], bool], int | None]:

@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from lightseq_client.errors import INTERNAL, ClientError, ModelError, RequestFailed, RowError
+from lightseq_client.signature import (
+    DETAILS,
+    GENERATE,
+    INTEGER_TYPES,
+    LOG_PROBABILITY,
+    TEXT_OUTPUT,
+    Signature,
+)
 from lightseq_client.vocabulary import Codec, ServerText
 
-TRANSLATE = "translate"
-GENERATE = "generate"
-SCORE = "score"
-INTEGER_TYPES: dict[str, type[np.signedinteger[Any]]] = {"INT32": np.int32, "INT64": np.int64}
 RowLike = Sequence[int] | str
-FLOAT_TYPES = ("FP16", "FP32", "FP64")
-TEXT_INPUT, TEXT_OUTPUT = "text_input", "text_output"  # Triton's own clients for text call them so
-FINAL, FIRST_TOKEN = "final", "first_token_ms"  # outputs of a model that streams
-DETAILS = "token_log_probabilities"  # an option, and the output that its answer is in
-LOG_PROBABILITY = "log_probability"
+Given = RowLike | tuple[RowLike, ...]  # where translations are scored: a source and its target
+_SIDES = (str, Sequence, np.ndarray)  # what such a pair consists of, and no row of ids does
 
 
 @dataclass(frozen=True)
@@ -43,11 +44,15 @@ class Hypothesis:
 
 @dataclass(frozen=True)
 class Row:
-    """One row on its way: its place among the caller's rows (from 1), as it was given, and its ids."""
+    """One row on its way: its place among the caller's rows (from 1), as it was given, and its ids.
+
+    target  ids of the translation to score; none in other requests, and none where both sides go as text
+    """
 
     number: int
     given: object
     ids: tuple[int, ...]
+    target: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -57,9 +62,13 @@ class Answer:
     number         the row's place among the caller's rows, from 1
     given, ids     the row as it was given and as it was sent, without padding; no ids where it was sent as text
     hypotheses     best first; empty for a score
-    loss           mean negative log-likelihood, natural log (scores only)
+    loss           mean negative log-likelihood, natural log (scores only, of models that give it)
     prompt_length  how many ids of every hypothesis are the prompt's; 0 for a translation, and where it was sent as text
     latency        seconds from the first attempt to the answer, waits between attempts included
+    target         ids of the translation that was scored, as it was sent
+    log_probability, token_log_probabilities  natural log, of all that was scored and of each of its tokens (scores
+                   only, of models that give them); 0 behind what fills a row up, and behind the end of a row that was
+                   sent as text together with longer ones
     """
 
     number: int
@@ -69,12 +78,15 @@ class Answer:
     loss: float | None
     prompt_length: int
     latency: float
+    target: tuple[int, ...] = ()
+    log_probability: float | None = None
+    token_log_probabilities: tuple[float, ...] | None = None
 
     @property
     def tokens(self) -> int:
         """Tokens of the best hypothesis that the model chose, or tokens that it scored."""
         if not self.hypotheses:
-            return max(0, len(self.ids) - 1)
+            return len(self.target) or len(self.token_log_probabilities or self.ids[1:])
         return len(self.hypotheses[0].ids) - self.prompt_length
 
 
@@ -85,36 +97,6 @@ class Failure:
     number: int
     given: object
     error: ClientError
-
-
-@dataclass(frozen=True)
-class Signature:
-    """The tensors of one model: `ids` and `scores` are output names, None where there is no such output.
-
-    reads_text, writes_text  there is an input text_input, an output text_output
-    streams  it answers in parts, and not in one piece
-    """
-
-    input: str
-    datatype: str
-    ids: str | None
-    scores: str | None
-    reads_text: bool = False
-    writes_text: bool = False
-    streams: bool = False
-
-    def takes_text(self, task: str) -> bool:
-        return self.reads_text and (self.writes_text or task == SCORE)
-
-    def given(self, rows: np.ndarray) -> tuple[str, str]:
-        """Name and data type of the input that takes these rows: of ids, or of text where they are objects."""
-        return (TEXT_INPUT, "BYTES") if rows.dtype == np.object_ else (self.input, self.datatype)
-
-    def outputs(self, rows: np.ndarray, parameters: Mapping[str, Any]) -> list[str]:
-        """Names of the outputs that an answer to these rows, asked for with these parameters, has."""
-        text = TEXT_OUTPUT if rows.dtype == np.object_ and self.ids else None
-        details = DETAILS if self.ids and parameters.get(DETAILS) in (True, "true") else None
-        return [name for name in (self.ids, self.scores, text, details) if name is not None]
 
 
 @dataclass(frozen=True)
@@ -148,52 +130,12 @@ def call_of(task: str, model: str, tensors: Signature, codec: Codec, options: Ma
     return Call(task, model, tensors, codec, pads, parameters)
 
 
-def signature(task: str, model: str, metadata: Mapping[str, Any]) -> Signature:
-    """Read from the model's metadata which tensor is what, by data type: names are the model's own affair.
-
-    Ids go in and come out as integers, scores and losses as floating point. ModelError when the model
-    does not have what the task needs.
-    """
-    inputs = [tensor for tensor in metadata["inputs"] if tensor["datatype"] in INTEGER_TYPES]
-    ids = [tensor["name"] for tensor in metadata["outputs"] if tensor["datatype"] in INTEGER_TYPES]
-    scores = [
-        tensor["name"]
-        for tensor in metadata["outputs"]
-        if tensor["datatype"] in FLOAT_TYPES and tensor["name"] not in (DETAILS, FIRST_TOKEN)
-    ]
-    wants_ids = task != SCORE
-    if len(inputs) != 1 or len(ids) != wants_ids or (len(scores) > 1 if wants_ids else len(scores) != 1):
-        needs = "one integer output and at most one of floats" if wants_ids else "one output, of floats"
-        raise ModelError(
-            f"model {model} cannot {task}: that needs one integer input and {needs}; "
-            f"it has inputs {_tensors(metadata['inputs'])} and outputs {_tensors(metadata['outputs'])}"
-        )
-    if scores == [LOG_PROBABILITY]:
-        raise ModelError(f"model {model} cannot {task}: it gives {LOG_PROBABILITY}, which is not a loss")
-    texts = {
-        tensor["name"] for part in ("inputs", "outputs") for tensor in metadata[part] if tensor["datatype"] == "BYTES"
-    }
-    return Signature(
-        inputs[0]["name"],
-        inputs[0]["datatype"],
-        next(iter(ids), None),
-        next(iter(scores), None),
-        TEXT_INPUT in texts,
-        TEXT_OUTPUT in texts,
-        FINAL in {tensor["name"] for tensor in metadata["outputs"]},
-    )
-
-
-def encoded(call: Call, chunk: list[tuple[int, RowLike]]) -> tuple[list[Row], list[Failure]]:
+def encoded(call: Call, chunk: list[tuple[int, Given]]) -> tuple[list[Row], list[Failure]]:
     """The rows that can be sent, and why the others cannot."""
     rows, failures = [], []
     for number, given in chunk:
         try:
-            if call.sends_text:
-                rows.append(Row(number, _text(given), ()))
-                continue
-            values = call.codec.encode(given) if isinstance(given, str) else given
-            rows.append(Row(number, given, checked_ids(values, call.tensors.datatype)))
+            rows.append(_row(call, number, given))
         except RowError as error:
             failures.append(Failure(number, given, error))
     return rows, failures
@@ -203,8 +145,7 @@ def answers_of(call: Call, rows: list[Row], outputs: dict[str, Any], latency: fl
     """Read the outputs (name: array) of one request back into its rows."""
     tensors, codec = call.tensors, call.codec
     if tensors.ids is None:
-        losses = losses_of(outputs[str(tensors.scores)], len(rows))
-        return [Answer(row.number, row.given, row.ids, (), loss, 0, latency) for row, loss in zip(rows, losses)]
+        return _scores(call, rows, outputs, latency)
     scores = None if tensors.scores is None else outputs[tensors.scores]
     if call.sends_text:
         return _text_answers(call, rows, outputs, scores, latency)
@@ -230,7 +171,7 @@ def texts_of(texts: np.ndarray, rows: int) -> list[list[str]]:
     return [[bytes(text).decode(errors="replace") for text in row] for row in texts.tolist()]
 
 
-def checked_ids(values: Iterable[object], datatype: str) -> tuple[int, ...]:
+def checked_ids(values: Iterable[object], datatype: str, what: str = "row") -> tuple[int, ...]:
     """The row as integers that fit the model's input; RowError names what does not."""
     limits = np.iinfo(INTEGER_TYPES[datatype])
     ids = []
@@ -241,7 +182,7 @@ def checked_ids(values: Iterable[object], datatype: str) -> tuple[int, ...]:
             raise RowError(f"id {value} does not fit the model's input, which is {datatype}")
         ids.append(int(value))
     if not ids:
-        raise RowError("the row is empty")
+        raise RowError(f"the {what} is empty")
     return tuple(ids)
 
 
@@ -249,23 +190,29 @@ def grouped(rows: Sequence[Row], may_pad: bool) -> list[list[Row]]:
     """Rows that may share a request: all of them when padding is allowed, else those of equal length."""
     if may_pad:
         return [list(rows)] if rows else []
-    groups: dict[int, list[Row]] = {}
+    groups: dict[tuple[int, int], list[Row]] = {}
     for row in rows:
-        groups.setdefault(len(row.ids), []).append(row)
+        groups.setdefault((len(row.ids), len(row.target)), []).append(row)
     return list(groups.values())
 
 
-def text_matrix(rows: Sequence[Row]) -> np.ndarray:
-    """The rows as one array of text [rows, 1]."""
-    return np.array([[str(row.given).encode(errors="replace")] for row in rows], np.object_)
+def sides_of(call: Call, rows: Sequence[Row]) -> list[np.ndarray]:
+    """The rows as one array, or where targets are scored as two, sources and targets: of ids [rows, longest], or of
+    text [rows, 1]."""
+    target, padding_id = call.tensors.target, call.codec.padding_id
+    if call.sends_text:
+        given: list[Any] = [row.given for row in rows]
+        sides = zip(*given) if target is not None else [given]
+        return [np.array([[text.encode(errors="replace")] for text in side], np.object_) for side in sides]
+    sources = matrix([row.ids for row in rows], call.tensors.datatype, padding_id)
+    return [sources] if target is None else [sources, matrix([row.target for row in rows], target[1], padding_id)]
 
 
-def matrix(rows: Sequence[Row], datatype: str, padding_id: int | None) -> np.ndarray:
-    """The rows as one array [rows, longest], filled up on the right with padding_id."""
-    width = max(len(row.ids) for row in rows)
-    array = np.full((len(rows), width), 0 if padding_id is None else padding_id, INTEGER_TYPES[datatype])
-    for place, row in zip(array, rows):
-        place[: len(row.ids)] = row.ids
+def matrix(rows: Sequence[Sequence[int]], datatype: str, padding_id: int | None) -> np.ndarray:
+    """Rows of ids as one array [rows, longest], filled up on the right with padding_id."""
+    array = np.full((len(rows), max(map(len, rows))), 0 if padding_id is None else padding_id, INTEGER_TYPES[datatype])
+    for place, ids in zip(array, rows):
+        place[: len(ids)] = ids
     return array
 
 
@@ -296,13 +243,6 @@ def details_of(outputs: Mapping[str, np.ndarray], ids: np.ndarray) -> list[list[
     return [[tuple(found) for found in row] for row in (details[:, None] if details.ndim == 2 else details).tolist()]
 
 
-def losses_of(losses: np.ndarray, rows: int) -> list[float]:
-    """losses [rows, 1] or [rows]: one a row."""
-    if losses.size != rows:
-        raise RequestFailed(INTERNAL, f"the model answered losses of shape {list(losses.shape)} for {rows} rows")
-    return [float(loss) for loss in losses.ravel()]
-
-
 def ended(ids: tuple[int, ...], start: int, end_id: int | None) -> tuple[int, ...]:
     """The ids up to and with the first end id at or behind `start`."""
     if end_id is None or end_id not in ids[start:]:
@@ -310,14 +250,56 @@ def ended(ids: tuple[int, ...], start: int, end_id: int | None) -> tuple[int, ..
     return ids[: ids.index(end_id, start) + 1]
 
 
-def _tensors(tensors: Iterable[Mapping[str, Any]]) -> str:
-    return ", ".join(f"{tensor['name']} {tensor['datatype']}" for tensor in tensors) or "none"
+def _row(call: Call, number: int, given: Any) -> Row:
+    is_pair = isinstance(given, list | tuple) and any(isinstance(part, _SIDES) for part in given)
+    parts = len(given) if is_pair else 1
+    if call.tensors.target is None:
+        if parts > 1:
+            raise RowError(f"the row has {parts} parts; model {call.model} takes one text, or one row of ids")
+        if call.sends_text:
+            return Row(number, _text(given), ())
+        return Row(number, given, _ids(call.codec.encode, given, call.tensors.datatype))
+    if parts != 2:
+        plural = "" if parts == 1 else "s"
+        raise RowError(
+            f"the row has {parts} part{plural}; model {call.model} scores two: a source and its target, in a line "
+            "with a tab between"
+        )
+    source, target = given
+    if call.sends_text:
+        return Row(number, (_text(source), _text(target)), ())
+    # A codec that writes both sides alike has no encode_target.
+    encode_target = getattr(call.codec, "encode_target", call.codec.encode)
+    ids = _ids(call.codec.encode, source, call.tensors.datatype, "source")
+    return Row(number, given, ids, _ids(encode_target, target, call.tensors.target[1], "target"))
+
+
+def _ids(encode: Callable[[str], Iterable[int]], given: RowLike, datatype: str, what: str = "row") -> tuple[int, ...]:
+    return checked_ids(encode(given) if isinstance(given, str) else given, datatype, what)
 
 
 def _text(given: object) -> str:
     if not isinstance(given, str):
         raise RowError(f"{given!r} is not text")
     return given
+
+
+def _scores(call: Call, rows: list[Row], outputs: dict[str, Any], latency: float) -> list[Answer | Failure]:
+    """Of outputs loss or log_probability [rows, 1] or [rows], and token_log_probabilities [rows, tokens]."""
+    name = str(call.tensors.scores)
+    numbers, parts = outputs[name], outputs.get(DETAILS)
+    if numbers.size != len(rows) or (parts is not None and (parts.ndim != 2 or len(parts) != len(rows))):
+        shapes = ", ".join(f"{key} of shape {list(array.shape)}" for key, array in outputs.items())
+        raise RequestFailed(INTERNAL, f"the model answered {shapes} for {len(rows)} rows")
+    answers: list[Answer | Failure] = []
+    for place, (row, number) in enumerate(zip(rows, numbers.ravel().tolist())):
+        answer = Answer(row.number, row.given, row.ids, (), number, 0, latency, row.target)
+        if name == LOG_PROBABILITY:
+            tokens = len(row.target) or len(row.ids[1:]) if row.ids else None
+            own = None if parts is None else tuple(parts[place, :tokens].tolist())
+            answer = replace(answer, loss=None, log_probability=number, token_log_probabilities=own)
+        answers.append(answer)
+    return answers
 
 
 def _text_answers(

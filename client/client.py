@@ -15,22 +15,17 @@ from types import TracebackType
 from typing import Any, TypeVar
 
 from lightseq_client.answers import (
-    GENERATE,
-    SCORE,
-    TRANSLATE,
     Answer,
     Call,
     Failure,
+    Given,
     Row,
     RowLike,
-    Signature,
     answers_of,
     call_of,
     encoded,
     grouped,
-    matrix,
-    signature,
-    text_matrix,
+    sides_of,
 )
 from lightseq_client.errors import (
     INVALID_ARGUMENT,
@@ -40,11 +35,11 @@ from lightseq_client.errors import (
     RequestTimeout,
     ServerUnreachable,
 )
-from lightseq_client.protocols import CONTROL_TIMEOUT, Grpc, Http
+from lightseq_client.protocols import CONTROL_TIMEOUT, DEFAULT_URLS, Grpc, Http, checked_url
+from lightseq_client.signature import GENERATE, LOG_PROBABILITY, SCORE, TRANSLATE, Signature, signature
 from lightseq_client.stream import Part, parts
 from lightseq_client.vocabulary import Codec, Ids
 
-DEFAULT_URLS = {"grpc": "localhost:8001", "http": "localhost:8000"}
 DEFAULT_MODELS = {TRANSLATE: "transformer", GENERATE: "gpt", SCORE: "gptlm"}
 DEFAULT_STREAMS = {TRANSLATE: "transformer_stream", GENERATE: "gpt_stream"}
 FIRST_PAUSE = 0.05  # seconds before the second attempt; doubles with each
@@ -154,14 +149,24 @@ class Client:
         return list(_all_or_raise(self.answers(GENERATE, rows, model=model, **settings)))
 
     def score(self, rows: Iterable[RowLike], *, model: str = DEFAULT_MODELS[SCORE], **settings: Any) -> list[float]:
-        """Mean negative log-likelihood of each row's ids after the first, natural log. See translate."""
+        """Mean negative log-likelihood of each row's ids after the first, natural log. See translate.
+
+        ModelError for a model that gives log_probability instead: `answers` hands that out.
+        """
+        if self._signature(SCORE, model).scores == LOG_PROBABILITY:
+            raise ModelError(f"model {model} gives {LOG_PROBABILITY}, not a loss: ask score_targets, or answers")
         answers = _all_or_raise(self.answers(SCORE, rows, model=model, **settings))
         return [answer.loss for answer in answers if answer.loss is not None]
+
+    def score_targets(self, pairs: Iterable[tuple[RowLike, RowLike]], *, model: str, **settings: Any) -> list[Answer]:
+        """Translations that are given, each with its source: log_probability and token_log_probabilities of the
+        answers are the target's. A target is what the model would write. See translate."""
+        return list(_all_or_raise(self.answers(SCORE, pairs, model=model, **settings)))
 
     def answers(
         self,
         task: str,
-        rows: Iterable[RowLike],
+        rows: Iterable[Given],
         *,
         model: str | None = None,
         codec: Codec | None = None,
@@ -172,7 +177,8 @@ class Client:
         """One Answer or Failure a row, in the order of the rows, which are drawn as room appears.
 
         rows              ids, or text where a codec is given; with the codec ServerText() the server, where
-                          it has the model's tokenizer, turns text into ids and ids into text
+                          it has the model's tokenizer, turns text into ids and ids into text. Where a
+                          model scores translations, a row is a pair: a source and its target
         rows_per_request  1 sends every row by itself. With n, n consecutive rows travel together:
                           padded to one matrix where the codec knows the padding id (LightSeq's step
                           limit then counts the padding too), else, and for prompts always, one request
@@ -227,13 +233,17 @@ class Client:
         """Whether the server tokenises for the model: the codec ServerText needs that."""
         return self._signature(task, model).takes_text(task)
 
+    def takes_targets(self, model: str) -> bool:
+        """Whether the model scores translations: rows are pairs then."""
+        return self._signature(SCORE, model).target is not None
+
     def weights(self, model: str) -> str:
         """Where the model's configuration says its weights are, seen from the model's directory; "" if nowhere."""
         config = self._run(self._described(model, self._wire.config))
         return str(config.get("parameters", {}).get("weights", {}).get("string_value", ""))
 
     def _flow(
-        self, call: Call, rows: Iterator[tuple[int, RowLike]], rows_per_request: int, ready: Callable[[], bool]
+        self, call: Call, rows: Iterator[tuple[int, Given]], rows_per_request: int, ready: Callable[[], bool]
     ) -> Generator[Answer | Failure, None, None]:
         window: deque[Future[list[Answer | Failure]]] = deque()
         more = True
@@ -259,13 +269,8 @@ class Client:
         started = 0.0
 
         async def attempt() -> dict[str, Any]:
-            if call.sends_text:
-                array = text_matrix(rows)
-            else:
-                array = matrix(rows, call.tensors.datatype, call.codec.padding_id)
-            return await asyncio.wait_for(
-                self._wire.infer(call.model, call.tensors, array, call.parameters), self.timeout
-            )
+            infer = self._wire.infer(call.model, call.tensors, sides_of(call, rows), call.parameters)
+            return await asyncio.wait_for(infer, self.timeout)
 
         try:
             async with self._gate:
@@ -379,14 +384,6 @@ def pause(attempt: int) -> float:
     """Seconds to wait after that many attempts: doubling, bounded, and up to half shorter by chance, so that
     clients turned away together do not come back together."""
     return min(LONGEST_PAUSE, FIRST_PAUSE * 2 ** (attempt - 1)) * random.uniform(0.5, 1)
-
-
-def checked_url(url: str) -> str:
-    """host:port as it stands; ValueError for anything else."""
-    host, _, port = url.rpartition(":")
-    if not host or "/" in url or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise ValueError(f"url is {url!r}; it must be host:port, without a scheme or a path")
-    return url
 
 
 def _all_or_raise(items: Iterator[Answer | Failure]) -> Iterator[Answer]:

@@ -7,13 +7,14 @@ import math
 from array import array
 from typing import Any, TextIO
 
-from lightseq_client.answers import GENERATE, Answer, Failure, Hypothesis
+from lightseq_client.answers import Answer, Failure, Hypothesis
 from lightseq_client.client import Health
+from lightseq_client.signature import GENERATE
 from lightseq_client.stream import Part
 
 
 class Plain:
-    """The best hypothesis, or the loss, a line; with every_hypothesis one line each: row, rank, score, text.
+    """The best hypothesis, or the score, a line; with every_hypothesis one line each: row, rank, score, text.
 
     Line n belongs to row n: a failed row leaves an empty one. With every_hypothesis it leaves none.
     """
@@ -23,14 +24,15 @@ class Plain:
         self._every = every_hypothesis
 
     def answer(self, answer: Answer) -> None:
-        if answer.loss is not None:
-            self._line(f"{answer.loss:.6f}")
+        score = answer.log_probability if answer.loss is None else answer.loss
+        if score is not None:
+            self._line(f"{score:.6f}")
         elif not self._every:
             self._line(answer.hypotheses[0].text or "")
         else:
             for rank, found in enumerate(answer.hypotheses, 1):
-                score = "-" if found.score is None else f"{found.score:.6f}"
-                self._line(f"{answer.number}\t{rank}\t{score}\t{found.text}")
+                worth = "-" if found.score is None else f"{found.score:.6f}"
+                self._line(f"{answer.number}\t{rank}\t{worth}\t{found.text}")
 
     def failure(self, failure: Failure) -> None:
         if not self._every:
@@ -60,8 +62,14 @@ class Json:
         fields: dict[str, Any] = {"line": answer.number, "input": answer.given}
         if answer.ids:  # where the server tokenised, it keeps them to itself
             fields["input_ids"] = answer.ids
+        if answer.target:
+            fields["target_ids"] = answer.target
         if answer.loss is not None:
             fields["loss"] = _finite(answer.loss)
+        elif answer.log_probability is not None:
+            fields["log_probability"] = _finite(answer.log_probability)
+            if answer.token_log_probabilities is not None:
+                fields["token_log_probabilities"] = [*map(_finite, answer.token_log_probabilities)]
         else:
             if self._prompts and answer.ids:
                 fields["prompt_length"] = answer.prompt_length

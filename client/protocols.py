@@ -8,17 +8,19 @@ Every failure leaves here as RequestFailed with gRPC's status names.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
 import numpy as np
 
-from lightseq_client.answers import Signature
 from lightseq_client.errors import INTERNAL, INVALID_ARGUMENT, UNAVAILABLE, RequestFailed
+from lightseq_client.signature import Signature
 
+DEFAULT_URLS = {"grpc": "localhost:8001", "http": "localhost:8000"}
 CONTROL_TIMEOUT = 5.0  # seconds for a question about health or metadata
 Outputs = dict[str, np.ndarray]
+Sides = Sequence[np.ndarray]  # one array, or sources and targets
 HTTP_STATUS = {
     "400": INVALID_ARGUMENT,
     "403": "PERMISSION_DENIED",
@@ -57,7 +59,7 @@ class Grpc:
         answer = await self._call(self._client.get_model_repository_index, headers=self._admin, as_json=True)
         return answer.get("models", [])
 
-    async def infer(self, model: str, tensors: Signature, rows: np.ndarray, parameters: Mapping[str, Any]) -> Outputs:
+    async def infer(self, model: str, tensors: Signature, sides: Sides, parameters: Mapping[str, Any]) -> Outputs:
         loop = asyncio.get_running_loop()
         done = loop.create_future()
 
@@ -73,13 +75,11 @@ class Grpc:
             if not loop.is_closed():
                 loop.call_soon_threadsafe(settle, result, error)
 
-        name, datatype = tensors.given(rows)
-        given = self._triton.InferInput(name, rows.shape, datatype)
-        given.set_data_from_numpy(rows)
+        given = inputs_of(self._triton, tensors, sides)
         async with _plain_failures():
-            call = self._client.async_infer(model, [given], arrived, parameters=dict(parameters))
+            call = self._client.async_infer(model, given, arrived, parameters=dict(parameters))
             try:
-                return _outputs(await done, tensors.outputs(rows, parameters))
+                return _outputs(await done, tensors.outputs(sides, parameters))
             except asyncio.CancelledError:
                 call.cancel()
                 raise
@@ -125,18 +125,33 @@ class Http:
         async with _plain_failures():
             return await self._client.get_model_repository_index(headers=self._admin)
 
-    async def infer(self, model: str, tensors: Signature, rows: np.ndarray, parameters: Mapping[str, Any]) -> Outputs:
-        name, datatype = tensors.given(rows)
-        given = self._triton.InferInput(name, list(rows.shape), datatype)
-        given.set_data_from_numpy(rows)
+    async def infer(self, model: str, tensors: Signature, sides: Sides, parameters: Mapping[str, Any]) -> Outputs:
+        given = inputs_of(self._triton, tensors, sides)
         async with _plain_failures():
             return _outputs(
-                await self._client.infer(model, [given], parameters=dict(parameters)),
-                tensors.outputs(rows, parameters),
+                await self._client.infer(model, given, parameters=dict(parameters)),
+                tensors.outputs(sides, parameters),
             )
 
     async def close(self) -> None:
         await self._client.close()
+
+
+def checked_url(url: str) -> str:
+    """host:port as it stands; ValueError for anything else."""
+    host, _, port = url.rpartition(":")
+    if not host or "/" in url or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError(f"url is {url!r}; it must be host:port, without a scheme or a path")
+    return url
+
+
+def inputs_of(protocol: Any, tensors: Signature, sides: Sides) -> list[Any]:
+    """The sides as inputs of one of tritonclient's protocols, a module."""
+    inputs = []
+    for name, datatype, side in tensors.given(sides):
+        inputs.append(protocol.InferInput(name, list(side.shape), datatype))
+        inputs[-1].set_data_from_numpy(side)
+    return inputs
 
 
 @asynccontextmanager

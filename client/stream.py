@@ -15,24 +15,18 @@ from typing import Any
 import numpy as np
 
 from lightseq_client.answers import (
-    DETAILS,
-    FINAL,
-    FIRST_TOKEN,
-    GENERATE,
-    TEXT_INPUT,
-    TEXT_OUTPUT,
     Answer,
     Call,
     Failure,
     Row,
     answers_of,
     hypotheses_of,
-    matrix,
-    text_matrix,
+    sides_of,
     texts_of,
 )
 from lightseq_client.errors import INTERNAL, UNAVAILABLE, UNKNOWN, RequestFailed, RequestTimeout
-from lightseq_client.protocols import HTTP_STATUS, Outputs
+from lightseq_client.protocols import HTTP_STATUS, Outputs, inputs_of
+from lightseq_client.signature import DETAILS, FINAL, FIRST_TOKEN, GENERATE, TEXT_INPUT, TEXT_OUTPUT
 
 _SIDE_BY_SIDE = ("topk", "topp", "sample", "topk_greedy")  # methods whose texts stream each by itself
 _TYPES = {FINAL: np.bool_, FIRST_TOKEN: np.float32, DETAILS: np.float32, TEXT_OUTPUT: np.object_}
@@ -60,7 +54,7 @@ def parts(
 ) -> Generator[Part, None, None]:
     """Sends the row and yields what comes; closed early, it has the server stop. timeout: seconds between two parts."""
     started = time.perf_counter()
-    rows = text_matrix([row]) if call.sends_text else matrix([row], call.tensors.datatype, call.codec.padding_id)
+    (rows,) = sides_of(call, [row])
     responses = (_grpc if protocol == "grpc" else _http)(url, call, rows, request_id, timeout)
     told: list[list[int]] = []
     try:
@@ -97,13 +91,11 @@ def _grpc(url: str, call: Call, rows: np.ndarray, request_id: str, timeout: floa
     arrived: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
     # A connection of its own: a client of tritonclient's has one stream.
     client = grpc.InferenceServerClient(url)
-    name, datatype = call.tensors.given(rows)
-    given = grpc.InferInput(name, list(rows.shape), datatype)
-    given.set_data_from_numpy(rows)
+    given = inputs_of(grpc, call.tensors, [rows])
     try:
         # Without the header triton_grpc_error, which would have a status travel: Triton 24.10 may end after it.
         client.start_stream(lambda result, error: arrived.put((result, error)))
-        client.async_stream_infer(call.model, [given], request_id=request_id, parameters=dict(call.parameters))
+        client.async_stream_infer(call.model, given, request_id=request_id, parameters=dict(call.parameters))
         while True:
             try:
                 result, error = arrived.get(timeout=timeout)
@@ -122,7 +114,7 @@ def _grpc(url: str, call: Call, rows: np.ndarray, request_id: str, timeout: floa
 
 
 def _http(url: str, call: Call, rows: np.ndarray, request_id: str, timeout: float) -> Generator[Outputs, None, None]:
-    name, _ = call.tensors.given(rows)
+    ((name, _, _),) = call.tensors.given([rows])
     value = rows[0, 0].decode() if name == TEXT_INPUT else rows[0].tolist()
     body = {name: value, **call.parameters, **({"request_id": request_id} if request_id else {})}
     done = False

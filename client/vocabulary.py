@@ -17,7 +17,10 @@ _HIDDEN = (PADDING, START, END)
 
 
 class Codec(Protocol):
-    """What turns a row of text into ids and ids into text; an id that is None is not known."""
+    """What turns a row of text into ids and ids into text; an id that is None is not known.
+
+    One that has a method encode_target too writes with it the translations that are scored.
+    """
 
     end_id: int | None
     padding_id: int | None
@@ -123,7 +126,7 @@ class Words:
         self._before = [source.special(token) for token in before]
         self._after = [source.special(token) for token in after]
         self._warn = warn
-        self._warned: set[str] = set()
+        self._warned: set[tuple[str, str]] = set()
         self._hidden = {target.ids[token] for token in _HIDDEN if token in target.ids}
 
     @classmethod
@@ -140,14 +143,11 @@ class Words:
         return cls(vocabulary, vocabulary, before=[START], warn=warn)
 
     def encode(self, text: str) -> list[int]:
-        words = text.split()
-        if not words:
-            raise RowError("the row is empty")
-        unknown = [word for word in dict.fromkeys(words) if word not in self.source.ids]
-        if unknown:
-            self._excuse(unknown)
-        ids = [self.source.ids[word if word in self.source.ids else UNKNOWN] for word in words]
-        return self._before + ids + self._after
+        return self._before + self._ids(text, self.source, "row") + self._after
+
+    def encode_target(self, text: str) -> list[int]:
+        """A translation as the model would write it: its words and `</s>`."""
+        return [*self._ids(text, self.target, "target"), self.target.ids[END]]
 
     def decode(self, ids: Iterable[int]) -> str:
         words = []
@@ -163,11 +163,20 @@ class Words:
                 words.append(self.target.tokens[id_])
         return " ".join(words)
 
-    def _excuse(self, unknown: list[str]) -> None:
+    def _ids(self, text: str, vocabulary: Vocabulary, what: str) -> list[int]:
+        words = text.split()
+        if not words:
+            raise RowError(f"the {what} is empty")
+        unknown = [word for word in dict.fromkeys(words) if word not in vocabulary.ids]
+        if unknown:
+            self._excuse(unknown, vocabulary)
+        return [vocabulary.ids[word if word in vocabulary.ids else UNKNOWN] for word in words]
+
+    def _excuse(self, unknown: list[str], vocabulary: Vocabulary) -> None:
         names = ", ".join(map(repr, unknown))
-        if UNKNOWN not in self.source.ids:
-            raise RowError(f"{names}: no such word in {self.source.name}, which has no {UNKNOWN} either")
-        new = [word for word in unknown if word not in self._warned]
+        if UNKNOWN not in vocabulary.ids:
+            raise RowError(f"{names}: no such word in {vocabulary.name}, which has no {UNKNOWN} either")
+        new = [word for word in unknown if (vocabulary.name, word) not in self._warned]
         if new:
-            self._warned.update(new)
-            self._warn(f"{', '.join(map(repr, new))}: not in {self.source.name}; sent as {UNKNOWN}")
+            self._warned.update((vocabulary.name, word) for word in new)
+            self._warn(f"{', '.join(map(repr, new))}: not in {vocabulary.name}; sent as {UNKNOWN}")

@@ -105,7 +105,7 @@ def _run(options: argparse.Namespace) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE_CLOSED
     except OSError as error:  # a full disk, say
-        raise RequestError(f"{error.filename or options.output or 'output'}: {error.strerror}") from None
+        raise RequestError(f"{error.filename or options.output or 'output'}: {error.strerror or error}") from None
 
 
 def _answer_lines(options: argparse.Namespace) -> int:

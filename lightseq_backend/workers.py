@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -66,8 +67,12 @@ def written_by_workers(
 
 def _start(ray: Any) -> None:
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    if os.environ.get(ADDRESS_VARIABLE):
-        ray.init(**quiet)
+    if address := os.environ.get(ADDRESS_VARIABLE):
+        try:
+            ray.init(**quiet)
+        except ConnectionError as error:
+            reason = str(error).partition("\n")[0]
+            raise RequestError(f"{ADDRESS_VARIABLE} is {address!r}, and no Ray answers there: {reason}") from error
         return
     here = {"num_cpus": usable_cpus(), "object_store_memory": STORE, "_node_ip_address": LOOPBACK}
     ray.init(**here, include_dashboard=False, **quiet)
@@ -95,7 +100,8 @@ def _answered(
             batch_size=1,
             compute=ActorPoolStrategy(size=workers),
             fn_constructor_args=(options, changes),
-            num_cpus=processors if processors < 1 else int(processors),
+            # Ray counts ten-thousandths, and rounded up the last worker's would not be there.
+            num_cpus=math.floor(processors * 10_000) / 10_000 if processors < 1 else int(processors),
             num_gpus=int(device == "gpu"),
             ray_remote_args_fn=lambda: {"max_task_retries": ATTEMPTS - 1},
         )

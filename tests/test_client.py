@@ -35,9 +35,10 @@ from lightseq_client import (
 )
 from lightseq_client.__main__ import main
 from lightseq_client.answers import Row, ended, grouped, hypotheses_of, matrix
-from lightseq_client.client import checked_url, pause
+from lightseq_client.client import pause
 from lightseq_client.lines import Lines
 from lightseq_client.output import percentile
+from lightseq_client.protocols import checked_url
 
 BUSY_ONCE, BUSY, SLOW, REFUSED, TELLS_OPTIONS = 901, 902, 903, 904, 905  # of client_model.py
 PROTOCOLS = ("grpc", "http")
@@ -143,7 +144,7 @@ def test_word_among_ids_is_named() -> None:
 
 
 def test_matrix_is_filled_up_on_the_right_with_the_padding_id() -> None:
-    array = matrix([Row(1, "", (5, 6, 7)), Row(2, "", (8,))], "INT64", 9)
+    array = matrix([(5, 6, 7), (8,)], "INT64", 9)
     assert array.dtype == np.int64
     assert array.tolist() == [[5, 6, 7], [8, 9, 9]]
 

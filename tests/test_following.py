@@ -182,6 +182,22 @@ def test_greedy_text_ends_with_any_of_several_end_ids(model: str, ruled: dict[st
     assert (one.tokens.tolist(), one.finished, one.silent) == (whole[: end + 1], True, 1)
 
 
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("burst", [1, 4])
+def test_stop_word_is_not_found_in_an_end_id(burst: int, include: bool) -> None:
+    """Which is no text: an answer that ends with one ends there, whatever the stop word."""
+    changes = {"sampling_method": "greedy", "max_new_tokens": 30}
+    (free,) = gpt().answer([ROW], changes=changes)
+    whole = free.hypotheses[0].tokens.tolist()
+    end = whole[3]
+    more: dict[str, object] = {"stop": [[end]], "end_ids": [end], **({"include_stop": True} if include else {})}
+    engine = gpt(burst=burst)
+    caller = Caller(engine, {**changes, **more})
+    run(engine)
+    (one,) = caller.output.hypotheses
+    assert (one.tokens.tolist(), one.silent) == (whole[: whole.index(end) + 1], 1)
+
+
 def test_score_of_a_stopped_text_is_that_of_its_tokens() -> None:
     """As if the limit had cut the text there: the sum and the length norm are those of the tokens up to the stop."""
     for changes in ({**SAMPLED, "num_hypotheses": 1}, {"sampling_method": "greedy"}):

@@ -195,6 +195,21 @@ def test_damaged_file_is_refused(damage: Any, message: str, tmp_path: Path) -> N
         weights.load(path)
 
 
+def test_name_that_is_no_text_is_left_aside(tmp_path: Path) -> None:
+    path, _ = exported(tmp_path / "transformer.hdf5", "transformer")
+    with h5py.File(path, "a") as file:
+        file["src_embedding"].create_dataset(b"\xff_clip_max", data=1.0)
+    weights.load(path)
+
+
+@pytest.mark.parametrize("value", [1.0, [1.0, 2.0]])
+def test_number_in_place_of_a_group_is_refused(value: Any, tmp_path: Path) -> None:
+    path, _ = exported(tmp_path / "transformer.hdf5", "transformer")
+    change(path, "src_embedding", value)
+    with pytest.raises(WeightError, match=r"src_embedding\.token_embedding"):
+        weights.load(path)
+
+
 def test_other_content_and_other_kind_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightError, match="there is no such file"):
         weights.load(tmp_path / "none.hdf5")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib
 import os
 import re
 import shutil
@@ -11,9 +10,9 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
+from stub_triton import inside_triton
 
 from lightseq_backend.options import OPTION_TYPES
 from lightseq_backend.serving.control import CONTROLS
@@ -331,15 +330,9 @@ def test_every_parameter_of_a_model_is_documented() -> None:
     assert set(PARAMETERS) - documented("serving.md") == set()
 
 
-def test_every_metric_and_outcome_is_documented(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", MagicMock())
-    names = ("lightseq_backend.serving.metrics", "lightseq_backend.serving.replies")
-    for name in names:
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    metrics, replies = map(importlib.import_module, names)
-    exported = {*metrics.GAUGES, *metrics.COUNTERS, *metrics.HISTOGRAMS, metrics.REQUESTS[0], *replies.OUTCOMES}
-    for name in names:
-        monkeypatch.delitem(sys.modules, name)
+def test_every_metric_and_outcome_is_documented() -> None:
+    with inside_triton("metrics", "replies") as (metrics, replies):
+        exported = {*metrics.GAUGES, *metrics.COUNTERS, *metrics.HISTOGRAMS, metrics.REQUESTS[0], *replies.OUTCOMES}
     assert exported - documented("operate.md") == set()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 import signal
@@ -11,12 +10,12 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 from repositories import GPT, TRANSFORMER, ask, ask_later, golden_cases, grpc, write_model
+from stub_triton import inside_triton
 from test_embedded import group_of
 from test_operations import metrics_page
 from test_serving import triton_arguments
@@ -116,20 +115,9 @@ def test_both_instances_answer_as_one_does_and_metrics_tell_them_apart(pair: Emb
     assert min(of_instances(pair, "steps_total").values()) > 0
 
 
-@pytest.fixture
-def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The module of the model class, without Triton."""
-    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", MagicMock())
-    name = "lightseq_backend.serving.model"
-    kept = {key: module for key, module in sys.modules.items() if key.startswith("lightseq_backend.serving.")}
-    yield importlib.import_module(name)
-    for key in [key for key in sys.modules if key.startswith("lightseq_backend.serving.") and key not in kept]:
-        del sys.modules[key]
-
-
 @pytest.mark.parametrize("number", [0, 3])
 def test_each_instance_takes_the_gpu_that_triton_names(
-    served: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int
 ) -> None:
     """As for instance_group [ { kind: KIND_GPU, gpus: [ 0, 3 ] } ]."""
     taken: list[Any] = []
@@ -139,9 +127,10 @@ def test_each_instance_takes_the_gpu_that_triton_names(
         raise KeyboardInterrupt  # that is all
 
     monkeypatch.setattr(ops, "load", load)
-    monkeypatch.setattr(served, "Guard", MagicMock())
     (tmp_path / "transformer.pb").touch()
     arguments = triton_arguments(tmp_path, model_instance_kind="GPU", model_instance_device_id=str(number))
-    with pytest.raises(KeyboardInterrupt):
-        served.TritonPythonModel().initialize(arguments)
+    with inside_triton("model") as (served,):
+        monkeypatch.setattr(served, "Guard", MagicMock())
+        with pytest.raises(KeyboardInterrupt):
+            served.TritonPythonModel().initialize(arguments)
     assert taken == [("cuda", number, "fp16")]

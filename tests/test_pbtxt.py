@@ -41,6 +41,8 @@ def test_text_is_read(text: str, fields: dict) -> None:
         ("}", "there is '}' where the name of a field should be"),
         ("a: [1 2]", "there is '2' where a comma or ] should be"),
         ("a: 1\n'b", 'line 1: "\'b" is nothing that can be read'),
+        ('a: 1\nb: "\\400"', "line 2: a string is no UTF-8, or has an escape over"),
+        ('a: "\\xff"', "line 1: a string is no UTF-8, or has an escape over"),
         ("a {" * 100, "at most 64 messages in one another"),
     ],
 )

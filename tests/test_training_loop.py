@@ -95,6 +95,7 @@ def test_log_holds_a_line_of_json_for_each_report(tmp_path: Path) -> None:
         ("cosine", 999, 1.0, 0.02),
         ("inverse_sqrt", 1, 0.0, 0.1),
         ("inverse_sqrt", 40, 0.9, 0.5),
+        ("inverse_sqrt", 5, 0.5, 1.0),
     ],
 )
 def test_rate_climbs_and_decays(decay: str, step: int, progress: float, wanted: float) -> None:

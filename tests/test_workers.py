@@ -63,6 +63,16 @@ def test_workers_without_ray_name_the_extra(tmp_path: Path, monkeypatch: pytest.
     assert done.stderr.decode() == "lightseq: --workers 2 needs Ray, which is not installed: the extra `ray`\n"
 
 
+def test_cluster_that_does_not_answer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(workers.ADDRESS_VARIABLE, "127.0.0.1:1")
+    ray = MagicMock()
+    ray.init.side_effect = ConnectionError("Could not find any running Ray instance.\nMore")
+    with pytest.raises(
+        RequestError, match=r"RAY_ADDRESS is '127.0.0.1:1', and no Ray answers there: Could not.*instance\.$"
+    ):
+        workers._start(ray)
+
+
 def test_nothing_is_shared_out_without_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").touch()
     monkeypatch.setattr(workers, "find_spec", lambda name: None)

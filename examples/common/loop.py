@@ -67,7 +67,7 @@ class Schedule:
         if climb < 1:
             return self.rate * climb
         if self.decay == "inverse_sqrt":
-            return self.rate * math.sqrt(self.warmup / step)
+            return self.rate * min(1.0, math.sqrt(self.warmup / step))
         return self.rate * (self.last_rate + (1 - self.last_rate) * (1 + math.cos(math.pi * progress)) / 2)
 
 

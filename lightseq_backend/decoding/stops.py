@@ -39,6 +39,7 @@ class Stops:
         self._words = [word for word in options.stop if not isinstance(word, str)]
         self._texts = [word for word in options.stop if isinstance(word, str)]
         self._include = options.include_stop
+        self._ends = frozenset(options.end_ids)
         self._least = _least(sequence, config)
         self._prompt = sequence.tokens[sequence.tokens >= 0].tolist() if isinstance(config, GptConfig) else []
         self._decode = request.decode
@@ -58,7 +59,10 @@ class Stops:
         return self._found[row]
 
     def find(self, tokens: np.ndarray, searched: int = 0) -> Stop | None:
-        """The first stop of a text. tokens: int32 [n], of which the first `searched` have none."""
+        """The first stop of a text. tokens: int32 [n], of which the first `searched` have none. A further end id that
+        they end with is no text."""
+        if tokens.size and int(tokens[-1]) in self._ends:
+            tokens = tokens[:-1]
         stops = [stop for stop in (self._word(tokens), self._text(tokens, searched)) if stop]
         return min(stops, key=lambda stop: (stop.found, stop.kept), default=None)
 

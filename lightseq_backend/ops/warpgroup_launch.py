@@ -15,6 +15,7 @@ _OUTPUTS, _STAGE = 64, 64  # results of a block; columns of x in a stage
 _MULTIPLYING, _OBSERVING, _LOADING = 256, 128, 32  # threads
 _MOST_SPLIT = 4
 _PAYING = range(33, 129)  # rows
+_SEARCHED_WIDTH = 1024  # of x
 _HALF, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_128, _FILL_ZEROS = 6, 0, 3, 2, 0  # CUtensorMap*
 
 
@@ -30,8 +31,9 @@ def pays(rows: int) -> bool:
 
 
 def can_search(device: Device, inner: int, half: bool) -> bool:
-    """Whether there is such a kernel for a vocabulary's weight [inner, any]."""
-    return device.capability == 90 and half and inner % _STAGE == 0
+    """Whether there is such a kernel for a vocabulary's weight [inner, any], and a use for it: by measurement, a step
+    of hidden 512 is slower with it."""
+    return device.capability == 90 and half and inner % _STAGE == 0 and inner >= _SEARCHED_WIDTH
 
 
 def packed_width(wide: int) -> int:

@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 
 PERIOD = 0.05  # seconds between two rounds of questions, at least
 SHARE = 0.05  # of the time, that questions may take
+LONGEST = 1.0  # seconds between two rounds, at most: a busy machine must not make cancelled calls go on and on
 AGE = 0.1  # of a call that is asked about: most are answered by then
 
 Cancel = Callable[[Sequence[Request], Exception], None]
@@ -78,7 +79,7 @@ class Callers:
             for caller in list(self._callers.values()):
                 if now - caller.since >= AGE:
                     self._ask(caller)
-            pause = max(PERIOD, (time.monotonic() - now) / SHARE)
+            pause = min(LONGEST, max(PERIOD, (time.monotonic() - now) / SHARE))
 
     def _ask(self, caller: Caller) -> None:
         with caller.lock:

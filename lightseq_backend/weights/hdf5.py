@@ -198,7 +198,8 @@ def _examine(file: Any, name: str, dialect: Dialect, kind: str | None) -> Conten
 def _has_clips(file: Any) -> bool:
     """Whether an embedding or the first layer says what bytes stand for."""
     groups = (file.get(name) for name in ("src_embedding", "trg_embedding", "encoder_stack/0", "decoder_stack/0"))
-    return any(name.endswith("_clip_max") for group in groups if group is not None for name in group)
+    names = [name for group in groups if hasattr(group, "keys") for name in group]
+    return any(isinstance(name, str) and name.endswith("_clip_max") for name in names)  # bytes where it is no UTF-8
 
 
 def _layers(file: Any, field: str, faults: list[str]) -> int:

@@ -74,12 +74,15 @@ class _Reader:
             return self.message(_CLOSES[self._advance().text], depth + 1)
         if self._next.kind == "word":
             return self._advance().text
-        parts = []
+        parts, line = [], self._next.line
         while self._next.kind == "string":
             parts.append(self._advance().text[1:-1])
         if not parts:
             self._fail("a value")
-        return CUnescape("".join(parts)).decode()
+        try:
+            return CUnescape("".join(parts)).decode()
+        except UnicodeError:
+            raise ConfigError(f"line {line}: a string is no UTF-8, or has an escape over \\377") from None
 
     def _takes(self, mark: str) -> bool:
         """Goes on behind the mark if it is what comes next. "": the end of the text, behind which nothing is."""

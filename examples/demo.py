@@ -43,66 +43,25 @@ def main() -> None:
     parser.add_argument("--http", required=True, metavar="HOST:PORT")
     addresses = parser.parse_args()
     with Client(addresses.grpc, "grpc") as grpc, Client(addresses.http, "http") as http:
+        translate_interface(grpc)
+        continue_english(grpc)
+        surprise(addresses.grpc)
         for client in (grpc, http):
             translate(client)
         hypotheses(grpc)
-        translate_interface(grpc)
         generate(http)
         stream(grpc)
         score(grpc)
-        continue_english(grpc)
-    surprise(addresses.grpc)
-
-
-def translate(client: Client) -> None:
-    print(f"\nTranslated over {client.protocol} (beam search, 4 beams):")
-    for answer in client.translate(FRENCH, codec=Words.for_translation(MODELS / "transformer")):
-        print(f"  {answer.given}\n    -> {answer.hypotheses[0].text}")
-
-
-def hypotheses(client: Client) -> None:
-    print("\nThe four beams of one sentence, with their scores (model transformer_generate):")
-    codec = Words.for_translation(MODELS / "transformer")
-    (answer,) = client.translate(FRENCH[3:], model="transformer_generate", codec=codec, beam_size=4)
-    for one in answer.hypotheses:
-        print(f"  {one.score:8.4f}  {one.text}")
 
 
 def translate_interface(client: Client) -> None:
-    """Sentences of real programs; the four beams of each, which the server's own tokenizer could read as well."""
+    """Sentences of real programs: the four beams of each, which the server's own tokenizer could read as well."""
     print("\nFrom French program interfaces (model fr2en, 4 beams with their scores):")
     codec = Marian(MODELS / "fr2en")
     for answer in client.translate(INTERFACE, model="fr2en", codec=codec, beam_size=4, num_hypotheses=4):
         print(f"  {answer.given}")
         for one in answer.hypotheses:
             print(f"   {one.score:8.4f}  {one.text}")
-
-
-def generate(client: Client) -> None:
-    print("\nContinued by GPT (greedy, then one sample with a seed):")
-    codec = Words.for_generation(MODELS / "gpt")
-    greedy = {"sampling_method": "greedy"}
-    sampled = {"sampling_method": "sample", "temperature": 1.2, "seed": SEED}
-    for options in (greedy, sampled):
-        (answer,) = client.generate([COUNTING], codec=codec, **options)
-        print(f"  {answer.hypotheses[0].text}")
-
-
-def stream(client: Client) -> None:
-    print("\nThe same as a stream: what came, part by part, and when the first part did:")
-    codec, parts, arrived = Words.for_generation(MODELS / "gpt"), [], []
-    for part in client.stream(GENERATE, COUNTING, codec=codec, sampling_method="greedy"):
-        parts += part.texts
-        arrived.append(part.seconds)
-    print(f"  {'|'.join(text for text in parts if text)}")
-    print(f"  first part after {arrived[0] * 1e3:.0f} ms, all after {arrived[-1] * 1e3:.0f} ms")
-
-
-def score(client: Client) -> None:
-    print("\nMean negative log-likelihood by GPT, a right sequence and a wrong one:")
-    codec = Words.for_generation(MODELS / "gpt")
-    for text, loss in zip([RIGHT, WRONG], client.score([RIGHT, WRONG], codec=codec), strict=True):
-        print(f"  {loss:7.4f}  {text}")
 
 
 def continue_english(client: Client) -> None:
@@ -149,6 +108,47 @@ class Pieces:
 
     def decode(self, ids: Iterable[int]) -> str:
         return str(self.tokenizer.decode(list(ids)))
+
+
+def translate(client: Client) -> None:
+    print(f"\nTranslated over {client.protocol} (beam search, 4 beams):")
+    for answer in client.translate(FRENCH, codec=Words.for_translation(MODELS / "transformer")):
+        print(f"  {answer.given}\n    -> {answer.hypotheses[0].text}")
+
+
+def hypotheses(client: Client) -> None:
+    print("\nThe four beams of one sentence, with their scores (model transformer_generate):")
+    codec = Words.for_translation(MODELS / "transformer")
+    (answer,) = client.translate(FRENCH[3:], model="transformer_generate", codec=codec, beam_size=4)
+    for one in answer.hypotheses:
+        print(f"  {one.score:8.4f}  {one.text}")
+
+
+def generate(client: Client) -> None:
+    print("\nContinued by GPT (greedy, then one sample with a seed):")
+    codec = Words.for_generation(MODELS / "gpt")
+    greedy = {"sampling_method": "greedy"}
+    sampled = {"sampling_method": "sample", "temperature": 1.2, "seed": SEED}
+    for options in (greedy, sampled):
+        (answer,) = client.generate([COUNTING], codec=codec, **options)
+        print(f"  {answer.hypotheses[0].text}")
+
+
+def stream(client: Client) -> None:
+    print("\nThe same as a stream: what came, part by part, and when the first part did:")
+    codec, parts, arrived = Words.for_generation(MODELS / "gpt"), [], []
+    for part in client.stream(GENERATE, COUNTING, codec=codec, sampling_method="greedy"):
+        parts += part.texts
+        arrived.append(part.seconds)
+    print(f"  {'|'.join(text for text in parts if text)}")
+    print(f"  first part after {arrived[0] * 1e3:.0f} ms, all after {arrived[-1] * 1e3:.0f} ms")
+
+
+def score(client: Client) -> None:
+    print("\nMean negative log-likelihood by GPT, a right sequence and a wrong one:")
+    codec = Words.for_generation(MODELS / "gpt")
+    for text, loss in zip([RIGHT, WRONG], client.score([RIGHT, WRONG], codec=codec), strict=True):
+        print(f"  {loss:7.4f}  {text}")
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ def test_converted_model_equals_its_original(variant: str, tmp_path: Path) -> No
     assert comparison.holds, "\n".join(comparison.lines())
     assert comparison.inputs == 50
     assert comparison.ties == 0
-    assert max(comparison.encoder or 0, comparison.logits) < 1e-4
+    assert max(comparison.encoder or 0, comparison.logits) < 1.5e-4  # conversion itself allows 2e-4
 
 
 @needs_torch

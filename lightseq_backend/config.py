@@ -84,11 +84,11 @@ class TransformerConfig:
 
     What LightSeq's files cannot say: norm_epsilon (None: the dialect's); without first_norm nothing normalises what
     the first sublayer reads; with embedding_norm a LayerNorm of its own follows the embeddings; without
-    encoder_final_norm none follows the encoder; decoder_* are those of the decoder where it differs (None: as the
-    encoder's); never_id is an id that is never generated; forced_id is fed after the start id, before anything is
-    generated (a multilingual model's target language), and is not in the answer. A standard post-norm model is
-    LightSeq's form with its LayerNorms moved one sublayer on: the first sublayer has the embeddings' (BART) or none
-    (Marian), the last one is the final one.
+    encoder_final_norm or decoder_final_norm none follows that stack; the other decoder_* are those of the decoder
+    where it differs (None: as the encoder's); never_id is an id that is never generated; forced_id is fed after the
+    start id, before anything is generated (a multilingual model's target language), and is not in the answer. A
+    standard post-norm model is LightSeq's form with its LayerNorms moved one sublayer on: the first sublayer has the
+    embeddings' (BART) or none (Marian), the last one is the final one.
 
     positions says what the tables are (POSITIONS), and position_offset how many positions in front of theirs the
     source has that no token uses. Nothing is computed from either.
@@ -113,6 +113,7 @@ class TransformerConfig:
     first_norm: bool = True
     embedding_norm: bool = False
     encoder_final_norm: bool = True
+    decoder_final_norm: bool = True
     decoder_post_norm: bool | None = None
     decoder_first_norm: bool | None = None
     decoder_embedding_norm: bool | None = None

@@ -563,6 +563,25 @@ def _vocabulary() -> Iterator[Case]:
             )
 
 
+def _vocabulary_without_norm() -> Iterator[Case]:
+    for shape in (Shape(7, 64, 257), Shape(40, 768, 1000, transposed=True, bias=False)):
+        rows, hidden, vocabulary = shape[:3]
+        yield Case(
+            f"{shape} without a norm",
+            "vocabulary_logits",
+            partial(_vocabulary_without_norm_arguments, shape),
+            ("normed", "logits"),
+            elements=rows * hidden + hidden * vocabulary + vocabulary * shape.bias,
+            words=rows * vocabulary,
+            float32=frozenset({"logits"}),
+            folds=True,
+        )
+
+
+def _vocabulary_without_norm_arguments(shape: Shape) -> Arguments:
+    return {**_vocabulary_logits_arguments(shape), "norm": None}
+
+
 def _vocabulary_logits_arguments(shape: Shape) -> Arguments:
     random = _seeded(*shape[:3])
     scale = float(shape.narrow**-0.5) if shape.bias else 1.0
@@ -1063,6 +1082,7 @@ FAMILIES: tuple[Callable[[], Iterator[Case]], ...] = (
     _cross_attention,
     _store,
     _vocabulary,
+    _vocabulary_without_norm,
     _top,
     _target_log_probabilities,
     _beam_step,

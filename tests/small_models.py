@@ -76,6 +76,7 @@ def transformer(seed: int = 0, **settings: Any) -> tuple[TransformerConfig, Arra
         "encoder.0.attention_norm": config.first_norm,
         "decoder.0.self_norm": decoders_first,
         "encoder.norm": config.encoder_final_norm,
+        "decoder.norm": config.decoder_final_norm,
     }
     for name in [name for name, there in kept.items() if not there]:
         del arrays[f"{name}.gain"], arrays[f"{name}.bias"]

@@ -18,6 +18,7 @@ from lightseq_backend.__main__ import main
 from lightseq_backend.config import TransformerConfig
 from lightseq_backend.errors import ConfigError, WeightError
 from lightseq_backend.export import fairseq
+from lightseq_backend.export.plain_fairseq import plain
 from lightseq_backend.weights.safetensors import read_tensors
 
 needs_torch = pytest.mark.skipif(
@@ -78,6 +79,23 @@ def test_stacks_of_different_order_are_read() -> None:
         ("decoder.norm", "decoder.layer_norm"),
     ):
         np.testing.assert_array_equal(model.arrays[f"{ours}.gain"], arrays[f"{theirs}.weight"])
+
+
+def test_decoder_without_a_last_norm_is_read_and_computed(tmp_path: Path) -> None:
+    """By the original's own pass over the checkpoint, too, which knows nothing of our description."""
+    settings, arrays, _ = committed("pre")
+    settings["no_decoder_final_norm"] = True
+    for part in ("weight", "bias"):
+        del arrays[f"decoder.layer_norm.{part}"]
+    model = fairseq.convert(settings, arrays, Path("model.pt"))
+    assert isinstance(model.config, TransformerConfig)
+    assert (model.config.encoder_final_norm, model.config.decoder_final_norm) == (True, False)
+    assert "decoder.norm.gain" not in model.arrays
+    weights.save(tmp_path / "a.safetensors", model.config, model.arrays)
+    original, probe = plain(settings, arrays, model.config), proof.Probe(tmp_path / "a.safetensors")
+    for ids in ([5, 9, 2], [7, 4, 8, 6, 2]):
+        np.testing.assert_allclose(probe.logits(ids), original.logits(ids), atol=1e-4)
+        assert probe.greedy(ids, 16) == original.greedy(ids, 16)
 
 
 def test_kind_of_positions_is_told() -> None:

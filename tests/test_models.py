@@ -52,6 +52,7 @@ TRANSFORMERS: dict[str, dict[str, Any]] = {
     "norm of the target's embeddings": {"decoder_embedding_norm": True},
     "norm of the source's embeddings": {"embedding_norm": True, "decoder_embedding_norm": False},
     "encoder without a final norm": {"encoder_final_norm": False, "encoder_layers": 2},
+    "decoder without a final norm": {"decoder_final_norm": False, "decoder_layers": 2},
 }
 SOURCES = {
     "no padding": [3, 4, 5, 6, 7],

@@ -105,9 +105,9 @@ def store(key_values: Array, lanes: Array, steps: Array, keys: Array, values: Ar
 
 
 def vocabulary_logits(
-    x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array
+    x: Array, norm: Norm | None, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array
 ) -> None:
-    normed[:] = reference.layer_norm(x, norm.gain, norm.bias, epsilon)
+    normed[:] = x if norm is None else reference.layer_norm(x, norm.gain, norm.bias, epsilon)
     logits[:] = scale * (normed @ output.weight) + (0 if output.bias is None else output.bias)
 
 

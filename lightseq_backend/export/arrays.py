@@ -75,7 +75,8 @@ def _placed_norms(stack: str, sublayers: list[tuple[str, str]], config: Transfor
     if norms.post:
         placed = list(zip([*ours[1:], final], theirs))
         return [(ours[0], of_embedding), *placed] if norms.first else placed
-    placed = [*sublayers, (final, f"{stack}.layer_norm")]
+    has_final = config.encoder_final_norm if stack == "encoder" else config.decoder_final_norm
+    placed = [*sublayers, *([(final, f"{stack}.layer_norm")] if has_final else [])]
     side = "source" if stack == "encoder" else "target"
     return [(f"{side}.norm", of_embedding), *placed] if norms.embedding else placed
 

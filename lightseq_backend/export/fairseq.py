@@ -41,7 +41,6 @@ NEVER = (
     "encoder_layers_to_keep",
     "encoder_recurrent_stacking",
     "no_cross_attention",
-    "no_decoder_final_norm",
     "no_token_positional_embeddings",
     "use_factorized_embedding",
 )
@@ -211,6 +210,7 @@ def _config(settings: Settings, state: Mapping[str, np.ndarray]) -> TransformerC
             scaled_embedding=not settings.get("no_scale_embedding", False) and _ties(settings),
             norm_epsilon=arrays.EPSILON,
             first_norm=encoder.first,
+            decoder_final_norm=decoder.post or not settings.get("no_decoder_final_norm", False),
             embedding_norm=encoder.embedding,
             never_id=PADDING,
             decoding=DecodingOptions(STANDARD_BEAM, beam_size=5, length_penalty=1.0, early_stopping=True),

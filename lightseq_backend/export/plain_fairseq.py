@@ -36,7 +36,8 @@ class _Stack:
             for layer in range(int(self._settings[f"{self._side}_layers"]))
             for sublayer in self._layer(f"{self._side}.layers.{layer}")
         ]
-        last = self._norm(f"{self._side}.layer_norm") if self._order == passes.PRE else (lambda x: x)
+        without = self._order != passes.PRE or self._settings.get(f"no_{self._side}_final_norm")
+        last = (lambda x: x) if without else self._norm(f"{self._side}.layer_norm")
         return Stack(self._embed(), sublayers, last)
 
     def _layer(self, name: str) -> list[Sublayer]:

@@ -62,8 +62,8 @@ class Reader:
         """norm: the LayerNorm always in front of it, whose result nothing else reads."""
         return self._linear(name, norm, self._ops.matrix)
 
-    def vocabulary(self, name: str, norm: str) -> Linear:
-        """What the operations of the vocabulary take, and no other."""
+    def vocabulary(self, name: str, norm: str | None) -> Linear:
+        """What the operations of the vocabulary take, and no other. norm: None where none is in front of it."""
         return self._linear(name, norm, self._ops.vocabulary_matrix)
 
     def _linear(self, name: str, norm: str | None, matrix: Callable[..., Any]) -> Linear:
@@ -171,9 +171,10 @@ class Arithmetic(NamedTuple):
 
 
 class Head(NamedTuple):
-    """From the last hidden states to scores over the vocabulary: final norm, projection, scale, banned id (or -1)."""
+    """From the last hidden states to scores over the vocabulary: final norm (or None), projection, scale, banned id (or
+    -1)."""
 
-    norm: Norm
+    norm: Norm | None
     output: Linear
     scale: float
     banned: int

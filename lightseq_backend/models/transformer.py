@@ -46,9 +46,10 @@ class Transformer:
         self.target_norm = read.norm("target.norm") if second.embedding else None
         self.memory = read.joined([f"{name}.cross_kv" for name in decoder])
         self.encoder_norm = read.norm("encoder.norm") if config.encoder_final_norm else None
+        final = "decoder.norm" if config.decoder_final_norm else None
         self.head = Head(
-            read.norm("decoder.norm"),
-            read.vocabulary("output", "decoder.norm"),
+            None if final is None else read.norm(final),
+            read.vocabulary("output", final),
             config.logit_scale,
             config.banned_id,
             epsilon,

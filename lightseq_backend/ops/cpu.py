@@ -204,8 +204,13 @@ def linear_residual(x: Array, linear: Linear, residual: Array, out: Array) -> No
     np.add(residual, change, out=out)
 
 
-def _normalise(x: Array, norm: Norm, linear: Linear, epsilon: float, normed: Array) -> tuple[Array, Array | None]:
+def _normalise(
+    x: Array, norm: Norm | None, linear: Linear, epsilon: float, normed: Array
+) -> tuple[Array, Array | None]:
     """normed = layer_norm(x), as far as it is not in the weight; that, and what is to be added to the product."""
+    if norm is None:
+        normed[:] = x
+        return linear.weight, None
     if isinstance(linear.weight, Folded):
         layer_norm(x, Norm(np.ones(1, FLOAT), np.zeros(1, FLOAT)), epsilon, normed)
         return linear.weight
@@ -388,9 +393,10 @@ def _attend(q: Array, k: Array, v: Array, mask: Array | None = None) -> Array:
 
 
 def vocabulary_logits(
-    x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array
+    x: Array, norm: Norm | None, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array
 ) -> None:
-    """logits = scale * (layer_norm(x) . W) + b. x, normed: [rows, hidden]; logits: [rows, vocabulary]."""
+    """logits = scale * (layer_norm(x) . W) + b; of x itself where norm is None, here and below.
+    x, normed: [rows, hidden]; logits: [rows, vocabulary]."""
     weight, offsets = _normalise(x, norm, output, epsilon, normed)
 
     def finish(part: Array, columns: slice) -> None:
@@ -403,8 +409,9 @@ def vocabulary_logits(
 
 
 def vocabulary_search(
-    x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array, banned: int,
-    ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array, details: Array,
+    x: Array, norm: Norm | None, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array,
+    banned: int, ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array,
+    details: Array,
 ) -> None:  # fmt: skip
     """One step of beam search from the last hidden states: vocabulary_logits, top, beam_step.
 
@@ -416,9 +423,9 @@ def vocabulary_search(
 
 
 def vocabulary_standard_search(
-    x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array, banned: int,
-    ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array, details: Array,
-    pool: Array, pool_details: Array,
+    x: Array, norm: Norm | None, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array,
+    banned: int, ids: Array, log_probabilities: Array, rows: Array, slots: Array, ancestors: Array, history: Array,
+    details: Array, pool: Array, pool_details: Array,
 ) -> None:  # fmt: skip
     """One step of the standard search from the last hidden states: vocabulary_logits, top, standard_step.
 
@@ -430,8 +437,8 @@ def vocabulary_standard_search(
 
 
 def vocabulary_scores(
-    x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array, targets: Array,
-    out: Array,
+    x: Array, norm: Norm | None, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array,
+    targets: Array, out: Array,
 ) -> None:  # fmt: skip
     """out[r] = log softmax(logits[r])[targets[r]], logits as of vocabulary_logits: work space, like normed.
 

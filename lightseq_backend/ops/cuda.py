@@ -132,6 +132,8 @@ class Cuda:
         if self._int8:
             log.info("the vocabulary's weights [%d, %d] are fp16: this GPU has no room for int8 ones", inner, wide)
             return self._float_matrix(np.asarray(array), None, False, False)
+        if norm is None:  # our own kernels have one folded in
+            return self._float_matrix(np.asarray(array), None, False, False)
         can = warpgroup_launch.can_search(self._limits, array.shape[0], self._half)
         return self._float_matrix(np.asarray(array), norm, can, True)
 
@@ -447,8 +449,8 @@ class Cuda:
         return weight.grouped is not None and warpgroup_launch.pays(rows)
 
     def _to_be_searched(self, x: Array, norm: Any, output: Any, epsilon: float, normed: Array) -> Array:
-        """What the kernels of the vocabulary read: x, or its LayerNorm where none is folded into the weight."""
-        if output.weight.folded:
+        """What the kernels of the vocabulary read: x, or its LayerNorm where there is one and none is folded in."""
+        if norm is None or output.weight.folded:
             return x
         self.layer_norm(x, norm, epsilon, normed)
         return normed
@@ -560,9 +562,13 @@ class Cuda:
     def _vocabulary_products(
         self, x: Array, norm: Any, output: Any, epsilon: float, normed: Array, logits: Array
     ) -> None:
-        """logits = layer_norm(x) . W by cuBLAS, without scale and bias; it may write between the rows, too."""
+        """logits = layer_norm(x) . W, or x . W where there is no norm, by cuBLAS, without scale and bias; it may write
+        between the rows, too."""
         weight: Matrix = output.weight
-        self.layer_norm(x, norm, epsilon, normed)
+        if norm is None:
+            normed = x
+        else:
+            self.layer_norm(x, norm, epsilon, normed)
         wide = weight.aligned_width if _stride(logits) >= weight.aligned_width else None
         self._cublas.product(normed, weight.plain, weight.transposed, logits, wide=wide)
 

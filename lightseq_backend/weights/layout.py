@@ -270,6 +270,7 @@ def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
         shapes[name] = shapes[of][::-1]
     if isinstance(config, TransformerConfig):
         absent = [] if config.encoder_final_norm else ["encoder.norm"]
+        absent += [] if config.decoder_final_norm else ["decoder.norm"]
         for norms, embedding, first in (
             (config.encoder_norms, "source.norm", "encoder.0.attention_norm"),
             (config.decoder_norms, "target.norm", "decoder.0.self_norm"),

@@ -36,6 +36,8 @@ LOG_LEVELS = ("error", "warning", "info", "verbose")
 RESTRICTED_APIS = "model-repository,shared-memory,trace,logging"  # what changes the server, for those with the key
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _PORT_TAKEN = re.compile(r"address already in use|socket '[^']*' already in use", re.IGNORECASE)
+# Triton 24.10 has ended so once, while the two instances of a model started beside each other.
+_CRASHED = re.compile(r"boost::interprocess::lock_exception")
 _IDLE_TALK = re.compile(r"I\d{4} |[+|]|\s*$")  # Triton's information lines and tables
 
 
@@ -214,8 +216,9 @@ class EmbeddedServer:
             except BaseException as error:
                 self.stop()
                 # Between our look and Triton's bind another process may have taken a port.
-                taken = isinstance(error, ServerFailed) and _PORT_TAKEN.search(self._last_log)
-                if not taken or 0 not in self._wanted_ports or attempt == 2:
+                taken = _PORT_TAKEN.search(self._last_log) and 0 in self._wanted_ports
+                crashed = _CRASHED.search(self._last_log)
+                if not isinstance(error, ServerFailed) or not (taken or crashed) or attempt == 2:
                     raise
         raise AssertionError("unreachable")
 

@@ -251,6 +251,27 @@ def test_taken_port_fails_the_start(echo_repository: Path, taken_port: int) -> N
         EmbeddedServer(echo_repository, device="cpu", grpc_port=taken_port, models=[]).start()
 
 
+def test_crash_of_tritons_own_start_is_tried_again(echo_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it was seen: boost's exception ends the process before it is ready. Other failures are told at once."""
+    server, starts = EmbeddedServer(echo_repository, device="cpu", models=[]), []
+
+    def fail(log: str) -> None:
+        starts.append(log)
+        server._last_log = log
+        raise ServerFailed(log)
+
+    logs = iter(["what():  boost::interprocess::lock_exception"] * 3)
+    monkeypatch.setattr(server, "_launch", lambda triton: None)
+    monkeypatch.setattr(server, "_wait_until_ready", lambda: fail(next(logs)))
+    with pytest.raises(ServerFailed, match="lock_exception"):
+        server.start()
+    assert len(starts) == 3
+    logs = iter(["no such model"])
+    with pytest.raises(ServerFailed, match="no such model"):
+        server.start()
+    assert len(starts) == 4
+
+
 def test_port_taken_at_the_last_moment_is_replaced(
     echo_repository: Path, taken_port: int, monkeypatch: pytest.MonkeyPatch, serve: Callable[..., EmbeddedServer]
 ) -> None:

@@ -72,3 +72,12 @@ def test_many_calls_cost_a_small_part_of_the_time_and_are_all_asked_about(watche
     time.sleep(2.5)
     seconds = time.monotonic() - began
     assert len(watched.asked) * QUESTION < 0.25 * seconds
+
+
+def test_many_calls_keep_a_cancelled_one_waiting_for_a_second_or_two_at_most(watched: Watched) -> None:
+    for number in range(100):
+        watched.add(str(number))
+    time.sleep(0.6)  # a round is over, whose share of the time would be four seconds
+    watched.add("gone", cancelled=True)
+    assert watched.told.wait(2.5)
+    assert watched.cancelled[0] == "gone"

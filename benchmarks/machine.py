@@ -37,10 +37,10 @@ def processor() -> str:
 _NUMBERS = {"family": "cpu family", "model": "model"}
 
 
-def file_name() -> str:
-    """For results/: the processor and the cores in use, in letters a file name can hold."""
-    words = re.sub(r"[^a-z0-9]+", "-", f"{processor()} {len(os.sched_getaffinity(0))} cores".lower())
-    return words.strip("-")
+def file_name(gpu: str | None = None) -> str:
+    """For results/: that GPU, or the processor and the cores in use, in letters a file name can hold."""
+    name = f"gpu {gpu}" if gpu else f"{processor()} {len(os.sched_getaffinity(0))} cores"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def blas() -> str:

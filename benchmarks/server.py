@@ -52,7 +52,7 @@ def main() -> None:
             "runs": [{"concurrency": each, **_json(ways)} for each, ways in runs],
             "short": _json(alone),
         }
-    for path in server_report.write(options.results, report, device):
+    for path in server_report.write(options.results, report):
         print(f"written: {path}")
     print(server_report.markdown(report))
     print(f"{time.monotonic() - began:.0f} s in all")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ ENGINE_SHARE, GAIN, ADDED_MS = 0.9, 1.5, 0.5  # aims: of the engine's tokens/s, 
 ENGINE = "engine alone"
 
 
-def write(folder: Path, report: dict[str, Any], device: str) -> list[Path]:
+def write(folder: Path, report: dict[str, Any]) -> list[Path]:
     """Writes both files, named after the processor or the GPU."""
-    named = machine.file_name() if device == "cpu" else "gpu-" + report["machine"]["gpu"].lower()
-    stem = folder / f"server-{re.sub('[^a-z0-9]+', '-', named)}"
+    stem = folder / f"server-{machine.file_name(report['machine'].get('gpu'))}"
     folder.mkdir(parents=True, exist_ok=True)
     written = [stem.with_suffix(".json"), stem.with_suffix(".md")]
     written[0].write_text(json.dumps(report, indent=1) + "\n")

@@ -41,7 +41,10 @@ def summary(
 
 
 def read_export(path: Path, tokens_of: dict[int, int], cores: dict[str, float]) -> Run:
-    """What perf_analyzer exported. tokens_of: those of an answer, by the first id of its source."""
+    """What perf_analyzer exported: all ids of a source, or its first alone (before 2.60).
+
+    tokens_of: those of an answer, by the first id of its source.
+    """
     # Tensors are in it as raw bytes; as Latin-1 each is a character, and the whole is JSON.
     (experiment,) = json.loads(path.read_text("latin-1"))["experiments"]
     bounds = [bound * NANOSECONDS for bound in experiment["window_boundaries"]]
@@ -49,7 +52,7 @@ def read_export(path: Path, tokens_of: dict[int, int], cores: dict[str, float]) 
         (
             one["timestamp"] * NANOSECONDS,
             [arrival * NANOSECONDS for arrival in one["response_timestamps"]],
-            tokens_of[one["request_inputs"]["source_ids"]],
+            tokens_of[np.ravel(one["request_inputs"]["source_ids"])[0]],
         )
         for one in experiment["requests"]
         if one["response_timestamps"]

@@ -21,7 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, marian
+from benchmarks import gpu_device, machine, marian
 from benchmarks.worker import Worker
 from examples.fr2en.scores import bleu
 
@@ -46,8 +46,8 @@ def main() -> None:
     rows = [line.split("\t") for line in PAIRS.read_text(encoding="utf-8").splitlines()[: options.sentences]]
     with tempfile.TemporaryDirectory() as folder:
         engines = measure(Path(folder), [row[0] for row in rows], [row[1] for row in rows], options)
-    report = {
-        "machine": machine.describe(),
+    report: dict[str, Any] = {
+        "machine": {**machine.describe(), **(gpu_device.conditions("cuda") if options.device == "gpu" else {})},
         "device": options.device,
         "sentences": len(rows),
         "repeats": options.repeats,
@@ -55,7 +55,7 @@ def main() -> None:
     report["engines"] = engines
     text = markdown(report)
     print(text)
-    stem = options.results / f"translator-{options.device}-{machine.file_name()}"
+    stem = options.results / f"translator-{machine.file_name(report['machine'].get('gpu'))}"
     stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
     stem.with_suffix(".md").write_text(text)
 
@@ -100,12 +100,13 @@ def measure(folder: Path, french: list[str], english: list[str], options: argpar
 
 def markdown(report: dict[str, Any]) -> str:
     where = report["machine"]
+    gpu = f"{where['gpu']}; " if "gpu" in where else ""
     versions = ", ".join(f"{name} {version}" for name, version in where["packages"].items() if version)
     lines = [
         f"# The French-English translator, {report['device']}",
         "",
         f"{report['sentences']} held-out sentences, beam {BEAMS}, {THREADS} threads, from text to text; medians of "
-        f"{report['repeats']}, engines taking turns. {where['processor']}, {where['cores']} cores; "
+        f"{report['repeats']}, engines taking turns. {gpu}{where['processor']}, {where['cores']} cores; "
         f"Python {where['python']}, {versions}; {where['date']}.",
         "",
         _COLUMNS,

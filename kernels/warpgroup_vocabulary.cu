@@ -1,5 +1,6 @@
 // warpgroup_vocabulary: what kernels/vocabulary.cu does, for up to 128 rows, by the instructions that Hopper alone has:
-// the copy engine streams the weights while warpgroups multiply and, once a tile is complete, look for its best. With
+// the copy engine streams the weights while warpgroups multiply and, once a tile is complete, look for its best. Four
+// lanes share a row of a tile, so that what a search of few beams wants is found in registers. With
 //   ROWS    rows a block takes: 64 or 128; blockIdx.x counts such groups
 //   INNER   width of x, a multiple of 64
 //   SPAN    tiles that a block takes at a time, 1 or 2
@@ -10,19 +11,24 @@
 #include "tiles.cuh"
 
 constexpr int STAGES = INNER / 64;  // sixty-four columns of x and as many rows of W
-constexpr int GROUPS = 2 * SPAN;    // warpgroups that multiply, each sixty-four ids
+constexpr int HALVES = ROWS / 64;   // of the rows
+constexpr int GROUPS = HALVES * SPAN;  // warpgroups that multiply, each sixty-four rows by a tile
 constexpr int MULTIPLYING = 128 * GROUPS;  // threads: first those, then those that add up moments, then one that loads
 constexpr int OBSERVING = least(64, most(32, ROWS));
 constexpr int LOADER = MULTIPLYING + OBSERVING;
 constexpr int THREADS = LOADER + 32;
-constexpr int GROUP_BYTES = 64 * 64 * 2;
-constexpr int WEIGHT_BYTES = GROUPS * GROUP_BYTES;
+constexpr int TILE_BYTES = TILE * 64 * 2;
+constexpr int WEIGHT_BYTES = SPAN * TILE_BYTES;
 constexpr int X_BYTES = ROWS * 64 * 2;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
 constexpr int LOGIT_BYTES = SPAN * ROWS * LOGIT_STRIDE * 4;
 // Of a tile's last stages: so many take logits when they have been read, where shared memory has no room beside them.
 constexpr int KEPT = ROWS > 64 ? DEPTH : 0;
 static_assert(DEPTH <= STAGES || !KEPT, "logits would take a stage of the next tile");
+
+constexpr int FEW = 4;         // best that are found in registers
+constexpr int OWN = TILE / 4;  // ids of a row that a lane has
+static_assert(MULTIPLYING * OWN * 4 <= LOGIT_BYTES, "lanes' own logits find no room where logits do");
 
 // Shared memory, as warpgroup_launch.py counts it: stages, logits [SPAN][ROWS][LOGIT_STRIDE], columns, moments,
 // barriers.
@@ -31,9 +37,108 @@ constexpr int COLUMNS_AT = most(DEPTH * STAGE_BYTES, LOGITS_AT + LOGIT_BYTES);
 constexpr int MOMENTS_AT = COLUMNS_AT + SPAN * TILE * 16;
 constexpr int BARRIERS_AT = MOMENTS_AT + ROWS * 8;
 
+// The larger goes first; not a number goes nowhere.
+__device__ __forceinline__ void put_in_order(float& x, float& y) {
+    const float larger = fmaxf(x, y);
+    y = fminf(x, y);
+    x = larger;
+}
+
+// A row of a tile, of whose logits (-inf beyond the vocabulary) a lane has logits[n][place] and the next for ids 8 n +
+// 2 (lane % 4) and the next. The FEW best are among those at or above the FEW-th largest of what groups of eight logits
+// have at most. Each lane sorts its own of them, then the best of the four lanes is taken, FEW times.
+// stash: room for this lane's logits, four at a time, MULTIPLYING apart
+template <int place>
+__device__ __forceinline__ void summarise_few(float (&logits)[TILE / 8][4], float4* stash, int row, int tile,
+                                              const Wanted& of) {
+    const int member = threadIdx.x % 4;
+    auto own = [&](int i) -> float& { return logits[i / 2][place + i % 2]; };
+    auto id_of = [&](int i) { return tile * TILE + i / 2 * 8 + 2 * member + i % 2; };
+    float largest[FEW];
+    auto find_largest = [&]() {
+#pragma unroll
+        for (int j = 0; j < FEW; j++) {
+            largest[j] = -INFINITE;
+#pragma unroll
+            for (int i = j * OWN / FEW; i < (j + 1) * OWN / FEW; i++) largest[j] = fmaxf(largest[j], own(i));
+        }
+    };
+    find_largest();
+    float most = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])), sum[2] = {};
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, offset));
+#pragma unroll
+    for (int i = 0; i < OWN; i++) sum[i % 2] += exp2f((own(i) - most) * LOG2_E);
+    sum[0] += sum[1];
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) sum[0] += __shfl_xor_sync(FULL_WARP, sum[0], offset);
+
+    const bool there = row < of.count;
+    const int tiles = up(of.vocabulary, TILE);
+    const long long at = (long long)row * tiles + tile;
+    if (there && member == 0) of.statistics[at] = make_float2(most, sum[0]);
+    int wanted = there ? of.best : 0;
+    if (there && of.slots) wanted = min(wanted, of.slots[of.rows[row]].looked_at);
+    if (tile == tiles - 1 || (of.banned >= 0 && of.banned / TILE == tile)) {
+#pragma unroll
+        for (int i = 0; i < OWN; i++)
+            if (id_of(i) >= of.vocabulary || id_of(i) == of.banned) own(i) = __int_as_float(0x7fffffff);
+        find_largest();
+    }
+    auto sort = [&]() {  // what rises and then falls, or falls and then rises
+        put_in_order(largest[0], largest[2]);
+        put_in_order(largest[1], largest[3]);
+        put_in_order(largest[0], largest[1]);
+        put_in_order(largest[2], largest[3]);
+    };
+    put_in_order(largest[0], largest[1]);
+    put_in_order(largest[3], largest[2]);
+    sort();
+#pragma unroll
+    for (int offset = 1; offset < 4; offset *= 2) {
+        float other[FEW];
+#pragma unroll
+        for (int j = 0; j < FEW; j++) other[j] = __shfl_xor_sync(FULL_WARP, largest[FEW - 1 - j], offset);
+#pragma unroll
+        for (int j = 0; j < FEW; j++) largest[j] = fmaxf(largest[j], other[j]);
+        sort();
+    }
+
+    unsigned hits = 0;
+#pragma unroll
+    for (int i = 0; i < OWN; i++) hits |= (own(i) >= largest[FEW - 1] ? 1u : 0u) << i;
+#pragma unroll
+    for (int i = 0; i < OWN; i += 4) stash[i / 4 * MULTIPLYING] = make_float4(own(i), own(i + 1), own(i + 2), own(i + 3));
+    Choice best[FEW] = {};
+    while (hits) {
+        const int i = __ffs(hits) - 1;
+        hits &= hits - 1;
+        Choice rest = choice(reinterpret_cast<const float*>(stash + i / 4 * MULTIPLYING)[i % 4], id_of(i));
+#pragma unroll
+        for (int j = 0; j < FEW; j++) {
+            const Choice kept = better(best[j], rest);
+            rest = kept == rest ? best[j] : rest;
+            best[j] = kept;
+        }
+    }
+    Choice mine = 0;
+#pragma unroll
+    for (int rank = 0; rank < FEW; rank++) {
+        Choice taken = best[0];
+#pragma unroll
+        for (int offset = 1; offset < 4; offset *= 2)
+            taken = better(taken, __shfl_xor_sync(FULL_WARP, taken, offset));
+        if (rank == member) mine = taken;
+        if (taken != best[0]) continue;
+#pragma unroll
+        for (int j = 0; j < FEW; j++) best[j] = j + 1 < FEW ? best[j + 1] : 0;
+    }
+    if (member < wanted) of.choices[at * of.best + member] = mine;
+}
+
 // Arguments and results as kernels/vocabulary.cu has them, but
 //   x_map: of x half [count, INNER], boxes of [ROWS, 64], swizzled by 128 bytes; W half, packed by warpgroup_launch.py
-//   as [ceil(vocabulary / 64)][INNER / 8][64][8]
+//   as [ceil(vocabulary / 128)][INNER / 8][128][8]
 //   grid (ceil(count / ROWS), blocks up to ceil(tiles / SPAN)), block THREADS, shared memory as above
 extern "C" __global__ void __launch_bounds__(THREADS, ROWS == 64 ? 2 : 1)
 warpgroup_vocabulary(const __grid_constant__ TensorMap x_map, const __half* weight, const float* columns,
@@ -53,12 +158,12 @@ warpgroup_vocabulary(const __grid_constant__ TensorMap x_map, const __half* weig
     auto tile_of = [&](int turn) { return (blockIdx.y + turn * gridDim.y) * SPAN; };
     auto stage_at = [&](int stage) { return memory + stage % DEPTH * STAGE_BYTES; };
     auto load_weights = [&](int stage) {
-        const int first = tile_of(stage / STAGES) * 2, groups = least(GROUPS, up(vocabulary, 64) - first);
+        const int first = tile_of(stage / STAGES), span = least(SPAN, tiles - first);
         const char* packed = reinterpret_cast<const char*>(weight) +
-                             ((long long)first * STAGES + stage % STAGES) * GROUP_BYTES;
-        barrier_expect(full + stage % DEPTH, groups * GROUP_BYTES + X_BYTES);
-        for (int i = 0; i < groups; i++)
-            copy_bulk(stage_at(stage) + i * GROUP_BYTES, packed + (long long)i * STAGES * GROUP_BYTES, GROUP_BYTES,
+                             ((long long)first * STAGES + stage % STAGES) * TILE_BYTES;
+        barrier_expect(full + stage % DEPTH, span * TILE_BYTES + X_BYTES);
+        for (int i = 0; i < span; i++)
+            copy_bulk(stage_at(stage) + i * TILE_BYTES, packed + (long long)i * STAGES * TILE_BYTES, TILE_BYTES,
                       full + stage % DEPTH);
     };
     auto load_x = [&](int stage) {
@@ -125,18 +230,23 @@ warpgroup_vocabulary(const __grid_constant__ TensorMap x_map, const __half* weig
     auto release = [&](int stage) {
         if (thread % 128 == 0) barrier_arrive(empty + stage % DEPTH);
     };
+    const Wanted wanted = {rows, slots, logits, statistics, choices, stride, count, vocabulary, best, banned};
+    const int group = warp / 4, part = group / HALVES, half = group % HALVES;
+    const int row = half * 64 + warp % 4 * 16 + g;  // of the block; and the eighth after it
+    float4* stash = reinterpret_cast<float4*>(held) + thread;
     for (int turn = 0; turn < turns; turn++) {
-        const int tile = tile_of(turn), first = turn * STAGES;
-        if (thread < SPAN * TILE) own_columns[thread] = load_column(columns, bias, tile * TILE + thread, vocabulary);
-        float sums[ROWS / 8][4] = {};
+        const int first_tile = tile_of(turn), tile = first_tile + part, first = turn * STAGES;
+        for (int i = thread; i < SPAN * TILE; i += MULTIPLYING)
+            own_columns[i] = load_column(columns, bias, first_tile * TILE + i, vocabulary);
+        float sums[TILE / 8][4] = {};
         for (int stage = first; stage < first + STAGES; stage++) {
             block_wait(full + stage % DEPTH, stage / DEPTH % 2);
-            const char* w = stage_at(stage) + warp / 4 * GROUP_BYTES;
-            const char* x = stage_at(stage) + WEIGHT_BYTES;
+            const char* w = stage_at(stage) + part * TILE_BYTES;
+            const char* x = stage_at(stage) + WEIGHT_BYTES + half * 64 * 128;
             warpgroup_begin();
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                warpgroup_multiply(sums, plain_operand(w + k * 2 * 64 * 16, 64 * 16), swizzled_operand(x + k * 32));
+                warpgroup_multiply(sums, swizzled_operand(x + k * 32), plain_operand(w + k * 2 * TILE * 16, TILE * 16));
             warpgroup_commit();
             warpgroup_wait<1>();
             if (stage > first && stage <= first + STAGES - KEPT) release(stage - 1);
@@ -145,25 +255,34 @@ warpgroup_vocabulary(const __grid_constant__ TensorMap x_map, const __half* weig
         if (!KEPT) release(first + STAGES - 1);
         block_wait(measured, 0);
         together();  // all stages have been read, and the logits before
-        const int at = warp * 16 + g;
-        float* own = held + (warp / 8 * ROWS + 2 * t) * LOGIT_STRIDE + warp % 8 * 16 + g;
+        const Column* own = own_columns + part * TILE + 2 * t;
+        const float2 upper = moments[row], lower = moments[row + 8];
+        const bool last_tile = (tile + 1) * TILE > vocabulary;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {  // eight ids further
-            const Column column = own_columns[at + 8 * half];
-            const bool inside = tile * TILE + at + 8 * half < vocabulary;
+        for (int n = 0; n < TILE / 8; n++)
 #pragma unroll
-            for (int n = 0; n < ROWS / 8; n++) {
-                // Of this row and the next.
-                const float4 both = *reinterpret_cast<const float4*>(moments + 8 * n + 2 * t);
-                const float one = logit(sums[n][2 * half], make_float2(both.x, both.y), column, scale);
-                const float other = logit(sums[n][2 * half + 1], make_float2(both.z, both.w), column, scale);
-                own[8 * n * LOGIT_STRIDE + 8 * half] = inside ? one : -INFINITE;
-                own[(8 * n + 1) * LOGIT_STRIDE + 8 * half] = inside ? other : -INFINITE;
+            for (int j = 0; j < 2; j++) {
+                const Column column = own[8 * n + j];
+                const bool inside = !last_tile || tile * TILE + 8 * n + 2 * t + j < vocabulary;
+                sums[n][j] = inside ? logit(sums[n][j], upper, column, scale) : -INFINITE;
+                sums[n][2 + j] = inside ? logit(sums[n][2 + j], lower, column, scale) : -INFINITE;
+            }
+        const bool few = !logits && best <= FEW;
+        if (!few) {
+            float* to = held + (part * ROWS + row) * LOGIT_STRIDE + 2 * t;
+#pragma unroll
+            for (int n = 0; n < TILE / 8; n++) {
+                *reinterpret_cast<float2*>(to + 8 * n) = make_float2(sums[n][0], sums[n][1]);
+                *reinterpret_cast<float2*>(to + 8 * LOGIT_STRIDE + 8 * n) = make_float2(sums[n][2], sums[n][3]);
             }
         }
         together();
-        const Wanted wanted = {rows, slots, logits, statistics, choices, stride, count, vocabulary, best, banned};
-        finish_tiles<SPAN, ROWS, MULTIPLYING>(held, tile, first_row, wanted, together);
+        if (!few) {
+            finish_tiles<SPAN, ROWS, MULTIPLYING>(held, first_tile, first_row, wanted, together);
+        } else if (tile < tiles && first_row + row - g < count) {
+            summarise_few<0>(sums, stash, first_row + row, tile, wanted);
+            summarise_few<2>(sums, stash, first_row + row + 8, tile, wanted);
+        }
         if (KEPT) {
             publish_writes();
             together();

@@ -87,7 +87,7 @@ def warpgroup_vocabulary(
     kernels.launch(
         "warpgroup_vocabulary", (plan.grid[0], blocks or plan.grid[1]), plan.threads,
         (
-            TensorMap(x.astype(np.float16), (64, definitions["ROWS"])), warpgroup_launch.packed(folded), columns,
+            TensorMap(x.astype(np.float16), (64, definitions["ROWS"])), warpgroup_launch.packed_vocabulary(folded), columns,
             None if output.bias is None else output.bias.astype(np.float16), None, None, logits, np.int32(wide),
             statistics if best else None, choices if best else None,
             *(np.int32(number) for number in (count, wide, best, banned)), np.float32(epsilon), np.float32(scale),
@@ -283,12 +283,33 @@ def test_vocabulary_by_warpgroups_finds_the_best_of_every_tile(rows: int, inner:
     assert np.array_equal(choices, of_tiles[1])
 
 
-def test_vocabulary_by_warpgroups_needs_no_logits() -> None:
+# Up to four are found in registers, more in shared memory.
+@pytest.mark.parametrize("best", [1, 3, 4, 6])
+@pytest.mark.parametrize(
+    ("rows", "inner", "wide", "blocks"), [(3, 256, 257, 1), (33, 64, 700, 2), (70, 256, 131, 0), (128, 320, 520, 1)]
+)
+def test_vocabulary_by_warpgroups_needs_no_logits(rows: int, inner: int, wide: int, blocks: int, best: int) -> None:
+    head, bias = a_head(rows, inner, wide), np.zeros(wide, np.float32)
+    weight = head["output"].weight
+    weight[:, 7:90] = weight[:, 5:6]  # the same many times over
+    weight[:, wide // 2 :: 3] = weight[:, 3:4]
+    bias[[2, 11]] = -np.inf, np.nan
+    head = {**head, "output": Linear(weight, bias), "banned": wide - 5}
+    head["x"][rows // 2] = np.nan
+    logits = np.full((rows, wide), np.nan, np.float32)
+    warpgroup_vocabulary(**head, best=6, logits=logits)
+    assert np.isnan(logits).any(axis=1).all()
+    statistics, choices = warpgroup_vocabulary(**head, best=best, blocks=blocks)
+    (most, sums), expected = np.moveaxis(tiled(logits, best, wide - 5)[0], 2, 0), tiled(logits, best, wide - 5)[1]
+    assert np.array_equal(choices, expected)
+    np.testing.assert_allclose(statistics[..., 1], sums, rtol=1e-5)
+    np.testing.assert_allclose(statistics[..., 0][~np.isnan(sums)], most[~np.isnan(sums)], rtol=1e-6)
+
+
+def test_vocabulary_by_warpgroups_gives_logits_alone() -> None:
     head = a_head(9, 64, 700)
     logits = np.full((9, 700), np.nan, np.float32)
-    with_logits = warpgroup_vocabulary(**head, best=2, logits=logits)
-    for one, other in zip(with_logits, warpgroup_vocabulary(**head, best=2), strict=True):
-        assert np.array_equal(one, other)
+    warpgroup_vocabulary(**head, best=2, logits=logits)
     alone = np.full((9, 700), np.nan, np.float32)
     warpgroup_vocabulary(**head, best=0, logits=alone)
     assert np.array_equal(alone, logits)
@@ -402,8 +423,10 @@ def tiled(logits: Array, best: int, banned: int) -> tuple[Array, Array]:
     for row in range(rows):
         for tile in range(tiles):
             part = logits[row, tile * vocabulary_launch.TILE : (tile + 1) * vocabulary_launch.TILE]
-            statistics[row, tile] = part.max(), np.exp(part - part.max()).sum()
-            order = [i for i in np.argsort(-part, kind="stable") if i + tile * vocabulary_launch.TILE != banned][:best]
+            most = np.fmax.reduce(part, initial=-np.inf)  # what is not a number is no choice
+            statistics[row, tile] = most, np.exp(part - most).sum()
+            order = [i for i in np.argsort(-part, kind="stable") if i + tile * vocabulary_launch.TILE != banned]
+            order = [i for i in order if not np.isnan(part[i])][:best]
             bits = part[order].view(np.uint32)
             ordered = np.where(bits >> 31, ~bits, bits | np.uint32(1 << 31)).astype(np.uint64)
             low = ~(np.array(order, np.uint32) + np.uint32(tile * vocabulary_launch.TILE))

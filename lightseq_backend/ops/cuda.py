@@ -123,7 +123,7 @@ class Cuda:
             return self._int8_matrix(array, norm)
         inner, wide = array.shape
         can = warpgroup_launch.can(self._limits, inner, wide, self._half)
-        return self._float_matrix(np.asarray(array), norm, can, True)
+        return self._float_matrix(np.asarray(array), norm, warpgroup_launch.packed if can else None)
 
     def vocabulary_matrix(self, array: np.ndarray | Rounded, norm: Any = None) -> Matrix:
         inner, wide = array.shape
@@ -131,14 +131,16 @@ class Cuda:
             return self._int8_matrix(array, norm, vocabulary_launch.without_norm)
         if self._int8:
             log.info("the vocabulary's weights [%d, %d] are fp16: this GPU has no room for int8 ones", inner, wide)
-            return self._float_matrix(np.asarray(array), None, False, False)
+            return self._float_matrix(np.asarray(array), None, None, False)
         if norm is None:  # our own kernels have one folded in
-            return self._float_matrix(np.asarray(array), None, False, False)
+            return self._float_matrix(np.asarray(array), None, None, False)
         can = warpgroup_launch.can_search(self._limits, array.shape[0], self._half)
-        return self._float_matrix(np.asarray(array), norm, can, True)
+        return self._float_matrix(np.asarray(array), norm, warpgroup_launch.packed_vocabulary if can else None)
 
-    def _float_matrix(self, array: np.ndarray, norm: Any, grouped: bool, packed: bool) -> Matrix:
-        """With or without what the one or the other of our kernels reads."""
+    def _float_matrix(
+        self, array: np.ndarray, norm: Any, group: Callable[[Array], Array] | None, packed: bool = True
+    ) -> Matrix:
+        """With or without what the one or the other of our kernels reads. group: what makes it for warpgroups."""
         inner, wide = array.shape
         transposed = array.T.flags.c_contiguous and not array.flags.c_contiguous
         columns = None
@@ -151,7 +153,7 @@ class Cuda:
                 source = cupy.ascontiguousarray(source.T if transposed else source)
             strides = (1, inner) if transposed else (wide, 1)
             lanes = self._packed(source, strides, inner, wide) if packed else None
-            groups = warpgroup_launch.packed(source.T if transposed else source) if grouped else None
+            groups = group(source.T if transposed else source) if group else None
         return Matrix(plain, transposed, lanes, groups, columns, norm is not None, inner, wide)
 
     def _int8_matrix(

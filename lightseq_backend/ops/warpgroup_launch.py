@@ -37,15 +37,23 @@ def can_search(device: Device, inner: int, half: bool) -> bool:
 
 
 def packed_width(wide: int) -> int:
-    """Columns that `packed` has for so many."""
-    return -(-wide // _OUTPUTS) * _OUTPUTS
+    """Columns that `packed_vocabulary` has for so many."""
+    return -(-wide // TILE) * TILE
 
 
 def packed(weight: Any) -> Any:
-    """W [inner, wide], NumPy or CuPy, in the order the kernels read it: [ceil(wide / 64)][inner / 8][64][8]."""
-    inner, wide = weight.shape
-    whole = np.pad(weight, ((0, 0), (0, -wide % _OUTPUTS))) if wide % _OUTPUTS else weight
-    return whole.reshape(inner // 8, 8, -1, _OUTPUTS).transpose(2, 0, 3, 1).copy().reshape(-1)
+    """W [inner, wide], NumPy or CuPy, in the order that warpgroup.cu reads it: [wide / 64][inner / 8][64][8]."""
+    return _packed(weight, _OUTPUTS)
+
+
+def packed_vocabulary(weight: Any) -> Any:
+    """The same for warpgroup_vocabulary.cu: [ceil(wide / 128)][inner / 8][128][8]."""
+    wide = weight.shape[1]
+    return _packed(np.pad(weight, ((0, 0), (0, -wide % TILE))) if wide % TILE else weight, TILE)
+
+
+def _packed(weight: Any, outputs: int) -> Any:
+    return weight.reshape(len(weight) // 8, 8, -1, outputs).transpose(2, 0, 3, 1).copy().reshape(-1)
 
 
 def plan(device: Device, rows: int, inner: int, wide: int, norm: bool) -> Plan:
@@ -80,7 +88,7 @@ def vocabulary_plan(device: Device, rows: int, inner: int, vocabulary: int) -> P
     groups = -(-rows // count)
     blocks = min(-(-tiles(vocabulary) // span), max(1, blocks_each * device.multiprocessors // groups))
     definitions = {"HALF": 1, "ROWS": count, "INNER": inner, "SPAN": span, "DEPTH": depth}
-    threads = 2 * span * 128 + min(64, max(32, count)) + _LOADING
+    threads = 2 * span * count + min(64, max(32, count)) + _LOADING
     shared = _vocabulary_shared(count, span, depth)
     return Plan(tuple(definitions.items()), (groups, blocks, 1), (1, 1, 1), shared, threads)
 

@@ -188,7 +188,10 @@ class TransformerConfig:
 
 @dataclass(frozen=True)
 class GptConfig:
-    """A decoder-only model as LightSeq's gpt.pb describes it. extra_decode_length <= 0: up to max_positions."""
+    """A decoder-only model as LightSeq's gpt.pb describes it. extra_decode_length <= 0: up to max_positions.
+
+    What LightSeq's files cannot say is as in TransformerConfig; without final_norm none follows the last layer.
+    """
 
     hidden: int
     inner: int
@@ -201,6 +204,7 @@ class GptConfig:
     extra_decode_length: int = 0
     activation: str = "gelu"
     norm_epsilon: float | None = None
+    final_norm: bool = True
     positions: str = TABLE
     position_offset: int = 0
     dialect: Dialect = DIALECTS["head"]

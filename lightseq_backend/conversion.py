@@ -129,14 +129,17 @@ def _check_original(source: Path, weights: Path, model: Model) -> None:
 
 
 def _check_computed(source: Path, weights: Path, model: Model) -> None:
-    """The same, beside a plain pass over the source's own arrays."""
+    """The same, beside fairseq for a checkpoint that it can run, else beside a plain pass over the source's arrays."""
     from lightseq_backend import proof
     from lightseq_backend.export import sources
 
-    plain = sources.plain(source, model.config)
-    if plain is not None:
-        comparison = proof.compare(weights, plain, dialect=_dialect_of(weights, model) or "head")
-        _judge(comparison, f"a plain pass over the arrays of {source}")
+    original: proof.Original | None
+    original, what = sources.by_fairseq(source, model.config)
+    if original is None:
+        reason = f" ({what})" if what else ""
+        original, what = sources.plain(source, model.config), f"a plain pass over the arrays of {source}{reason}"
+    if original is not None:
+        _judge(proof.compare(weights, original, dialect=_dialect_of(weights, model) or "head"), what)
 
 
 def _judge(comparison: proof.Comparison, what: str) -> None:

@@ -25,7 +25,7 @@ _ROOM = EngineConfig(slots=1, max_beam_size=1)
 
 
 class Original(Protocol):
-    """What export/original.py and export/plain.py have."""
+    """What export/original.py, export/original_fairseq.py and export/plain.py have."""
 
     def encode(self, ids: Sequence[int]) -> np.ndarray: ...
 

@@ -109,6 +109,8 @@ def gpt(seed: int = 0, **settings: Any) -> tuple[GptConfig, Arrays]:
     for layer in range(config.layers):
         arrays |= _attention(random, f"layer.{layer}.attention", hidden)
         arrays |= _feed_forward(random, f"layer.{layer}", hidden, config.inner)
+    if not config.final_norm:
+        del arrays["norm.gain"], arrays["norm.bias"]
     return config, arrays
 
 

@@ -301,6 +301,21 @@ def test_output_under_its_older_name_is_found() -> None:
     assert all((made[name] == array).all() for name, array in expected.items())
 
 
+def test_fused_layers_of_the_last_release_are_left_out() -> None:
+    """fairseq 0.12.2 saves them with every encoder layer: zeros, or what they were when the training began."""
+    settings, arrays, _ = committed("post")
+    expected = fairseq.convert(settings, arrays, Path("model.pt")).arrays
+    for layer in range(2):
+        for name, shape in (("in_proj", (48, 16)), ("out_proj", (16, 16)), ("fc1", (20, 16)), ("fc2", (16, 20))):
+            arrays[f"encoder.layers.{layer}.{name}_weight"] = np.zeros(shape, np.float32)
+            arrays[f"encoder.layers.{layer}.{name}_bias"] = np.zeros(shape[0], np.float32)
+    made = fairseq.convert(settings, arrays, Path("model.pt")).arrays
+    assert all((made[name] == array).all() for name, array in expected.items())
+    arrays["decoder.layers.0.fc1_bias"] = np.zeros(20, np.float32)
+    with pytest.raises(WeightError, match=r"decoder\.layers\.0\.fc1_bias has no place in such a model"):
+        fairseq.convert(settings, arrays, Path("model.pt"))
+
+
 def test_settings_are_found_in_both_places_flat_or_not() -> None:
     nested = {"encoder": {"layers": 3}, "activation_fn": "relu"}
     for checkpoint in ({"args": nested}, {"args": None, "cfg": {"model": nested}}):

@@ -61,6 +61,16 @@ def test_arrays_under_our_names_become_the_model(model: Any, tmp_path: Path) -> 
         arrays_file.read(npz(tmp_path, config, arrays, tied=False))  # two arrays where the configuration says one
 
 
+def test_arrays_of_a_gpt_may_lack_the_final_norm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config, arrays = small_models.gpt(2, final_norm=False)
+    source = npz(tmp_path, config, arrays)
+    assert main(["convert", str(source), str(tmp_path / "model")]) == 0
+    assert "a plain pass over the arrays" in capsys.readouterr().out
+    assert weights.load(tmp_path / "model" / "gpt.safetensors")[0] == config
+    with pytest.raises(WeightError, match=r"norm\.gain is missing\n.*norm\.bias is missing"):
+        arrays_file.read(npz(tmp_path, config, arrays, final_norm=True))
+
+
 def test_untied_output_is_an_array_of_its_own(tmp_path: Path) -> None:
     config, arrays = small_models.transformer(2, untied=True)
     read = arrays_file.read(npz(tmp_path, config, arrays, tied=False))

@@ -321,8 +321,9 @@ def test_result_does_not_depend_on_what_ran_before(model: str) -> None:
     assert exactly(engine.answer([row], changes=CHANGES[0])[0]) == first
 
 
-def test_scores_equal_recomputation_with_prompts_cut_into_small_passes() -> None:
-    config, arrays = small_models.gpt(23, **GPT)
+@pytest.mark.parametrize("final_norm", [True, False])
+def test_scores_equal_recomputation_with_prompts_cut_into_small_passes(final_norm: bool) -> None:
+    config, arrays = small_models.gpt(23, **GPT, final_norm=final_norm)
     engine = small_models.engine(config, arrays, slots=4, max_beam_size=4, prompt_tokens=1)
     texts = [[4], [5, 6], list(range(3, 27)), [9, 9, 9, 9]]
     losses = [output.loss for output in engine.answer(texts, kind=SCORE)]

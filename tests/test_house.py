@@ -46,6 +46,7 @@ LAYERS = [
 BESIDE = {"lightseq_backend.weights", "lightseq_backend.export", "lightseq_backend.text"}
 # Who may import what comes from outside, by the first word of its name.
 ONLY_IN = {
+    "fairseq": ("lightseq_backend.export",),
     "cupy": ("lightseq_backend.ops.cuda", "lightseq_backend.ops.launch", "lightseq_backend.ops.transfer"),
     "h5py": ("lightseq_backend.weights",),
     "torch": ("lightseq_backend.export",),

@@ -157,6 +157,7 @@ GPTS: dict[str, dict[str, Any]] = {
     "own epsilon": {"norm_epsilon": 1e-2},
     "gelu_erf": {"activation": "gelu_erf"},
     "threaded products": {"hidden": 96, "inner": 1400, "heads": 3},
+    "without a final norm": {"final_norm": False},
 }
 PROMPTS = [[3], [4, 5], [6, 7, 8, 9, 10], [1, 1, 1], [2, 0, 2, 0, 2]]
 

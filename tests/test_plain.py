@@ -122,8 +122,9 @@ def test_arrays_are_the_model_of_their_definition(settings: dict[str, Any]) -> N
     agrees(plain, model, [3, 4, 5])
 
 
-def test_arrays_of_a_gpt_are_the_model_of_their_definition() -> None:
-    config, held = small_models.gpt(3, layers=2)
+@pytest.mark.parametrize("final_norm", [True, False])
+def test_arrays_of_a_gpt_are_the_model_of_their_definition(final_norm: bool) -> None:
+    config, held = small_models.gpt(3, layers=2, final_norm=final_norm)
     plain = plain_arrays.plain(description.write(config, True), held, config)
     np.testing.assert_allclose(plain.logits([3, 4, 5]), GptReference(config, held).logits([3, 4, 5])[-1], atol=NEAR)
 

@@ -57,10 +57,13 @@ def test_transformer_reads_back(tmp_path: Path, settings: dict[str, Any]) -> Non
         np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
-def test_gpt_reads_back_and_answers_the_same(tmp_path: Path) -> None:
-    config, arrays = small_models.gpt(1, activation="gelu_erf", norm_epsilon=1e-5)
+@pytest.mark.parametrize("final_norm", [True, False])
+def test_gpt_reads_back_and_answers_the_same(tmp_path: Path, final_norm: bool) -> None:
+    config, arrays = small_models.gpt(1, activation="gelu_erf", norm_epsilon=1e-5, final_norm=final_norm)
     weights.save(tmp_path / "a.safetensors", config, arrays)
-    assert weights.load(tmp_path / "a.safetensors")[0] == config
+    again, back = weights.load(tmp_path / "a.safetensors")
+    assert again == config
+    assert back.keys() == arrays.keys()
     changes = {"sampling_method": GREEDY}
     ours = local.build(tmp_path / "a.safetensors").answer([[3, 4]], changes=changes)
     assert ours[0].hypotheses[0].tokens.tolist() == (
@@ -81,6 +84,23 @@ def test_what_only_our_files_can_say_is_refused_by_lightseqs(tmp_path: Path) -> 
         weights.save(tmp_path / "a.pb", config, arrays)
     for name in ("activation is 'gelu_erf'", "norm_epsilon is 1e-05", "never_id is 3"):
         assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".pb", ".hdf5"])
+def test_gpt_without_a_final_norm_is_refused_by_lightseqs_formats(tmp_path: Path, suffix: str) -> None:
+    if suffix == ".hdf5":
+        pytest.importorskip("h5py")
+    with pytest.raises(WeightError, match="final_norm is False; LightSeq's format cannot hold that"):
+        weights.save(tmp_path / f"a{suffix}", *small_models.gpt(2, final_norm=False))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_final_norm_of_a_gpt_is_there_as_its_configuration_says(tmp_path: Path, there: bool) -> None:
+    config, _ = small_models.gpt(2, final_norm=there)
+    _, arrays = small_models.gpt(2, final_norm=not there)
+    with pytest.raises(WeightError, match=r"norm\.gain is missing" if there else r"norm\.gain is no array of such"):
+        weights.save(tmp_path / "a.safetensors", config, arrays)
 
 
 def test_arrays_stay_mapped_and_the_same_memory_is_stored_once(tmp_path: Path) -> None:

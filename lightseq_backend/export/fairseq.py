@@ -261,5 +261,8 @@ def _positions(settings: Settings, config: TransformerConfig, source: Arrays) ->
 
 
 def _known_to_be_spare(name: str) -> bool:
-    """Versions of the stacks, and tables that are computed here."""
-    return bool(re.fullmatch(r"(en|de)coder\.(version|embed_positions\.(weights|_float_tensor))", name))
+    """Versions of the stacks, tables that are computed here, and what release 0.12.2 keeps beside each encoder layer's
+    arrays for PyTorch's fused layer: it is made anew of them when a checkpoint is loaded, and stale in the file."""
+    spare = r"(en|de)coder\.(version|embed_positions\.(weights|_float_tensor))"
+    fused = r"encoder\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)"
+    return bool(re.fullmatch(f"{spare}|{fused}", name))

@@ -9,7 +9,15 @@ from pathlib import Path
 from lightseq_backend import weights
 from lightseq_backend.config import Config, GptConfig
 from lightseq_backend.errors import ConfigError
-from lightseq_backend.export import arrays_file, fairseq, huggingface, plain_arrays, plain_fairseq, plain_lightseq
+from lightseq_backend.export import (
+    arrays_file,
+    fairseq,
+    huggingface,
+    original_fairseq,
+    plain_arrays,
+    plain_fairseq,
+    plain_lightseq,
+)
 from lightseq_backend.export.checkpoint import load_pickle, tensors_of
 from lightseq_backend.export.model import Model
 from lightseq_backend.export.plain import Plain
@@ -35,9 +43,7 @@ def is_lightseqs(source: Path) -> bool:
 def plain(source: Path, config: Config) -> Plain | None:
     """A source's own computation, by a second way to read it; None where there is none (safetensors and HDF5, which
     have our names, int8, and protobuf files beyond its runtime). config: of the converted model."""
-    if source.is_dir():
-        named = any(source.glob(f"*{CHECKPOINT}"))
-        source = fairseq.find(source) if named else directory.find(source).weights
+    source = _file_of(source)
     if source.suffix == CHECKPOINT:
         checkpoint = load_pickle(source, argparse.Namespace)
         return plain_fairseq.plain(fairseq.settings_of(checkpoint, source), tensors_of(checkpoint["model"]), config)
@@ -47,6 +53,16 @@ def plain(source: Path, config: Config) -> Plain | None:
         int8 = protobuf.examine(source, config.dialect, layout_of(config).kind).layout.int8
         return None if int8 else plain_lightseq.plain(source.read_bytes(), config)
     return None
+
+
+def by_fairseq(source: Path, config: Config) -> tuple[original_fairseq.Original | None, str]:
+    """The model of a checkpoint as fairseq itself runs it, and what that is called. None for another source and without
+    fairseq, and where an installed one cannot run it: then with the reason. config: of the converted model."""
+    path = _file_of(source)
+    if path.suffix != CHECKPOINT or not original_fairseq.is_installed():
+        return None, ""
+    checkpoint = load_pickle(path, argparse.Namespace)
+    return original_fairseq.build(fairseq.settings_of(checkpoint, path), checkpoint["model"], config)
 
 
 def directory_of(source: Path) -> Path:
@@ -69,6 +85,13 @@ def read(source: Path, forced_id: int | None = None, dialect: str | None = None,
     if isinstance(model.config, GptConfig):
         raise ConfigError(f"{source} is a GPT: nothing is forced there")
     return replace(model, config=replace(model.config, forced_id=forced_id))
+
+
+def _file_of(source: Path) -> Path:
+    """What holds the arrays of a source that is no Hugging Face directory."""
+    if not source.is_dir():
+        return source
+    return fairseq.find(source) if any(source.glob(f"*{CHECKPOINT}")) else directory.find(source).weights
 
 
 def _read(source: Path, dialect: str | None, kind: str | None) -> Model:

@@ -26,8 +26,13 @@ class Gpt:
         self.tokens, self.positions = read.table("tokens"), read.table("positions")
         names = [f"layer.{i}" for i in range(config.layers)]
         self.layers = [(read.attention(name, "attention"), read.feed_forward(name)) for name in names]
+        final = "norm" if config.final_norm else None
         self.head = Head(
-            read.norm("norm"), read.vocabulary("output", "norm"), config.logit_scale, config.banned_id, epsilon
+            None if final is None else read.norm(final),
+            read.vocabulary("output", final),
+            config.logit_scale,
+            config.banned_id,
+            epsilon,
         )
 
     def cache_plan(self, lanes: int) -> Plan:

@@ -268,8 +268,9 @@ def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
             shapes[entry.name.replace("*", str(layer))] = shape[:cut] + shape[cut + 1 :]
     for name, of in layout.views.items():
         shapes[name] = shapes[of][::-1]
+    absent: list[str] = []
     if isinstance(config, TransformerConfig):
-        absent = [] if config.encoder_final_norm else ["encoder.norm"]
+        absent += [] if config.encoder_final_norm else ["encoder.norm"]
         absent += [] if config.decoder_final_norm else ["decoder.norm"]
         for norms, embedding, first in (
             (config.encoder_norms, "source.norm", "encoder.0.attention_norm"),
@@ -278,8 +279,10 @@ def shapes_of(config: Config) -> dict[str, tuple[int, ...]]:
             if norms.embedding:
                 shapes |= {f"{embedding}.{part}": (config.hidden,) for part in ("gain", "bias")}
             absent += [] if norms.first else [first]
-        for norm in absent:
-            del shapes[f"{norm}.gain"], shapes[f"{norm}.bias"]
+    elif not config.final_norm:
+        absent.append("norm")
+    for norm in absent:
+        del shapes[f"{norm}.gain"], shapes[f"{norm}.bias"]
     return shapes
 
 

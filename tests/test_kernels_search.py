@@ -87,7 +87,8 @@ def warpgroup_vocabulary(
     kernels.launch(
         "warpgroup_vocabulary", (plan.grid[0], blocks or plan.grid[1]), plan.threads,
         (
-            TensorMap(x.astype(np.float16), (64, definitions["ROWS"])), warpgroup_launch.packed_vocabulary(folded), columns,
+            TensorMap(x.astype(np.float16), (64, definitions["ROWS"])),
+            warpgroup_launch.packed_vocabulary(folded), columns,
             None if output.bias is None else output.bias.astype(np.float16), None, None, logits, np.int32(wide),
             statistics if best else None, choices if best else None,
             *(np.int32(number) for number in (count, wide, best, banned)), np.float32(epsilon), np.float32(scale),

@@ -133,14 +133,14 @@ __device__ __forceinline__ void attend(const T* query, long long query_stride, i
                 float highest = most[b];
 #pragma unroll
                 for (int u = 0; u < UNROLL; u++) highest = fmaxf(highest, scores[u][b]);
-                float shrink = exp2f(most[b] - highest);
+                float shrink = power_of_two(most[b] - highest);
                 most[b] = highest;
                 sum[b] *= shrink;
 #pragma unroll
                 for (int i = 0; i < OWN; i++) context[b][i] *= shrink;
 #pragma unroll
                 for (int u = 0; u < UNROLL; u++) {
-                    scores[u][b] = exp2f(scores[u][b] - highest);  // from now on its share
+                    scores[u][b] = power_of_two(scores[u][b] - highest);  // from now on its share
                     sum[b] += scores[u][b];
                 }
             }
@@ -158,7 +158,7 @@ __device__ __forceinline__ void attend(const T* query, long long query_stride, i
 #pragma unroll
             for (int offset = GROUP; offset < 32; offset *= 2)
                 highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, offset));
-            float shrink = exp2f(most[b] - highest);
+            float shrink = power_of_two(most[b] - highest);
             sum[b] *= shrink;
 #pragma unroll
             for (int offset = GROUP; offset < 32; offset *= 2) sum[b] += __shfl_xor_sync(FULL_WARP, sum[b], offset);
@@ -198,7 +198,7 @@ __device__ __forceinline__ void attend(const T* query, long long query_stride, i
         float highest = LOWEST, total = 0, mixed = 0;
         for (int part = 0; part < parts; part++) highest = fmaxf(highest, shares.most[b][part]);
         for (int part = 0; part < parts; part++) {
-            float shrink = exp2f(shares.most[b][part] - highest);
+            float shrink = power_of_two(shares.most[b][part] - highest);
             total += shrink * shares.sum[b][part];
             mixed += shrink * shares.context[b][part][column];
         }
@@ -391,12 +391,12 @@ __device__ __forceinline__ void attend_packed(const T* qkv, Queries own, T* out,
 #pragma unroll
             for (int offset = 8; offset > 0; offset /= 2)
                 highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, offset));
-            float shrink = exp2f(most[i] - highest);
+            float shrink = power_of_two(most[i] - highest);
             most[i] = highest;
             sum[i] *= shrink;
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                float share = exp2f(scores[i][j] - highest);
+                float share = power_of_two(scores[i][j] - highest);
                 sum[i] += share;
                 shares[y + 16 * i][x + 16 * j] = share;
             }
@@ -546,7 +546,7 @@ __device__ __forceinline__ void attend_packed_tensor(const T* qkv, Queries own, 
                     }
                 highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 1));
                 highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 2));
-                float shrink = exp2f(most[half] - highest);
+                float shrink = power_of_two(most[half] - highest);
                 most[half] = highest;
                 sum[half] *= shrink;
 #pragma unroll
@@ -554,7 +554,7 @@ __device__ __forceinline__ void attend_packed_tensor(const T* qkv, Queries own, 
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         float& score = scores[n][2 * half + i];
-                        score = exp2f(score - highest);
+                        score = power_of_two(score - highest);
                         sum[half] += score;
                     }
 #pragma unroll

@@ -189,22 +189,34 @@ __device__ __forceinline__ float2 total(const float2* statistics, int first, int
 
 // The `wanted` best of a row, best first, from the best of some tiles, sorted, `count` apart; by one warp, whose first
 // lane has tile `first`, `stride` and so on after it. A lane holds out the best of its tiles that is not taken yet;
-// tiles that have one taken offer their next.
+// tiles that have one taken offer their next. The first few of a lane's only tile are requested together.
+constexpr int TOGETHER = 4;
 template <typename Take>
 __device__ __forceinline__ void merge(const Choice* choices, int first, int stride, int tiles, int count, int wanted,
                                       Take take) {
     first += threadIdx.x % 32;
     const Choice* own = choices + (long long)first * count;
+    const bool only = tiles <= stride;
+    Choice ahead[TOGETHER] = {};  // of a lane's only tile
     Choice mine = 0;
-    int next = 0;  // of a lane's only tile
+    int next = 0;
+    if (only) {
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++)
+            if (first < tiles && i < wanted) ahead[i] = own[i];
+        mine = ahead[0];
+    } else {
 #pragma unroll 4
-    for (int tile = first; tile < tiles; tile += stride) mine = better(mine, choices[(long long)tile * count]);
+        for (int tile = first; tile < tiles; tile += stride) mine = better(mine, choices[(long long)tile * count]);
+    }
     for (int rank = 0; rank < wanted; rank++) {
         Choice taken = warp_best(mine);
         take(rank, taken);
         if (mine != taken || !taken || rank + 1 == wanted) continue;
-        if (tiles <= stride) {
-            mine = own[++next];
+        if (only) {
+#pragma unroll
+            for (int i = 1; i < TOGETHER; i++) ahead[i - 1] = ahead[i];
+            mine = ++next < TOGETHER ? ahead[0] : own[next];
             continue;
         }
         mine = 0;

@@ -52,8 +52,8 @@ __device__ __forceinline__ void summarise(float* logits, int row, int tile, bool
     for (int offset = 4; offset > 0; offset /= 2) most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, offset));
 #pragma unroll
     for (int i = 0; i < TILE / 32; i++)
-        sum += (exp2f((values[i].x - most) * LOG2_E) + exp2f((values[i].y - most) * LOG2_E)) +
-               (exp2f((values[i].z - most) * LOG2_E) + exp2f((values[i].w - most) * LOG2_E));
+        sum += (power_of_two((values[i].x - most) * LOG2_E) + power_of_two((values[i].y - most) * LOG2_E)) +
+               (power_of_two((values[i].z - most) * LOG2_E) + power_of_two((values[i].w - most) * LOG2_E));
 #pragma unroll
     for (int offset = 4; offset > 0; offset /= 2) sum += __shfl_xor_sync(FULL_WARP, sum, offset);
 
@@ -109,9 +109,9 @@ __device__ __forceinline__ void summarise(float* logits, int row, int tile, bool
     }
 }
 
-// logits: [span][height][LOGIT_STRIDE] in shared memory, of `tile` and those after it and the rows from first_row on,
+// logits: [span][height][stride] in shared memory, of `tile` and those after it and the rows from first_row on,
 // -inf beyond the vocabulary; overwritten. By threads threads, whose barrier is `together`.
-template <int span, int height, int threads, typename Together>
+template <int span, int height, int threads, int stride = LOGIT_STRIDE, typename Together>
 __device__ __forceinline__ void finish_tiles(float* logits, int tile, int first_row, const Wanted& of,
                                              Together together) {
     int tiles = (of.vocabulary + TILE - 1) / TILE;
@@ -120,7 +120,7 @@ __device__ __forceinline__ void finish_tiles(float* logits, int tile, int first_
         for (int i = threadIdx.x; i < span * height * TILE; i += threads) {
             int line = i / TILE, row = first_row + line % height, id = (tile + line / height) * TILE + i % TILE;
             if (row < of.count && id < of.vocabulary)
-                of.logits[(long long)row * of.stride + id] = logits[line * LOGIT_STRIDE + i % TILE];
+                of.logits[(long long)row * of.stride + id] = logits[line * stride + i % TILE];
         }
         together();
     }
@@ -128,6 +128,6 @@ __device__ __forceinline__ void finish_tiles(float* logits, int tile, int first_
     for (int line = threadIdx.x / 8; line < span * height; line += threads / 8) {
         int row = first_row + line % height, first = row - threadIdx.x % 32 / 8;  // of the warp
         if (tile + line / height < tiles && first < of.count)
-            summarise(logits + line * LOGIT_STRIDE, row, tile + line / height, row < of.count, of);
+            summarise(logits + line * stride, row, tile + line / height, row < of.count, of);
     }
 }

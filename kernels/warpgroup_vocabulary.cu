@@ -1,6 +1,5 @@
 // warpgroup_vocabulary: what kernels/vocabulary.cu does, for up to 128 rows, by the instructions that Hopper alone has:
-// the copy engine streams the weights while warpgroups multiply and, once a tile is complete, look for its best. Four
-// lanes share a row of a tile, so that what a search of few beams wants is found in registers. With
+// the copy engine streams the weights while warpgroups multiply and, once a tile is complete, look for its best. With
 //   ROWS    rows a block takes: 64 or 128; blockIdx.x counts such groups
 //   INNER   width of x, a multiple of 64
 //   SPAN    tiles that a block takes at a time, 1 or 2
@@ -21,16 +20,16 @@ constexpr int TILE_BYTES = TILE * 64 * 2;
 constexpr int WEIGHT_BYTES = SPAN * TILE_BYTES;
 constexpr int X_BYTES = ROWS * 64 * 2;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + X_BYTES;
-constexpr int LOGIT_BYTES = SPAN * ROWS * LOGIT_STRIDE * 4;
+constexpr int STRIDE = TILE + 8;  // of a row of logits; those that a warp touches at once lie in different banks
+constexpr int LOGIT_BYTES = SPAN * ROWS * STRIDE * 4;
 // Of a tile's last stages: so many take logits when they have been read, where shared memory has no room beside them.
 constexpr int KEPT = ROWS > 64 ? DEPTH : 0;
 static_assert(DEPTH <= STAGES || !KEPT, "logits would take a stage of the next tile");
 
-constexpr int FEW = 4;         // best that are found in registers
+constexpr int FEW = 4;         // best that four lanes find
 constexpr int OWN = TILE / 4;  // ids of a row that a lane has
-static_assert(MULTIPLYING * OWN * 4 <= LOGIT_BYTES, "lanes' own logits find no room where logits do");
 
-// Shared memory, as warpgroup_launch.py counts it: stages, logits [SPAN][ROWS][LOGIT_STRIDE], columns, moments,
+// Shared memory, as warpgroup_launch.py counts it: stages, logits [SPAN][ROWS][STRIDE], columns, moments,
 // barriers.
 constexpr int LOGITS_AT = KEPT ? 0 : DEPTH * STAGE_BYTES;
 constexpr int COLUMNS_AT = most(DEPTH * STAGE_BYTES, LOGITS_AT + LOGIT_BYTES);
@@ -44,56 +43,61 @@ __device__ __forceinline__ void put_in_order(float& x, float& y) {
     x = larger;
 }
 
-// A row of a tile, of whose logits (-inf beyond the vocabulary) a lane has logits[n][place] and the next for ids 8 n +
-// 2 (lane % 4) and the next. The FEW best are among those at or above the FEW-th largest of what groups of eight logits
-// have at most. Each lane sorts its own of them, then the best of the four lanes is taken, FEW times.
-// stash: room for this lane's logits, four at a time, MULTIPLYING apart
-template <int place>
-__device__ __forceinline__ void summarise_few(float (&logits)[TILE / 8][4], float4* stash, int row, int tile,
-                                              const Wanted& of) {
-    const int member = threadIdx.x % 4;
-    auto own = [&](int i) -> float& { return logits[i / 2][place + i % 2]; };
-    auto id_of = [&](int i) { return tile * TILE + i / 2 * 8 + 2 * member + i % 2; };
+// What the largest of each FEW-th part is; not a number is less than any.
+__device__ __forceinline__ void find_largest(const float (&own)[OWN], float (&largest)[FEW]) {
+#pragma unroll
+    for (int j = 0; j < FEW; j++) largest[j] = -INFINITE;
+#pragma unroll
+    for (int i = 0; i < OWN; i++) largest[i * FEW / OWN] = fmaxf(largest[i * FEW / OWN], own[i]);
+}
+
+// What rises and then falls, or falls and then rises, in falling order.
+__device__ __forceinline__ void sort(float (&largest)[FEW]) {
+    put_in_order(largest[0], largest[2]);
+    put_in_order(largest[1], largest[3]);
+    put_in_order(largest[0], largest[1]);
+    put_in_order(largest[2], largest[3]);
+}
+
+// A row of a tile, of whose logits (-inf beyond the vocabulary) a lane has 8 n + 2 (lane % 4) and the next, from `logits`
+// on. The FEW best are among those at or above the FEW-th largest of what groups of eight logits have at most. Each lane
+// sorts its own of them, then the best of the four lanes is taken, FEW times.
+__device__ __forceinline__ void summarise_few(float* logits, int row, int tile, const Wanted& of) {
+    float own[OWN];
+#pragma unroll
+    for (int i = 0; i < OWN; i += 2) {
+        const float2 both = *reinterpret_cast<const float2*>(logits + 4 * i);
+        own[i] = both.x;
+        own[i + 1] = both.y;
+    }
+    const int member = threadIdx.x % 4, id = tile * TILE + 2 * member;
     float largest[FEW];
-    auto find_largest = [&]() {
-#pragma unroll
-        for (int j = 0; j < FEW; j++) {
-            largest[j] = -INFINITE;
-#pragma unroll
-            for (int i = j * OWN / FEW; i < (j + 1) * OWN / FEW; i++) largest[j] = fmaxf(largest[j], own(i));
-        }
-    };
-    find_largest();
+    find_largest(own, largest);
     float most = fmaxf(fmaxf(largest[0], largest[1]), fmaxf(largest[2], largest[3])), sum[2] = {};
 #pragma unroll
     for (int offset = 1; offset < 4; offset *= 2) most = fmaxf(most, __shfl_xor_sync(FULL_WARP, most, offset));
 #pragma unroll
-    for (int i = 0; i < OWN; i++) sum[i % 2] += exp2f((own(i) - most) * LOG2_E);
+    for (int i = 0; i < OWN; i++) sum[i % 2] += power_of_two((own[i] - most) * LOG2_E);
     sum[0] += sum[1];
 #pragma unroll
     for (int offset = 1; offset < 4; offset *= 2) sum[0] += __shfl_xor_sync(FULL_WARP, sum[0], offset);
 
     const bool there = row < of.count;
     const int tiles = up(of.vocabulary, TILE);
-    const long long at = (long long)row * tiles + tile;
-    if (there && member == 0) of.statistics[at] = make_float2(most, sum[0]);
+    const long long place = (long long)row * tiles + tile;
+    if (there && member == 0) of.statistics[place] = make_float2(most, sum[0]);
     int wanted = there ? of.best : 0;
     if (there && of.slots) wanted = min(wanted, of.slots[of.rows[row]].looked_at);
     if (tile == tiles - 1 || (of.banned >= 0 && of.banned / TILE == tile)) {
 #pragma unroll
         for (int i = 0; i < OWN; i++)
-            if (id_of(i) >= of.vocabulary || id_of(i) == of.banned) own(i) = __int_as_float(0x7fffffff);
-        find_largest();
+            if (id + i / 2 * 8 + i % 2 >= of.vocabulary || id + i / 2 * 8 + i % 2 == of.banned)
+                own[i] = __int_as_float(0x7fffffff);
+        find_largest(own, largest);
     }
-    auto sort = [&]() {  // what rises and then falls, or falls and then rises
-        put_in_order(largest[0], largest[2]);
-        put_in_order(largest[1], largest[3]);
-        put_in_order(largest[0], largest[1]);
-        put_in_order(largest[2], largest[3]);
-    };
     put_in_order(largest[0], largest[1]);
     put_in_order(largest[3], largest[2]);
-    sort();
+    sort(largest);
 #pragma unroll
     for (int offset = 1; offset < 4; offset *= 2) {
         float other[FEW];
@@ -101,19 +105,18 @@ __device__ __forceinline__ void summarise_few(float (&logits)[TILE / 8][4], floa
         for (int j = 0; j < FEW; j++) other[j] = __shfl_xor_sync(FULL_WARP, largest[FEW - 1 - j], offset);
 #pragma unroll
         for (int j = 0; j < FEW; j++) largest[j] = fmaxf(largest[j], other[j]);
-        sort();
+        sort(largest);
     }
 
     unsigned hits = 0;
 #pragma unroll
-    for (int i = 0; i < OWN; i++) hits |= (own(i) >= largest[FEW - 1] ? 1u : 0u) << i;
-#pragma unroll
-    for (int i = 0; i < OWN; i += 4) stash[i / 4 * MULTIPLYING] = make_float4(own(i), own(i + 1), own(i + 2), own(i + 3));
+    for (int i = 0; i < OWN; i++) hits |= (own[i] >= largest[FEW - 1] ? 1u : 0u) << i;
     Choice best[FEW] = {};
     while (hits) {
         const int i = __ffs(hits) - 1;
         hits &= hits - 1;
-        Choice rest = choice(reinterpret_cast<const float*>(stash + i / 4 * MULTIPLYING)[i % 4], id_of(i));
+        const int at = i / 2 * 8 + i % 2;
+        Choice rest = choice(logits[at], id + at);
 #pragma unroll
         for (int j = 0; j < FEW; j++) {
             const Choice kept = better(best[j], rest);
@@ -133,7 +136,7 @@ __device__ __forceinline__ void summarise_few(float (&logits)[TILE / 8][4], floa
 #pragma unroll
         for (int j = 0; j < FEW; j++) best[j] = j + 1 < FEW ? best[j + 1] : 0;
     }
-    if (member < wanted) of.choices[at * of.best + member] = mine;
+    if (member < wanted) of.choices[place * of.best + member] = mine;
 }
 
 // Arguments and results as kernels/vocabulary.cu has them, but
@@ -233,7 +236,6 @@ warpgroup_vocabulary(const __grid_constant__ TensorMap x_map, const __half* weig
     const Wanted wanted = {rows, slots, logits, statistics, choices, stride, count, vocabulary, best, banned};
     const int group = warp / 4, part = group / HALVES, half = group % HALVES;
     const int row = half * 64 + warp % 4 * 16 + g;  // of the block; and the eighth after it
-    float4* stash = reinterpret_cast<float4*>(held) + thread;
     for (int turn = 0; turn < turns; turn++) {
         const int first_tile = tile_of(turn), tile = first_tile + part, first = turn * STAGES;
         for (int i = thread; i < SPAN * TILE; i += MULTIPLYING)
@@ -256,32 +258,26 @@ warpgroup_vocabulary(const __grid_constant__ TensorMap x_map, const __half* weig
         block_wait(measured, 0);
         together();  // all stages have been read, and the logits before
         const Column* own = own_columns + part * TILE + 2 * t;
+        float* to = held + (part * ROWS + row) * STRIDE + 2 * t;
         const float2 upper = moments[row], lower = moments[row + 8];
-        const bool last_tile = (tile + 1) * TILE > vocabulary;
 #pragma unroll
-        for (int n = 0; n < TILE / 8; n++)
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const Column column = own[8 * n + j];
-                const bool inside = !last_tile || tile * TILE + 8 * n + 2 * t + j < vocabulary;
-                sums[n][j] = inside ? logit(sums[n][j], upper, column, scale) : -INFINITE;
-                sums[n][2 + j] = inside ? logit(sums[n][2 + j], lower, column, scale) : -INFINITE;
-            }
-        const bool few = !logits && best <= FEW;
-        if (!few) {
-            float* to = held + (part * ROWS + row) * LOGIT_STRIDE + 2 * t;
-#pragma unroll
-            for (int n = 0; n < TILE / 8; n++) {
-                *reinterpret_cast<float2*>(to + 8 * n) = make_float2(sums[n][0], sums[n][1]);
-                *reinterpret_cast<float2*>(to + 8 * LOGIT_STRIDE + 8 * n) = make_float2(sums[n][2], sums[n][3]);
-            }
+        for (int n = 0; n < TILE / 8; n++) {
+            const Column columns[2] = {own[8 * n], own[8 * n + 1]};
+            const int id = tile * TILE + 8 * n + 2 * t;
+            auto value = [&](int j, const float2& measure) {
+                const float made = logit(sums[n][j], measure, columns[j % 2], scale);
+                return id + j % 2 < vocabulary ? made : -INFINITE;
+            };
+            *reinterpret_cast<float2*>(to + 8 * n) = make_float2(value(0, upper), value(1, upper));
+            *reinterpret_cast<float2*>(to + 8 * STRIDE + 8 * n) = make_float2(value(2, lower), value(3, lower));
         }
         together();
-        if (!few) {
-            finish_tiles<SPAN, ROWS, MULTIPLYING>(held, first_tile, first_row, wanted, together);
+        if (logits || best > FEW) {
+            finish_tiles<SPAN, ROWS, MULTIPLYING, STRIDE>(held, first_tile, first_row, wanted, together);
         } else if (tile < tiles && first_row + row - g < count) {
-            summarise_few<0>(sums, stash, first_row + row, tile, wanted);
-            summarise_few<2>(sums, stash, first_row + row + 8, tile, wanted);
+#pragma unroll 1
+            for (int i = 0; i < 16; i += 8)
+                summarise_few(to + i * STRIDE, first_row + row + i, tile, wanted);
         }
         if (KEPT) {
             publish_writes();

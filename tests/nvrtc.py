@@ -22,6 +22,8 @@ class Resources:
 
     registers: int
     spilled: int  # bytes stored
+    stack: int  # bytes
+    serialized: bool  # whether products of warpgroups wait for each other, one by one
 
 
 @dataclass(frozen=True)
@@ -87,5 +89,11 @@ def _headers(root: Path) -> Iterator[Path]:
 
 
 def _resources(log: str) -> dict[str, Resources]:
-    pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-    return {name: Resources(int(used), int(spilled)) for name, spilled, used in re.findall(pattern, log, re.DOTALL)}
+    pattern = (
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores.*?Used (\d+) registers"
+    )
+    serialized = set(re.findall(r"wgmma\S* instructions are serialized .*in the function '(\w+)'", log))
+    return {
+        name: Resources(int(used), int(spilled), int(stack), name in serialized)
+        for name, stack, spilled, used in re.findall(pattern, log, re.DOTALL)
+    }

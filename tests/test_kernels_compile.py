@@ -108,3 +108,10 @@ def test_hot_kernels_do_not_spill(source: str, architecture: int) -> None:
     for definition, kernels in compiled(source, architecture):
         for name, resources in kernels.items():
             assert resources.spilled == 0, (name, definition, resources)
+
+
+def test_products_of_warpgroups_keep_sums_in_registers_and_do_not_wait_for_each_other() -> None:
+    for source in ("warpgroup.cu", "warpgroup_vocabulary.cu"):
+        for definition, kernels in compiled(source, 90):
+            for name, resources in kernels.items():
+                assert (resources.stack, resources.serialized) == (0, False), (name, definition)

@@ -23,7 +23,7 @@ SHAPES = [(33, 192, 5504, 1), (40, 448, 2560, 2), (128, 1088, 1024, 4), (128, 19
 
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warpgroup_launch, "pays", lambda rows: True)
+    monkeypatch.setattr(warpgroup_launch, "pays", lambda device, rows, wide: True)
 
 
 def operands(rows: int, inner: int, wide: int) -> tuple[Array, Array, Array]:
@@ -71,9 +71,11 @@ def test_row_does_not_depend_on_how_many_come_with_it() -> None:
     np.testing.assert_array_equal(results[1], results[0])
 
 
-def test_more_rows_than_a_block_takes_are_divided() -> None:
-    ops, (x, weight, bias) = Ops(True, HOPPER), operands(150, 192, 5504)
-    out = np.full((150, 5504), np.nan, np.float16)
+@pytest.mark.parametrize(("inner", "wide", "split"), [(192, 5504, 1), (1088, 1024, 2)])
+def test_more_rows_than_a_block_takes_are_divided(inner: int, wide: int, split: int) -> None:
+    ops, (x, weight, bias) = Ops(True, HOPPER), operands(150, inner, wide)
+    assert warpgroup_launch.plan(HOPPER, 150, inner, wide, False).cluster[0] == split
+    out = np.full((150, wide), np.nan, np.float16)
     ops.linear(x, Linear(ops.matrix(weight), bias), out)
     expected = x.astype(np.float64) @ weight.astype(np.float16).astype(np.float64) + bias
     np.testing.assert_allclose(out, expected, rtol=TOLERANCE, atol=TOLERANCE)
@@ -88,7 +90,7 @@ def test_more_rows_than_a_block_takes_are_divided() -> None:
         (90, False, 1024, 4096, False),
         (90, True, 1000, 4096, False),
         (90, True, 1024, 4100, False),
-        (90, True, 1024, 1024, False),  # too little: `linear` is faster
+        (90, True, 1024, 960, False),  # too little: `linear` is faster
     ],
 )
 def test_weights_that_have_such_a_product(capability: int, half: bool, inner: int, wide: int, can: bool) -> None:
@@ -96,7 +98,7 @@ def test_weights_that_have_such_a_product(capability: int, half: bool, inner: in
 
 
 @pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize("rows", [33, 64, 65, 128])
+@pytest.mark.parametrize("rows", [33, 64, 65, 128, 192])
 @pytest.mark.parametrize(("inner", "wide"), [(1024, 3072), (4096, 1024), (1600, 6400), (6400, 1600), (16384, 4096)])
 def test_plan_fits_the_device(inner: int, wide: int, rows: int, norm: bool) -> None:
     plan = warpgroup_launch.plan(HOPPER, rows, inner, wide, norm)

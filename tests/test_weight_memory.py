@@ -19,10 +19,10 @@ def test_int8_takes_a_byte_a_weight_and_its_scales() -> None:
     assert vocabulary_bytes(HOPPER, 1024, 32000, half=True, int8=True) == 1024 * 32000 + 3 * COLUMNS * 32000
 
 
-@pytest.mark.parametrize("wide", [32000, 32008])  # a multiple of 64, and none
+@pytest.mark.parametrize("wide", [32000, 32008])  # a multiple of 128, and none
 def test_vocabulary_of_hopper_is_there_three_times(wide: int) -> None:
-    """For cuBLAS, for warps, which have 16 columns at a time, and for warpgroups, which have 64."""
-    lanes, filled = (32000, 32000) if wide == 32000 else (32016, 32064)
+    """For cuBLAS, for warps, which have 16 columns at a time, and for warpgroups, which have 128."""
+    lanes, filled = (32000, 32000) if wide == 32000 else (32016, 32128)
     expected = 2 * 1024 * (wide + lanes + filled) + 2 * COLUMNS * wide
     assert vocabulary_bytes(HOPPER, 1024, wide, half=True, int8=False) == expected
 

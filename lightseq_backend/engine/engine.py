@@ -423,7 +423,7 @@ class Engine:
             self._read(sequences, [one.tokens for one in sequences])
             self._uploads.records(sequences, scoring.record)
         texts = [one.scored for one in sequences]
-        self._passes.score(self._uploads.pack(sequences, texts, [np.arange(len(text)) for text in texts]))
+        self._passes.score(self._uploads.pack(sequences, texts, [np.arange(len(text)) for text in texts], True))
         scored = self._ops.fetch(self._buffers.scored[: sum(map(len, texts))])()
         for sequence, output in zip(sequences, scoring.outputs(sequences, scored), strict=True):
             self.counts["scored_tokens"] += len(sequence.scored) - sequence.given

@@ -24,12 +24,20 @@ class Uploads:
         self._config, self._buffers, self._passes, self._steps = config, buffers, passes, steps
         self._nobody, self._ops = nobody, ops
 
-    def pack(self, sequences: list[Sequence], texts: list[np.ndarray], positions: list[np.ndarray]) -> int:
-        """Brings a text of each sequence, none empty, to the device as a pack; returns the pack's rows."""
+    def pack(
+        self, sequences: list[Sequence], texts: list[np.ndarray], positions: list[np.ndarray], scored: bool = False
+    ) -> int:
+        """Brings a text of each sequence, none empty, to the device as a pack; returns the pack's rows.
+
+        scored: whether every row is to be scored for the token after it.
+        """
         size = self._passes.size(sum(map(len, texts)))
         memory = np.empty(Pack.elements(size), np.int32)
         lanes = [one.slots[0] if one.slots else self._nobody for one in sequences]
-        Pack.of(memory, size).lay(texts, positions, lanes, self._nobody, self._config.padding_id)
+        pack = Pack.of(memory, size)
+        pack.lay(texts, positions, lanes, self._nobody)
+        if scored:
+            pack.aim([len(text) for text in texts], self._config.padding_id)
         self._ops.put(self._buffers.prompt[: memory.size], memory)
         return size
 

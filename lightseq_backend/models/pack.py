@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 Array = Any
+_COUNT = np.arange(1 << 12, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -44,23 +46,36 @@ class Pack:
         positions: Sequence[np.ndarray],
         lanes: Sequence[int],
         nobody: int,
-        padding_id: int,
     ) -> None:
         """Lays texts, none of them empty, end to end; host memory. Rows behind them are filled up: lane `nobody`.
 
-        Each text has its positions, int32 and as many, and its lane. A row is scored for the token after it.
+        Each text has its positions, int32 and as many, and its lane. Nothing is scored. The device waits for this: few
+        calls are made.
         """
-        lengths = np.array([len(text) for text in texts])
-        starts = np.cumsum(lengths) - lengths
-        rows = int(lengths.sum())
-        self.tokens[rows:], self.positions[rows:] = -1, 0
-        self.lanes[rows:], self.steps[rows:] = nobody, 0
-        self.tokens[:rows], self.positions[:rows] = np.concatenate(texts), np.concatenate(positions)
+        lengths = [len(text) for text in texts]
+        ends = list(accumulate(lengths))
+        rows = ends[-1]
+        if rows < len(self.tokens):
+            self.tokens[rows:], self.positions[rows:] = -1, 0
+            self.lanes[rows:], self.steps[rows:] = nobody, 0
+        np.concatenate(texts, out=self.tokens[:rows], casting="same_kind")
+        np.concatenate(positions, out=self.positions[:rows], casting="same_kind")
+        np.concatenate([_counted(length) for length in lengths], out=self.steps[:rows])
         self.lanes[:rows] = np.repeat(lanes, lengths)
-        self.steps[:rows] = np.arange(rows) - np.repeat(starts, lengths)
-        self.starts[: len(texts)], self.starts[len(texts) :] = starts, rows
-        self.targets[:] = 0  # of what nothing follows
+        self.starts[:] = rows
+        self.starts[: len(texts)] = [0, *ends[:-1]]
+        self.targets[:] = 0
+
+    def aim(self, lengths: Sequence[int], padding_id: int) -> None:
+        """Each row is scored for the token after it, once texts of these lengths are laid; host memory."""
+        ends = np.cumsum(lengths)
+        rows = int(ends[-1])
         # LightSeq looks up padding between tokens by its own id where it is scored.
         following = self.tokens[1:rows]
         self.targets[: rows - 1] = np.where(following < 0, padding_id, following)
-        self.targets[starts + lengths - 1] = 0
+        self.targets[ends - 1] = 0  # nothing follows
+
+
+def _counted(length: int) -> np.ndarray:
+    """int32 0, 1, ... up to that many."""
+    return _COUNT[:length] if length <= len(_COUNT) else np.arange(length, dtype=np.int32)

@@ -448,7 +448,7 @@ class Cuda:
         return rows <= SEARCHED_ROWS and fits and self._streams(1, weight)
 
     def _searches_by_groups(self, rows: int, weight: Matrix) -> bool:
-        return weight.grouped is not None and warpgroup_launch.pays(rows)
+        return weight.grouped is not None and warpgroup_launch.pays_to_search(rows)
 
     def _to_be_searched(self, x: Array, norm: Any, output: Any, epsilon: float, normed: Array) -> Array:
         """What the kernels of the vocabulary read: x, or its LayerNorm where there is one and none is folded in."""
@@ -461,7 +461,7 @@ class Cuda:
         """The fastest of the three for so many rows; of int8 weights there is one."""
         if weight.int8 or self._streams(len(x), weight):
             return self._small_product
-        pays = weight.grouped is not None and warpgroup_launch.pays(len(x))
+        pays = weight.grouped is not None and warpgroup_launch.pays(self._limits, len(x), weight.wide)
         if pays and x.strides[0] % 16 == x.data.ptr % 16 == 0:
             return self._group_product
         return self._large_product

@@ -15,18 +15,25 @@ _OUTPUTS, _STAGE = 64, 64  # results of a block; columns of x in a stage
 _MULTIPLYING, _OBSERVING, _LOADING = 256, 128, 32  # threads
 _MOST_SPLIT = 4
 _PAYING = range(33, 129)  # rows
+_MANY = range(129, 257)  # rows at which only narrow products pay
+_SPLIT_OF_MANY, _DEPTH_OF_MANY = 2, 8
 _SEARCHED_WIDTH = 1024  # of x
 _HALF, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_128, _FILL_ZEROS = 6, 0, 3, 2, 0  # CUtensorMap*
 
 
 def can(device: Device, inner: int, wide: int, half: bool) -> bool:
     """Whether there is such a kernel for a weight [inner, wide], and a use for it beside `linear`'s."""
-    return device.capability == 90 and half and inner % _STAGE == wide % _OUTPUTS == 0 and inner * wide > SMALL
+    return device.capability == 90 and half and inner % _STAGE == wide % _OUTPUTS == 0 and inner * wide >= SMALL
 
 
-def pays(rows: int) -> bool:
-    """Whether a step is faster with these kernels than with those of warps, or cuBLAS and a kernel for the LayerNorm,
-    for a product or for the vocabulary; by measurement on an H200."""
+def pays(device: Device, rows: int, wide: int) -> bool:
+    """Whether a step or an encoder is faster with this product than with cuBLAS and a kernel for the LayerNorm; by
+    measurement on an H200. cuBLAS has too few blocks for what is narrow."""
+    return rows in _PAYING or (rows in _MANY and _split(device, wide, _SPLIT_OF_MANY) == _SPLIT_OF_MANY)
+
+
+def pays_to_search(rows: int) -> bool:
+    """The same for the vocabulary, against warps or cuBLAS."""
     return rows in _PAYING
 
 
@@ -59,23 +66,34 @@ def _packed(weight: Any, outputs: int) -> Any:
 def plan(device: Device, rows: int, inner: int, wide: int, norm: bool) -> Plan:
     """The launch for x [rows, inner] . W [inner, wide], of a weight that `can`. Any number of rows.
 
-    norm: x goes through the LayerNorm that W was packed with. The order of a sum depends on the weight alone.
+    norm: x goes through the LayerNorm that W was packed with. The order of a sum depends on the weight alone, up to
+    128 rows, which is as many as a step has.
 
     By whole steps on an H200: few stages leave shared memory to the next kernel, whose blocks then begin early; only
     the longest sums are worth deep rings and blocks of many rows.
     """
-    split = 1
-    while split < _MOST_SPLIT and 2 * split * wide // _OUTPUTS <= device.multiprocessors:
-        split *= 2
-    long = split == _MOST_SPLIT
-    count = 128 if long and rows > 64 else 64
-    depth = min(-(-(inner // _STAGE) // split), 8 if long else 4 if rows <= 64 else 3)
+    if rows < _MANY.start:
+        split = _split(device, wide, _MOST_SPLIT)
+        long = split == _MOST_SPLIT
+        count, depth = 128 if long and rows > 64 else 64, 8 if long else 4 if rows <= 64 else 3
+    else:
+        split = _split(device, wide, _SPLIT_OF_MANY)
+        count, depth = 64, _DEPTH_OF_MANY
+    depth = min(-(-(inner // _STAGE) // split), depth)
     while _shared(count, split, depth, norm) > device.shared:
         depth -= 1
     definitions = {"HALF": 1, "NORM": int(norm), "ROWS": count, "INNER": inner, "SPLIT": split, "DEPTH": depth}
     threads = _MULTIPLYING + norm * _OBSERVING + _LOADING
     grid = (split * wide // _OUTPUTS, -(-rows // count), 1)
     return Plan(tuple(definitions.items()), grid, (split, 1, 1), _shared(count, split, depth, norm), threads)
+
+
+def _split(device: Device, wide: int, most: int) -> int:
+    """Blocks that share a sum, so that there are enough of them for the device."""
+    split = 1
+    while split < most and 2 * split * wide // _OUTPUTS <= device.multiprocessors:
+        split *= 2
+    return split
 
 
 def vocabulary_plan(device: Device, rows: int, inner: int, vocabulary: int) -> Plan:
@@ -123,6 +141,6 @@ def _shared(rows: int, split: int, depth: int, norm: bool) -> int:
 
 def _vocabulary_shared(rows: int, span: int, depth: int) -> int:
     stages = depth * (span * TILE + rows) * _STAGE * 2
-    logits = span * rows * (TILE + 4) * 4
+    logits = span * rows * (TILE + 8) * 4
     beside = span * TILE * 16 + rows * 8 + (2 * depth + 1) * 8
     return (max(stages, logits) if rows > 64 else stages + logits) + beside

@@ -98,6 +98,10 @@ inline void ldmatrix_x4_transposed(unsigned (&to)[4], const void* row, CUDA_ON_C
 }
 
 // Sixteen bytes to shared memory, zeros after the first `bytes`. Nothing arrives before it is waited for.
+inline float power_of_two(float x) {
+    float power = exp2f(x);
+    return power < 1.17549435e-38f ? 0 : power;
+}
 inline void copy_async16(void* to, const void* from, int bytes = 16) {
     if ((uintptr_t)to % 16 || (bytes && (uintptr_t)from % 16)) cuda_on_cpu::fail("cp.async: not aligned to 16 bytes");
     memset(to, 0xFF, 16);

@@ -21,6 +21,9 @@ TOLERANCE = op_cases.TOLERANCE["float16"]
 SHAPES = [(33, 192, 5504, 1), (40, 448, 2560, 2), (128, 1088, 1024, 4), (128, 192, 5504, 1)]
 
 
+PAYS = warpgroup_launch.pays
+
+
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(warpgroup_launch, "pays", lambda device, rows, wide: True)
@@ -105,3 +108,12 @@ def test_plan_fits_the_device(inner: int, wide: int, rows: int, norm: bool) -> N
     assert plan.shared <= HOPPER.shared
     assert plan.cluster[0] * wide // 64 <= HOPPER.multiprocessors
     assert plan.grid[0] % plan.cluster[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "wide", "paying"),
+    [(32, 4096, False), (33, 4096, True), (128, 1024, True), (129, 4096, False), (192, 3072, False), (192, 1024, True),
+     (256, 1024, True), (257, 1024, False)],
+)  # fmt: skip
+def test_more_rows_than_of_a_step_pay_where_cublas_has_too_few_blocks(rows: int, wide: int, paying: bool) -> None:
+    assert PAYS(HOPPER, rows, wide) == paying

@@ -29,7 +29,8 @@ def can(device: Device, inner: int, wide: int, half: bool) -> bool:
 def pays(device: Device, rows: int, wide: int) -> bool:
     """Whether a step or an encoder is faster with this product than with cuBLAS and a kernel for the LayerNorm; by
     measurement on an H200. cuBLAS has too few blocks for what is narrow."""
-    return rows in _PAYING or (rows in _MANY and _split(device, wide, _SPLIT_OF_MANY) == _SPLIT_OF_MANY)
+    narrow = _split(device, wide, _MOST_SPLIT) == _MOST_SPLIT
+    return rows in _PAYING or (narrow and rows in _MANY)
 
 
 def pays_to_search(rows: int) -> bool:

@@ -3,6 +3,8 @@
 // multiple of LANE_WIDTH (matrices begin at multiples of 16 bytes), else one number. Softmax and sums in float, with
 // powers of two. A result depends on its own row, head and length alone: never on the other rows.
 
+#include "softmax.cuh"
+
 constexpr int VECTOR = HEAD_SIZE % LANE_WIDTH == 0 ? LANE_WIDTH : 1;  // numbers a lane loads at a time
 constexpr int VECTORS = HEAD_SIZE / VECTOR;                           // in a head
 // Lanes that share a step.
@@ -10,8 +12,6 @@ constexpr int GROUP = VECTORS > 16 ? 32 : VECTORS > 8 ? 16 : VECTORS > 4 ? 8 : V
 constexpr int GROUPS = 32 / GROUP;                      // steps a warp works on at a time
 constexpr int PARTS = (VECTORS + GROUP - 1) / GROUP;    // vectors a lane has of a head
 constexpr int OWN = PARTS * VECTOR;                     // numbers a lane has of a head
-constexpr float LOG2_E = 1.4426950408889634f;
-constexpr float LOWEST = -3e38f;  // below any score, and unlike -inf its difference to itself is a number
 
 struct __align__(VECTOR * sizeof(T)) Vector { T value[VECTOR]; };
 struct Head { Vector part[PARTS]; };  // what a lane has of one head of one row
@@ -42,11 +42,6 @@ __device__ __forceinline__ void store_head(T* row, int member, const Head& head)
         if (vector < VECTORS) *reinterpret_cast<Vector*>(row + vector * VECTOR) = head.part[p];
     }
 }
-
-// What the parts of a past leave for each other: the running softmax of each over its steps.
-template <int BEAMS, int MOST_PARTS> struct Shares {
-    float most[BEAMS][MOST_PARTS], sum[BEAMS][MOST_PARTS], context[BEAMS][MOST_PARTS][HEAD_SIZE];
-};
 
 // The new token's own key and value, and where they stay. Null: there is none.
 struct Own {
@@ -193,17 +188,7 @@ __device__ __forceinline__ void attend(const T* query, long long query_stride, i
     }
     if (parts == 1) return;
     __syncthreads();
-    for (int i = threadIdx.x; i < beams * HEAD_SIZE; i += blockDim.x) {
-        int b = i / HEAD_SIZE, column = i % HEAD_SIZE;
-        float highest = LOWEST, total = 0, mixed = 0;
-        for (int part = 0; part < parts; part++) highest = fmaxf(highest, shares.most[b][part]);
-        for (int part = 0; part < parts; part++) {
-            float shrink = power_of_two(shares.most[b][part] - highest);
-            total += shrink * shares.sum[b][part];
-            mixed += shrink * shares.context[b][part][column];
-        }
-        out[b * out_stride + column] = from_float<T>(mixed / total);
-    }
+    join(shares, beams, parts, out, out_stride);
 }
 
 // decode_attention: a new token a row. Its keys and values go to step `length` of its slot, ancestors[slot, length]
@@ -475,11 +460,6 @@ __device__ __forceinline__ void load_tile(__half (*tile)[STRIDE], const __half* 
         bool inside = r < count && c < HEAD_SIZE;
         copy_async16(&tile[r][c], inside ? rows + r * stride + c : rows, inside ? 16 : 0);
     }
-}
-
-__device__ __forceinline__ unsigned two_halves(float x, float y) {
-    __half2 pair = __floats2half2_rn(x, y);
-    return *reinterpret_cast<unsigned*>(&pair);
 }
 
 typedef __half KeyTile[KEYS][STRIDE];

@@ -1,6 +1,8 @@
-"""kernels/attention.cu on the CPU against ops/cpu.py."""
+"""kernels/attention.cu and tensor_attention.cu on the CPU against ops/cpu.py."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import cuda_on_cpu
 import numpy as np
@@ -14,19 +16,46 @@ from lightseq_backend.ops import cpu
 pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
 
 PRECISIONS = ("float32", "float16")
-KERNELS: dict[tuple[int, str], Kernels] = {}
-OPERATIONS = ("decode_attention", "cross_attention", "packed_attention", "store")
+KERNELS: dict[tuple[str, int, str], Kernels] = {}
+TENSOR_HEAD = 64  # the head size that tensor_attention.cu is for
+STEP_OPERATIONS = ("decode_attention", "cross_attention")
+OPERATIONS = (*STEP_OPERATIONS, "packed_attention", "store")
 # Cases that take a CPU seconds: their shapes are those of others, more of them.
 LONG = {"99 rows 768/12 past 40", "4x19+1x257+16x7 768/12", "99+257+3 768/12", "99+257+3 768/12 causal", "257x768"}
 CASES = [case for op in OPERATIONS for case in op_cases.cases(op) if case.name not in LONG]
 
 
-def kernels(head_size: int, precision: str) -> Kernels:
+# precision, and whether by tensor_attention.cu
+WAYS = [("float32", False), ("float16", False), ("float16", True)]
+
+
+def on(ways: list[tuple[str, bool]], cases: list[Case]) -> list[Any]:
+    """Parameters: each case in each of the ways it can be computed in."""
+    return [
+        pytest.param(case, precision, tensor, id=f"{case}-{precision}{'-tensor' * tensor}")
+        for case in cases
+        for precision, tensor in ways
+        if not tensor or head_size(case) == TENSOR_HEAD
+    ]
+
+
+def head_size(case: Case) -> int:
+    arguments = case.build()
+    return int(arguments["out"].shape[1]) // arguments["heads"] if "heads" in arguments else 0
+
+
+def kernels(head_size: int, precision: str, source: str = "attention") -> Kernels:
     """Compiled once for each head size and precision."""
-    key = head_size, precision
+    key = source, head_size, precision
     if key not in KERNELS:
-        KERNELS[key] = Kernels("attention.cu", HALF=int(precision == "float16"), HEAD_SIZE=head_size)
+        KERNELS[key] = Kernels(f"{source}.cu", HALF=int(precision == "float16"), HEAD_SIZE=head_size)
     return KERNELS[key]
+
+
+def step_attention(name: str, precision: str, tensor: bool, grid: tuple[int, int], block: int, arguments: Any) -> None:
+    source, suffix = ("tensor_attention", "_tensor") if tensor else ("attention", "")
+    out, heads = arguments[6 if name == "decode_attention" else 5], grid[0]
+    kernels(out.shape[1] // heads, precision, source).launch(f"{name}{suffix}", grid, block, arguments)
 
 
 def placed(arguments: Arguments, precision: str) -> Arguments:
@@ -53,20 +82,20 @@ def copied(arguments: Arguments) -> Arguments:
 
 def decode_attention(
     precision: str, qkv: Array, rows: Array, slots: Array, ancestors: Array, keys: Array, values: Array, heads: int,
-    out: Array, block: int = 128,
+    out: Array, block: int = 128, tensor: bool = False,
 ) -> None:  # fmt: skip
-    kernels(out.shape[1] // heads, precision).launch(
-        "decode_attention", (heads, len(rows)), block,
+    step_attention(
+        "decode_attention", precision, tensor, (heads, len(rows)), block,
         (qkv, rows, slots, ancestors, keys, values, out, np.int32(heads), np.int32(keys.shape[1])),
     )  # fmt: skip
 
 
 def cross_attention(
     precision: str, query: Array, rows: Array, slots: Array, keys: Array, values: Array, heads: int, out: Array,
-    block: int = 128,
+    block: int = 128, tensor: bool = False,
 ) -> None:  # fmt: skip
-    kernels(out.shape[1] // heads, precision).launch(
-        "cross_attention", (heads, len(rows)), block,
+    step_attention(
+        "cross_attention", precision, tensor, (heads, len(rows)), block,
         (query, rows, slots, keys, values, out, np.int32(heads), np.int32(keys.shape[1])),
     )  # fmt: skip
 
@@ -114,14 +143,19 @@ def without_races(arguments: Arguments) -> Arguments:
     return arguments
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_attention_kernels_compute_what_the_cpu_does(case: Case, precision: str) -> None:
+@pytest.mark.parametrize(
+    ("case", "precision", "tensor"),
+    [
+        *on(WAYS, [case for case in CASES if case.op in STEP_OPERATIONS]),
+        *on(WAYS[:2], [case for case in CASES if case.op not in STEP_OPERATIONS]),
+    ],
+)
+def test_attention_kernels_compute_what_the_cpu_does(case: Case, precision: str, tensor: bool) -> None:
     arguments = placed(case.build(), precision)
     if case.op == "decode_attention":
         arguments = without_races(arguments)
     expected = wanted(case.op, arguments)
-    globals()[case.op](precision, **arguments)
+    globals()[case.op](precision, **arguments, **({"tensor": True} if tensor else {}))
     check(case, arguments, expected, precision)
 
 
@@ -185,60 +219,83 @@ def a_row_alone(case: Case, arguments: Arguments, row: int) -> Arguments:
     return {**arguments, **{name: arguments[name][members].copy() for name in (query, "rows", "out")}}
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["decode_attention 7 rows 64/64 past 19", "cross_attention 3x99+5x1+1x40 1000/8"])
-def test_attention_of_a_sequence_does_not_depend_on_the_others(name: str, precision: str) -> None:
-    case = next(case for case in CASES if str(case) == name)
+APART = [  # row 3 is the first of a sequence, but of the last
+    case
+    for case in CASES
+    if str(case)
+    in {
+        *("decode_attention 7 rows 64/64 past 19", "cross_attention 3x99+5x1+1x40 1000/8"),
+        *("decode_attention 33 rows 128/2 past 70", "cross_attention 9x33+17x64+1x200 128/2"),
+    }
+]
+
+
+@pytest.mark.parametrize(("case", "precision", "tensor"), on(WAYS, APART))
+def test_attention_of_a_sequence_does_not_depend_on_the_others(case: Case, precision: str, tensor: bool) -> None:
     together = placed(case.build(), precision)
     if case.op == "decode_attention":
         together = without_races(together)
     before = copied(together)
-    globals()[case.op](precision, **together)
-    row = 3  # the first of a sequence in either
+    globals()[case.op](precision, **together, tensor=tensor)
+    row = 9 if "9x33" in case.name else 3
     alone = a_row_alone(case, before, row)
-    globals()[case.op](precision, **alone)
+    globals()[case.op](precision, **alone, tensor=tensor)
     assert np.array_equal(together["out"][row : row + len(alone["out"])], alone["out"])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_decode_attention_takes_any_number_of_warps(precision: str) -> None:
-    case = next(case for case in CASES if case.name == "8 rows 64/1 past 257")
-    for block in (32, 512):
+LONG_PAST = [case for case in CASES if case.name == "8 rows 64/1 past 257"]
+
+
+@pytest.mark.parametrize(("case", "precision", "tensor"), on(WAYS, LONG_PAST))
+def test_decode_attention_takes_any_number_of_warps(case: Case, precision: str, tensor: bool) -> None:
+    results = []
+    for block in (32, 128, 512):
         arguments = without_races(placed(case.build(), precision))
         expected = wanted(case.op, arguments)
-        decode_attention(precision, **arguments, block=block)
+        decode_attention(precision, **arguments, block=block, tensor=tensor)
         check(case, arguments, expected, precision)
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("case", [case for case in CASES if case.op == "cross_attention"], ids=str)
-def test_cross_attention_takes_any_number_of_warps(case: Case, precision: str) -> None:
-    results = []
-    for block in (32, 64, 128):
-        arguments = placed(case.build(), precision)
-        cross_attention(precision, **arguments, block=block)
         results.append(arguments["out"])
     assert all(np.array_equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_attention_of_nobody_is_zero_and_touches_no_lane(precision: str) -> None:
-    case = next(case for case in CASES if case.name == "7 rows 64/64 past 19")
+CROSS = [case for case in CASES if case.op == "cross_attention"]
+
+
+@pytest.mark.parametrize(("case", "precision", "tensor"), on(WAYS, CROSS))
+def test_cross_attention_takes_any_number_of_warps(case: Case, precision: str, tensor: bool) -> None:
+    results = []
+    for block in (32, 64, 128):
+        arguments = placed(case.build(), precision)
+        cross_attention(precision, **arguments, block=block, tensor=tensor)
+        results.append(arguments["out"])
+    assert all(np.array_equal(result, results[0]) for result in results)
+
+
+NOBODY = [case for case in CASES if case.name in ("7 rows 64/64 past 19", "33 rows 128/2 past 70")]
+
+
+@pytest.mark.parametrize(("case", "precision", "tensor"), on(WAYS, NOBODY))
+def test_attention_of_nobody_is_zero_and_touches_no_lane(case: Case, precision: str, tensor: bool) -> None:
     arguments = without_races(placed(case.build(), precision))
-    keys = arguments["keys"].copy()
-    decode_attention(precision, **arguments)
-    assert not arguments["out"][7:].any()
+    keys, own = arguments["keys"].copy(), arguments["slots"]["width"][arguments["rows"]] > 0
+    decode_attention(precision, **arguments, tensor=tensor)
+    assert not arguments["out"][~own].any()
+    assert not own.all()
     assert np.array_equal(arguments["keys"][-1], keys[-1])
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-def test_cross_attention_reads_the_lane_of_the_first_beam_for_a_beam_beyond_the_fourth(precision: str) -> None:
-    case = next(case for case in CASES if case.name == "3x99+5x1+1x40 1000/8")
+BEYOND = [case for case in CROSS if case.name in ("3x99+5x1+1x40 1000/8", "9x33+17x64+1x200 128/2")]
+
+
+@pytest.mark.parametrize(("case", "precision", "tensor"), on(WAYS, BEYOND))
+def test_cross_attention_reads_the_lane_of_the_first_beam_for_later_ones(
+    case: Case, precision: str, tensor: bool
+) -> None:
     arguments = placed(case.build(), precision)
-    beyond = arguments["rows"][3 + 4]
-    arguments["slots"]["memory"][beyond], arguments["slots"]["memory_length"][beyond] = 0, 0
+    later = arguments["rows"][arguments["slots"]["beam"][arguments["rows"]] > 0]
+    arguments["slots"]["memory"][later], arguments["slots"]["memory_length"][later] = 0, 0
     expected = wanted(case.op, arguments)
-    cross_attention(precision, **arguments)
+    cross_attention(precision, **arguments, tensor=tensor)
     check(case, arguments, expected, precision)
 
 

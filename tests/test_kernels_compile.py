@@ -56,6 +56,7 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
         "sampling.cu": [{"HALF": 1}],
         "search.cu": [{"HALF": 1}],
         "standard_search.cu": [{"HALF": 1}],
+        "tensor_attention.cu": [{"HALF": 1, "HEAD_SIZE": 64}],
         "vocabulary.cu": [
             *(
                 dict(vocabulary_launch.plan(device, 32, 1024, 30016, bool(precision["HALF"])).definitions)
@@ -99,7 +100,7 @@ def test_kernels_compile(architecture: int) -> None:
             assert kernels, (source, definition)
 
 
-HOT = ("linear", "attention", "vocabulary", "warpgroup", "warpgroup_vocabulary")
+HOT = ("linear", "attention", "tensor_attention", "vocabulary", "warpgroup", "warpgroup_vocabulary")
 
 
 @pytest.mark.parametrize("architecture", [80, 90])

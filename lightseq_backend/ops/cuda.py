@@ -39,6 +39,7 @@ _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
 _ARCHITECTURES = dict.fromkeys(("warpgroup", "warpgroup_vocabulary"), warpgroup_launch.ARCHITECTURE)
 _RESERVE = 128 << 20  # bytes; graphs, the kernels' code and work space are made after all else
 _QUERIES = 64  # queries that one block of packed_attention takes
+_TENSOR_HEAD = 64  # the head size that kernels/tensor_attention.cu is for
 _REACH = 32  # steps that a warp of decode_attention looks at together
 _ATTENDING_WARPS = 8  # of a multiprocessor: half its registers, the rest is for the kernel that comes next
 
@@ -311,19 +312,15 @@ class Cuda:
         out: Array,
     ) -> None:
         steps = keys.shape[1]
-        self._launch(
-            "attention", "decode_attention", (heads, len(rows)), 32 * self._warps(heads * len(rows), steps, 16),
-            (qkv, rows, slots, ancestors, keys, values, out, heads, steps), HEAD_SIZE=out.shape[1] // heads,
-        )  # fmt: skip
+        arguments = (qkv, rows, slots, ancestors, keys, values, out, heads, steps)
+        self._attend("decode_attention", heads, len(rows), self._warps(heads * len(rows), steps, 16), arguments, out)
 
     def cross_attention(
         self, query: Array, rows: Array, slots: Array, keys: Array, values: Array, heads: int, out: Array
     ) -> None:
         steps = keys.shape[1]
-        self._launch(
-            "attention", "cross_attention", (heads, len(rows)), 32 * self._warps(heads * len(rows) // 4, steps, 4),
-            (query, rows, slots, keys, values, out, heads, steps), HEAD_SIZE=out.shape[1] // heads,
-        )  # fmt: skip
+        arguments = (query, rows, slots, keys, values, out, heads, steps)
+        self._attend("cross_attention", heads, len(rows), self._warps(heads * len(rows) // 4, steps, 4), arguments, out)
 
     def store(self, key_values: Array, lanes: Array, steps: Array, keys: Array, values: Array) -> None:
         layers, lane_count, most_steps, hidden = keys.shape
@@ -522,6 +519,13 @@ class Cuda:
                 "linear", "bias_activation", (-(-wide // width), min(rows, 65535)), 256,
                 (out, linear.bias, rows, wide, _ACTIVATIONS[activation], 1.0),
             )  # fmt: skip
+
+    def _attend(self, name: str, heads: int, rows: int, warps: int, arguments: tuple[Any, ...], out: Array) -> None:
+        """A step's attention, a block for each head of each row."""
+        size = out.shape[1] // heads
+        tensor = self._half and self._limits.capability >= 75 and size == _TENSOR_HEAD
+        family, name = ("tensor_attention", f"{name}_tensor") if tensor else ("attention", name)
+        self._launch(family, name, (heads, rows), 32 * warps, arguments, HEAD_SIZE=size)
 
     def _best_of_tiles(
         self, x: Array, output: Any, epsilon: float, scale: float, banned: int, best: int, rows: Array, slots: Array

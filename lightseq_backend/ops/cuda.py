@@ -41,7 +41,9 @@ _RESERVE = 128 << 20  # bytes; graphs, the kernels' code and work space are made
 _QUERIES = 64  # queries that one block of packed_attention takes
 _TENSOR_HEAD = 64  # the head size that kernels/tensor_attention.cu is for
 _REACH = 32  # steps that a warp of decode_attention looks at together
-_ATTENDING_WARPS = 8  # of a multiprocessor: half its registers, the rest is for the kernel that comes next
+# Warps of a multiprocessor that attend, by whether on tensor cores; the other registers are for the kernel that comes
+# next. By whole steps on an H200.
+_ATTENDING_WARPS = {True: 4, False: 8}
 
 
 @dataclass(frozen=True)
@@ -313,14 +315,14 @@ class Cuda:
     ) -> None:
         steps = keys.shape[1]
         arguments = (qkv, rows, slots, ancestors, keys, values, out, heads, steps)
-        self._attend("decode_attention", heads, len(rows), self._warps(heads * len(rows), steps, 16), arguments, out)
+        self._attend("decode_attention", (heads, len(rows)), heads * len(rows), steps, 16, arguments, out)
 
     def cross_attention(
         self, query: Array, rows: Array, slots: Array, keys: Array, values: Array, heads: int, out: Array
     ) -> None:
         steps = keys.shape[1]
         arguments = (query, rows, slots, keys, values, out, heads, steps)
-        self._attend("cross_attention", heads, len(rows), self._warps(heads * len(rows) // 4, steps, 4), arguments, out)
+        self._attend("cross_attention", (heads, len(rows)), heads * len(rows) // 4, steps, 4, arguments, out)
 
     def store(self, key_values: Array, lanes: Array, steps: Array, keys: Array, values: Array) -> None:
         layers, lane_count, most_steps, hidden = keys.shape
@@ -520,12 +522,19 @@ class Cuda:
                 (out, linear.bias, rows, wide, _ACTIVATIONS[activation], 1.0),
             )  # fmt: skip
 
-    def _attend(self, name: str, heads: int, rows: int, warps: int, arguments: tuple[Any, ...], out: Array) -> None:
-        """A step's attention, a block for each head of each row."""
-        size = out.shape[1] // heads
+    def _attend(
+        self, name: str, grid: tuple[int, int], working: int, steps: int, most: int, arguments: tuple[Any, ...],
+        out: Array,
+    ) -> None:  # fmt: skip
+        """A step's attention, a block for each head of each row. working: blocks that do; each has up to `most` warps,
+        as many as have steps of their own (_REACH each), as long as all of them are on the device together. Results do
+        not depend on it."""
+        size = out.shape[1] // grid[0]
         tensor = self._half and self._limits.capability >= 75 and size == _TENSOR_HEAD
+        together = _ATTENDING_WARPS[tensor] * self._limits.multiprocessors // max(1, working)
+        warps = max(1, min(most, -(-steps // _REACH), together))
         family, name = ("tensor_attention", f"{name}_tensor") if tensor else ("attention", name)
-        self._launch(family, name, (heads, rows), 32 * warps, arguments, HEAD_SIZE=size)
+        self._launch(family, name, grid, 32 << warps.bit_length() - 1, arguments, HEAD_SIZE=size)
 
     def _best_of_tiles(
         self, x: Array, output: Any, epsilon: float, scale: float, banned: int, best: int, rows: Array, slots: Array
@@ -593,15 +602,6 @@ class Cuda:
     ) -> None:
         arguments = (logits, _stride(logits), bias, targets, out, logits.shape[1], scale)
         self._launch("sampling", "target_log_probabilities", (len(logits),), 1024, arguments)
-
-    def _warps(self, blocks: int, steps: int, most: int) -> int:
-        """Warps of a block that attends to up to so many steps; results do not depend on it.
-
-        As many as have steps of their own (_REACH each), as long as all of them are on the device together.
-        """
-        together = _ATTENDING_WARPS * self._limits.multiprocessors // max(1, blocks)
-        warps = max(1, min(most, -(-steps // _REACH), together))
-        return 1 << warps.bit_length() - 1
 
     def _launch(
         self, family: str, name: str, grid: tuple[int, ...], block: int, arguments: tuple[Any, ...],

@@ -11,6 +11,7 @@ import numpy as np
 
 from lightseq_backend.config import MAX_SEED, Config, DecodingOptions, GptConfig, TransformerConfig
 from lightseq_backend.errors import RequestError
+from lightseq_backend.small import copied, counting
 
 GENERATE = "generate"
 SCORE = "score"
@@ -147,11 +148,11 @@ class Sequence:
         columns = _columns(row, config)
         if isinstance(config, GptConfig):
             tokens, limit = _text(row, columns, request, config)
-            positions = np.arange(tokens.size, dtype=np.int32)
+            positions = counting(tokens.size)
             scored, given = tokens, 1
         else:
             # Padding is dropped, but its columns count: in the positions of what follows and in the step limit.
-            tokens, positions = row[columns], columns
+            tokens, positions = row if len(columns) == len(row) else row[columns], columns
             limit = config.new_tokens(row.size, request.options)
             scored, given = _decoded(request, config)
         if request.decode is None and any(isinstance(word, str) for word in request.options.stop):
@@ -161,7 +162,7 @@ class Sequence:
             seed = 0 if request.kind == SCORE or request.options.searches else secrets.randbelow(MAX_SEED)
         return cls(
             request=request,
-            tokens=tokens.astype(np.int32),
+            tokens=copied(tokens) if tokens.dtype == np.int32 else np.array(tokens.tolist(), np.int32),
             positions=positions.astype(np.int32, copy=False),
             limit=limit,
             seed=seed,
@@ -270,7 +271,7 @@ def _columns(row: np.ndarray, config: Config) -> np.ndarray:
         raise RequestError("the row is empty; it needs at least one id")
     if row.size > config.max_positions:
         raise RequestError(f"the row has {row.size} ids; this model takes {config.max_positions} (max_step)")
-    tokens, columns = row, np.arange(row.size, dtype=np.int32)
+    tokens, columns = row, counting(row.size)
     if np.count_nonzero(row == config.padding_id):
         columns = np.flatnonzero(row != config.padding_id)
         if columns.size == 0:

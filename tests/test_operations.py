@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tritonclient.grpc
@@ -127,10 +127,16 @@ ALLOWED = {
 
 
 class Crowd:
-    """Requests of all kinds from many connections, and what became of each. Bounded in number and time."""
+    """Requests of all kinds from many connections, and what became of each. Bounded in number and time.
 
-    def __init__(self, server: EmbeddedServer, alone: dict[str, Any]):
+    kinds: of requests, and how often each comes
+    """
+
+    KINDS: ClassVar = {"good": 55, "text": 20, "bad": 10, "timeout": 10, "gone": 5}
+
+    def __init__(self, server: EmbeddedServer, alone: dict[str, Any], kinds: dict[str, int] = KINDS):
         self.server, self.alone, self.outcomes, self.wrong = server, alone, Counter(), []
+        self._kinds = kinds
         self._lock = threading.Lock()
 
     def run(self, requests: int) -> None:
@@ -144,7 +150,7 @@ class Crowd:
         choose = random.Random(number)
         with grpc(self.server.grpc) as client:
             for _ in turns:
-                kind = choose.choices(["good", "text", "bad", "timeout", "gone"], [55, 20, 10, 10, 5])[0]
+                kind = choose.choices([*self._kinds], [*self._kinds.values()])[0]
                 outcome = getattr(self, f"_{kind}")(client, choose)
                 with self._lock:
                     self.outcomes[kind, outcome] += 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 import types
@@ -142,15 +143,48 @@ class Sender:
             self.done.set()
 
 
-def test_parts_wait_together_while_one_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def replies_module(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """serving/replies.py with a stand-in for Triton."""
     triton = types.ModuleType("triton_python_backend_utils")
     triton.InferenceResponse = lambda output_tensors: output_tensors  # type: ignore[attr-defined]
     triton.TRITONSERVER_RESPONSE_COMPLETE_FINAL = 1  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", triton)
-    monkeypatch.delitem(sys.modules, "lightseq_backend.serving.replies", raising=False)
-    from lightseq_backend.serving import replies as module
+    sys.modules.pop("lightseq_backend.serving.replies", None)
+    replies = importlib.import_module("lightseq_backend.serving.replies")
+    monkeypatch.setattr(replies, "to_tensor", lambda name, tensor: (name, tensor))
+    yield replies
+    del sys.modules["lightseq_backend.serving.replies"]
 
-    monkeypatch.setattr(module, "to_tensor", lambda name, tensor: (name, tensor))
+
+def test_answers_do_not_wait_for_each_other_and_all_of_one_comes_in_order(replies_module: Any) -> None:
+    module = replies_module
+    replies = module.Replies(wire(), TEXT, lambda sender: None)
+    replies.start()
+    row, options = np.array([3]), DecodingOptions("greedy")
+    held, others = Sender(), [Sender() for _ in range(module.SENDERS - 1)]
+    for sender in (held, *others):
+        ticket = module.Ticket(sender, [row], parts=Parts(wire(), TEXT, row, options))
+        (reply,), progress = replies.expect(ticket), replies.progress(ticket)
+        assert progress is not None
+        progress((np.array([5], np.int32),))
+        reply(Output((Hypothesis(np.array([5, 6], np.int32), -1.0, False),), steps=2, cut=True))
+    assert held.started.wait(TIMEOUT)
+    for sender in others:
+        sender.go.set()
+        assert sender.done.wait(TIMEOUT)
+    assert not held.done.is_set()
+    held.go.set()
+    assert held.done.wait(TIMEOUT)
+    replies.close()
+    for sender in (held, *others):
+        assert [part["result"].tolist() for part in sender.sent[:2]] == [[[5]], [[6]]]
+        assert "final" in sender.sent[-1]
+    assert replies.outcomes[module.ANSWERED] == module.SENDERS
+
+
+def test_parts_wait_together_while_one_is_sent(replies_module: Any) -> None:
+    module = replies_module
     left: list[object] = []
     replies = module.Replies(wire(), TEXT, left.append)
     replies.start()
@@ -163,11 +197,10 @@ def test_parts_wait_together_while_one_is_sent(monkeypatch: pytest.MonkeyPatch) 
     assert sender.started.wait(TIMEOUT)
     for end in range(2, 200):
         progress((tokens[:end],))
-    assert replies._arrived.qsize() <= 1  # however long it takes
+    assert sum(one.arrived.qsize() for one in replies._senders) <= 1  # however long it takes
     reply(Output((Hypothesis(tokens, -1.0, False),), steps=200, cut=True))
     sender.go.set()
     assert sender.done.wait(TIMEOUT)
     replies.close()
     assert [part["result"].shape[1] for part in sender.sent] == [1, 198, 1, 201]
     assert left == [sender]
-    monkeypatch.delitem(sys.modules, "lightseq_backend.serving.replies")

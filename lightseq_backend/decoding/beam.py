@@ -52,7 +52,10 @@ def made_of(
 
 def text_length(record: np.void, tokens: np.ndarray) -> int:
     """How many of a row's tokens, int32 [1 step or more], are its text: up to and with what ends it."""
-    return int(np.isin(tokens, end_ids(record)).argmax()) + 1 if record["finished"] else len(tokens)
+    if not record["finished"]:
+        return len(tokens)
+    ends = end_ids(record)
+    return next((i for i, token in enumerate(tokens.tolist(), 1) if token in ends), 1)
 
 
 def _scores(sequence: Sequence, records: np.ndarray, history: np.ndarray) -> list[float]:

@@ -29,6 +29,7 @@ from lightseq_backend.errors import ConfigError, Overloaded, RequestError
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.request import GENERATE, SCORE, Output, Request, Sequence, Timing
+from lightseq_backend.small import counting
 
 log = logging.getLogger(__name__)
 
@@ -423,7 +424,7 @@ class Engine:
             self._read(sequences, [one.tokens for one in sequences])
             self._uploads.records(sequences, scoring.record)
         texts = [one.scored for one in sequences]
-        self._passes.score(self._uploads.pack(sequences, texts, [np.arange(len(text)) for text in texts], True))
+        self._passes.score(self._uploads.pack(sequences, texts, [counting(len(text)) for text in texts], True))
         scored = self._ops.fetch(self._buffers.scored[: sum(map(len, texts))])()
         for sequence, output in zip(sequences, scoring.outputs(sequences, scored), strict=True):
             self.counts["scored_tokens"] += len(sequence.scored) - sequence.given

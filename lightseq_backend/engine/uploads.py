@@ -12,8 +12,8 @@ from lightseq_backend.decoding import standard
 from lightseq_backend.engine.buffers import Buffers
 from lightseq_backend.engine.graphs import Passes, Steps
 from lightseq_backend.models.pack import Pack
-from lightseq_backend.ops.slots import SLOT
 from lightseq_backend.request import Sequence
+from lightseq_backend.small import joined
 
 
 class Uploads:
@@ -54,24 +54,19 @@ class Uploads:
     def records(self, sequences: list[Sequence], records_of: Callable[[Sequence], np.ndarray]) -> None:
         """The records of the sequences' slots and, of prompts, in whose lane their past is; a transfer of each for
         every run of neighbouring slots."""
-        slots = np.array([slot for sequence in sequences for slot in sequence.slots])
-        leads = np.repeat([one.slots[0] for one in sequences], [len(one.slots) for one in sequences])
-        records = np.zeros(len(slots), SLOT)  # concatenate takes long over fields
-        filled = 0
-        for sequence in sequences:
-            own = records_of(sequence)
-            records[filled : filled + len(own)] = own
-            filled += len(own)
-        order = np.argsort(slots)
-        slots, leads, records = slots[order], leads[order], records[order]
+        taken = [(slot, one.slots[0]) for one in sequences for slot in one.slots]
+        records = joined(map(records_of, sequences))
+        order = sorted(range(len(taken)), key=taken.__getitem__)
+        slots, leads = zip(*(taken[i] for i in order))
+        records = records[order]
         state, ancestors = self._buffers.state, self._buffers.cache.ancestors
-        starts = np.flatnonzero(np.diff(slots, prepend=-2) > 1).tolist()
+        starts = [i for i, slot in enumerate(slots) if i == 0 or slot > slots[i - 1] + 1]
         for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):
             run = slice(slots[start], slots[end - 1] + 1)
             self._ops.put(state.slots[run], records[start:end])
             if isinstance(self._config, GptConfig):  # all columns: steps write theirs before it is read
-                past = np.repeat(leads[start:end, None], ancestors.shape[1], axis=1)
-                self._ops.put(ancestors[run], past.astype(np.int32))
+                past = np.repeat(np.array(leads[start:end], np.int32)[:, None], ancestors.shape[1], axis=1)
+                self._ops.put(ancestors[run], past)
 
     def rows(self, sequences: list[Sequence]) -> int:
         """Brings the slots of sequences to the device; rows of nobody fill the bucket, whose size is returned."""

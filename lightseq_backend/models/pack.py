@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from lightseq_backend.small import counting, fill, joined
+
 Array = Any
-_COUNT = np.arange(1 << 12, dtype=np.int32)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Pack:
         lanes: Sequence[int],
         nobody: int,
     ) -> None:
-        """Lays texts, none of them empty, end to end; host memory. Rows behind them are filled up: lane `nobody`.
+        """Lays texts, int32 and none of them empty, end to end; host memory. Rows behind them are filled up: lane
+        `nobody`.
 
         Each text has its positions, int32 and as many, and its lane. Nothing is scored. The device waits for this: few
         calls are made.
@@ -58,10 +60,10 @@ class Pack:
         if rows < len(self.tokens):
             self.tokens[rows:], self.positions[rows:] = -1, 0
             self.lanes[rows:], self.steps[rows:] = nobody, 0
-        np.concatenate(texts, out=self.tokens[:rows], casting="same_kind")
-        np.concatenate(positions, out=self.positions[:rows], casting="same_kind")
-        np.concatenate([_counted(length) for length in lengths], out=self.steps[:rows])
-        self.lanes[:rows] = np.repeat(lanes, lengths)
+        fill(self.tokens[:rows], joined(texts))
+        fill(self.positions[:rows], joined(positions))
+        fill(self.steps[:rows], joined(map(counting, lengths)))
+        fill(self.lanes[:rows], np.repeat(np.array(lanes, np.int32), lengths))
         self.starts[:] = rows
         self.starts[: len(texts)] = [0, *ends[:-1]]
         self.targets[:] = 0
@@ -74,8 +76,3 @@ class Pack:
         following = self.tokens[1:rows]
         self.targets[: rows - 1] = np.where(following < 0, padding_id, following)
         self.targets[ends - 1] = 0  # nothing follows
-
-
-def _counted(length: int) -> np.ndarray:
-    """int32 0, 1, ... up to that many."""
-    return _COUNT[:length] if length <= len(_COUNT) else np.arange(length, dtype=np.int32)

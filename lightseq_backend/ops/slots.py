@@ -71,9 +71,9 @@ RULES = np.dtype(
 )
 
 
-def end_ids(record: Any) -> np.ndarray:
-    """int32 [1 + more]: what ends a text of that record's sequence, the model's own end id first."""
-    return np.append(record["end_id"], record["more_ends"][: record["more"]])
+def end_ids(record: Any) -> list[int]:
+    """What ends a text of that record's sequence, the model's own end id first."""
+    return [int(record["end_id"]), *record["more_ends"][: record["more"]].tolist()]
 
 
 def ranks(width: int, more: int) -> int:

@@ -9,6 +9,8 @@ import cupy
 import cupyx
 import numpy as np
 
+from lightseq_backend.small import copied, fill
+
 Array = Any
 _PLACES = 8
 _LEAST = 1 << 18  # bytes of a place
@@ -29,14 +31,15 @@ class Transfers:
         for start in range(0, source.size, self._outgoing.size):
             part = source[start : start + self._outgoing.size]
             room, arrived = self._outgoing.take()
-            room[: part.size] = part
+            fill(room[: part.size], part)
             cupy.cuda.runtime.memcpyAsync(
                 address + start, room.ctypes.data, part.size, cupy.cuda.runtime.memcpyHostToDevice, self._stream.ptr
             )
             arrived.record(self._stream)
 
     def to_host(self, source: Array) -> Callable[[], np.ndarray]:
-        """Calling the result waits for the copy and returns it. It must be called before _PLACES more are asked for."""
+        """Calling the result waits for the copy and returns it, read-only. It must be called before _PLACES more are
+        asked for."""
         self._incoming.grow(source.nbytes)
         room, arrived = self._incoming.take()
         cupy.cuda.runtime.memcpyAsync(
@@ -46,7 +49,7 @@ class Transfers:
 
         def wait() -> np.ndarray:
             arrived.synchronize()
-            return np.array(room[: source.nbytes]).view(source.dtype).reshape(source.shape)
+            return copied(room[: source.nbytes]).view(source.dtype).reshape(source.shape)
 
         return wait
 

@@ -28,6 +28,7 @@ from lightseq_backend.serving.tensors import strings_arrive, survive_strings, to
 from lightseq_backend.serving.texts import Texts
 from lightseq_backend.serving.watch import Watch
 from lightseq_backend.serving.wire import TARGET_IDS, TARGET_TEXT, TEXT_INPUT, priority_of
+from lightseq_backend.small import copied
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ class TritonPythonModel:
         if given is None:
             if ids is None:
                 raise RequestError(f"input {f'{ids_name} or {text_name}' if takes_text else ids_name} is missing")
-            copy = np.array(to_numpy(ids))  # the memory is ours until we return
+            copy = copied(to_numpy(ids))  # the memory is ours until we return
             return self._wire.rows(copy, ids_name), False
         if ids is not None:
             raise RequestError(f"the request gives both {ids_name} and {text_name}; it takes one of them")

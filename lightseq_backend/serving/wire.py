@@ -179,10 +179,8 @@ class Wire:
             for row, output in zip(rows, outputs, strict=True)
         ]
         width, depth = max(len(text) for row in texts for text in row), len(texts[0])
-        ids = np.full((len(rows), depth, width), config.end_id, self.ids_type)
-        for r, row in enumerate(texts):
-            for k, text in enumerate(row):
-                ids[r, k, : len(text)] = text
+        filled = [[text + [config.end_id] * (width - len(text)) for text in row] for row in texts]
+        ids = np.array(filled, self.ids_type).reshape(len(rows), depth, width)
         tensors = {str(form.ids): ids}
         if self.details and any(one.token_log_probabilities is not None for one in outputs[0].hypotheses):
             tensors[DETAILS] = _details(rows, outputs, ids.shape, config)
@@ -326,19 +324,19 @@ def _scores(outputs: Sequence[Output], form: Form) -> dict[str, np.ndarray]:
     return {str(form.scores): each.sum(axis=1, keepdims=True, dtype=np.float64).astype(np.float32), form.each: each}
 
 
-def _text(row: np.ndarray, hypothesis: Hypothesis, output: Output, config: Config, form: Form) -> np.ndarray:
+def _text(row: np.ndarray, hypothesis: Hypothesis, output: Output, config: Config, form: Form) -> list[int]:
     """Ids of one hypothesis as LightSeq's server of that form and dialect would write them (lightseq_format.md 3.5).
 
     A search that was cut gets one more column, of the end id; V0's generate server has no room for it and
     overwrites the last token. A GPT's text starts with its prompt and has no such column.
     """
     if isinstance(config, GptConfig):
-        return np.concatenate([prompt_of(row, config), hypothesis.tokens])
+        return [*prompt_of(row, config).tolist(), *hypothesis.tokens.tolist()]
     overwrites = config.dialect.name == "v0" and form.scores is not None
-    text = np.full(output.steps + (output.cut and not overwrites), config.end_id, np.int64)
-    text[: len(hypothesis.tokens)] = hypothesis.tokens
+    text: list[int] = hypothesis.tokens.tolist()
+    text += [config.end_id] * (output.steps + (output.cut and not overwrites) - len(text))
     if output.cut and overwrites:
-        text[-1:] = config.end_id
+        text[-1:] = [config.end_id] if text else []
     return text
 
 

@@ -1,0 +1,36 @@
+"""Small arrays, made and copied without giving up the interpreter's lock.
+
+NumPy 1 gives it up for every copy, np.arange, concatenation and sort, however small, and takes it again. In a served
+model several threads share it, and each time another one may have it for a while.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+_COUNT = np.arange(1 << 12, dtype=np.int32)
+_COUNT.flags.writeable = False
+
+
+def counting(length: int) -> np.ndarray:
+    """int32 0, 1, ... [length], read-only."""
+    return _COUNT[:length] if length <= len(_COUNT) else np.arange(length, dtype=np.int32)
+
+
+def copied(array: np.ndarray) -> np.ndarray:
+    """A copy, read-only."""
+    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+
+
+def joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
+    """One-dimensional contiguous arrays of one type, one or more, end to end; read-only."""
+    arrays = list(arrays)
+    return np.frombuffer(b"".join(arrays), arrays[0].dtype)  # type: ignore[arg-type]
+
+
+def fill(out: np.ndarray, source: np.ndarray) -> None:
+    """out[...] = source, both one-dimensional, contiguous, of one type and length."""
+    if len(out):
+        memoryview(out.view(np.uint8))[:] = memoryview(source.view(np.uint8))  # type: ignore[arg-type]

@@ -95,7 +95,7 @@ def device_seconds(
     return statistics.median(taken)
 
 
-def wall_seconds(clock: Clock, run: Callable[[], Any], samples: int = 7, warm_up: int = 1) -> float:
+def wall_seconds(clock: Clock, run: Callable[[], Any], samples: int = 7, warm_up: int = 3) -> float:
     """Seconds of one `run` from the call until the device has done it, median of `samples`."""
     taken = []
     for _ in range(warm_up + samples):

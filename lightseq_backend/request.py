@@ -11,7 +11,7 @@ import numpy as np
 
 from lightseq_backend.config import MAX_SEED, Config, DecodingOptions, GptConfig, TransformerConfig
 from lightseq_backend.errors import RequestError
-from lightseq_backend.small import copied, counting
+from lightseq_backend.small import as_int32, counting
 
 GENERATE = "generate"
 SCORE = "score"
@@ -162,7 +162,7 @@ class Sequence:
             seed = 0 if request.kind == SCORE or request.options.searches else secrets.randbelow(MAX_SEED)
         return cls(
             request=request,
-            tokens=copied(tokens) if tokens.dtype == np.int32 else np.array(tokens.tolist(), np.int32),
+            tokens=as_int32(tokens),
             positions=positions.astype(np.int32, copy=False),
             limit=limit,
             seed=seed,

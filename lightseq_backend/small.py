@@ -10,6 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+_SHORT = 128  # numbers that a list of them costs less than the lock
 _COUNT = np.arange(1 << 12, dtype=np.int32)
 _COUNT.flags.writeable = False
 
@@ -22,6 +23,13 @@ def counting(length: int) -> np.ndarray:
 def copied(array: np.ndarray) -> np.ndarray:
     """A copy, read-only."""
     return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+
+
+def as_int32(array: np.ndarray) -> np.ndarray:
+    """One-dimensional integers as a copy of that type."""
+    if array.dtype == np.int32:
+        return copied(array)
+    return np.array(array.tolist(), np.int32) if len(array) <= _SHORT else array.astype(np.int32)
 
 
 def joined(arrays: Iterable[np.ndarray]) -> np.ndarray:

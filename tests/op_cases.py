@@ -383,7 +383,7 @@ def _packed_attention_arguments(lengths: tuple[int, ...], hidden: int, heads: in
 def _decode_attention() -> Iterator[Case]:
     shapes = (
         *((1, 64, 4, 1), (7, 64, 64, 19), (19, 1000, 8, 99), (99, 768, 12, 40), (8, 64, 1, 257)),
-        (33, 128, 2, 70),
+        *((33, 128, 2, 70), (5, 64, 1, 40)),
     )
     for rows, hidden, heads, steps in shapes:
         build = partial(_decode_attention_arguments, rows, hidden, heads, steps)
@@ -437,6 +437,7 @@ SOURCES = (
     (((3, 99), (5, 1), (1, 40)), 1000, 8),
     (((2, 7), (2, 3)), 64, 64),
     (((9, 33), (17, 64), (1, 200)), 128, 2),
+    (((4, 9), (2, 33)), 64, 1),
 )
 
 

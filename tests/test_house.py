@@ -25,6 +25,7 @@ PACKAGES = {"lightseq_backend": ROOT / "lightseq_backend", "lightseq_client": RO
 LAYERS = [
     {
         "lightseq_backend.errors",
+        "lightseq_backend.small",
         "lightseq_backend.config",
         "lightseq_backend.options",
         "lightseq_backend.request",

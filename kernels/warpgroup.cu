@@ -1,4 +1,4 @@
-// warpgroup: matrix products for 33 to 128 rows by the instructions that Hopper alone has. With
+// warpgroup: matrix products for 33 to 128 rows, narrow ones to 256, by the instructions that Hopper alone has. With
 //   ROWS    rows a block takes: 64 or 128; blockIdx.y counts such groups
 //   INNER   width of x, a multiple of 64
 //   SPLIT   blocks of a cluster that share the sum over INNER

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 import numpy as np
 
 _SHORT = 128  # numbers that a list of them costs less than the lock
+_LARGE = 1 << 16  # bytes that others should not have to wait for
 _COUNT = np.arange(1 << 12, dtype=np.int32)
 _COUNT.flags.writeable = False
 
@@ -21,7 +22,9 @@ def counting(length: int) -> np.ndarray:
 
 
 def copied(array: np.ndarray) -> np.ndarray:
-    """A copy, read-only."""
+    """A copy, read-only but for large ones."""
+    if array.nbytes > _LARGE:
+        return np.array(array)
     return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
 
 
@@ -35,10 +38,13 @@ def as_int32(array: np.ndarray) -> np.ndarray:
 def joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
     """One-dimensional contiguous arrays of one type, one or more, end to end; read-only."""
     arrays = list(arrays)
+    assert len({array.dtype for array in arrays}) == 1, "of one type, and one at least"
     return np.frombuffer(b"".join(arrays), arrays[0].dtype)  # type: ignore[arg-type]
 
 
 def fill(out: np.ndarray, source: np.ndarray) -> None:
     """out[...] = source, both one-dimensional, contiguous, of one type and length."""
-    if len(out):
+    if out.nbytes > _LARGE:
+        out[...] = source
+    elif len(out):
         memoryview(out.view(np.uint8))[:] = memoryview(source.view(np.uint8))  # type: ignore[arg-type]

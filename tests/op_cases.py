@@ -280,6 +280,7 @@ PRODUCTS = (
     Shape(50, 192, 5504, transposed=True),  # kernels/warpgroup.cu's, on Hopper
     Shape(63, 1024, 1088),
     Shape(99, 1024, 4096, bias=False),
+    Shape(150, 1024, 1088),
 )
 
 

@@ -52,10 +52,14 @@ def write_models(root: Path, kind: str = "KIND_CPU", layers: int = 2) -> None:
 
 
 class Stream:
-    """One gRPC stream: what came, an array or more each, until the final response."""
+    """One gRPC stream: what came, an array or more each, until the final response.
 
-    def __init__(self, address: str, slow: float = 0.0) -> None:
-        self.client = grpc(address)
+    where: an address, or a client that goes on afterwards: each takes memory for good
+    """
+
+    def __init__(self, where: Any, slow: float = 0.0) -> None:
+        self._lent = not isinstance(where, str)
+        self.client = where if self._lent else grpc(where)
         self._arrived: queue.Queue[Any] = queue.Queue()
 
         def arrives(result: Any, error: Any) -> None:
@@ -69,7 +73,8 @@ class Stream:
 
     def __exit__(self, *error: object) -> None:
         self.client.stop_stream(cancel_requests=True)
-        self.client.close()
+        if not self._lent:
+            self.client.close()
 
     def send(self, model: str, name: str, ids: Any, request_id: str = "", **options: Any) -> None:
         given = [tensor(tritonclient.grpc, name, ids)]

@@ -809,3 +809,13 @@ def test_forced_first_token_takes_a_position() -> None:
     for method in ("beam_search", "topk_greedy", "sample"):
         options = DecodingOptions(method)
         assert forced.new_tokens(5, options) == config.new_tokens(5, options) - 1
+
+
+def test_ids_of_a_strided_array_are_taken_and_kept() -> None:
+    engine, results = gpt(), Replies()
+    row = np.array([3, 4, 5, 6, 7, 8], np.int32)[::2]
+    engine.submit([Request(row, engine.options(), results.to(0), SCORE)])
+    row[:] = 9
+    while not engine.idle:
+        engine.step()
+    assert results.results[0].loss == engine.answer([[3, 5, 7]], SCORE)[0].loss

@@ -45,7 +45,10 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
         precisions, products = precisions[:1], products[:2]
     groups = [
         dict(warpgroup_launch.plan(device, rows, inner, wide, norm).definitions)
-        for rows, inner, wide, norm in ((128, 1024, 4096, True), (128, 4096, 1024, False), (64, 1024, 3072, True))
+        for rows, inner, wide, norm in (
+            *((128, 1024, 4096, True), (128, 4096, 1024, False), (64, 1024, 3072, True)),
+            *((192, 4096, 1024, False), (192, 1024, 1024, True)),
+        )
         if warpgroup_launch.can(device, inner, wide, half=True)
     ]
     return {

@@ -72,14 +72,14 @@ def packed(weight: Array) -> Array:
 
 def warpgroup_vocabulary(
     x: Array, norm: Norm, output: Linear, epsilon: float, scale: float, banned: int, best: int,
-    logits: Array | None = None, blocks: int = 0, **changed: int,
+    logits: Array | None = None, blocks: int = 0, rows: Array | None = None, slots: Array | None = None,
 ) -> tuple[Array, Array]:  # fmt: skip
-    """As `vocabulary` in half precision, by the kernel that Hopper has for it; changed: definitions."""
+    """As `vocabulary` in half precision, by the kernel that Hopper has for it; what it leaves alone is UNTOUCHED."""
     (count, inner), wide = x.shape, output.weight.shape[1]
     plan = warpgroup_launch.vocabulary_plan(H100, count, inner, wide)
-    definitions = {**dict(plan.definitions), **changed}
+    definitions = dict(plan.definitions)
     statistics = np.full((count, vocabulary_launch.tiles(wide), 2), np.nan, np.float32)
-    choices = np.zeros((count, vocabulary_launch.tiles(wide), best), np.uint64)
+    choices = np.full((count, vocabulary_launch.tiles(wide), best), UNTOUCHED, np.uint64)
     folded, columns = linear_launch.fold(output.weight, norm.gain, norm.bias, np.dtype(np.float16))
     kernels = VOCABULARY_KERNELS.setdefault(
         tuple(definitions.items()), Kernels("warpgroup_vocabulary.cu", **definitions)
@@ -89,13 +89,16 @@ def warpgroup_vocabulary(
         (
             TensorMap(x.astype(np.float16), (64, definitions["ROWS"])),
             warpgroup_launch.packed_vocabulary(folded), columns,
-            None if output.bias is None else output.bias.astype(np.float16), None, None, logits, np.int32(wide),
+            None if output.bias is None else output.bias.astype(np.float16), rows, slots, logits, np.int32(wide),
             statistics if best else None, choices if best else None,
             *(np.int32(number) for number in (count, wide, best, banned)), np.float32(epsilon), np.float32(scale),
         ),
         shared=plan.shared,
     )  # fmt: skip
     return statistics, choices
+
+
+UNTOUCHED = 2**64 - 1
 
 
 def vocabulary(
@@ -364,6 +367,21 @@ def test_vocabulary_looks_for_as_many_as_the_sequence_has_beams() -> None:
     for row, count in enumerate([1, 2, 4]):
         assert np.array_equal(few[row, :, :count], all_four[row, :, :count])
         assert not few[row, :, count:].any()
+
+
+# With one of five the block sorts in shared memory, else in registers.
+@pytest.mark.parametrize("widths", [[2, 4, 0, 1], [2, 5, 0, 1]])
+def test_vocabulary_by_warpgroups_looks_for_as_many_as_the_sequence_has_beams(widths: list[int]) -> None:
+    head = a_head(3)
+    slots = np.zeros(4, SLOT)
+    slots["width"] = slots["looked_at"] = widths
+    rows = np.array([3, 2, 1], np.int32)
+    some = warpgroup_vocabulary(**head, best=5, rows=rows, slots=slots)
+    everything = warpgroup_vocabulary(**head, best=5)
+    for row, count in enumerate([1, 0, widths[1]]):
+        assert np.array_equal(some[1][row, :, :count], everything[1][row, :, :count])
+        assert (some[1][row, :, count:] == UNTOUCHED).all()
+    np.testing.assert_allclose(some[0], everything[0], rtol=1e-6)
 
 
 # Search --------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ comp
 HOPPER = Device(90, 132, 227 * 1024)
 TOLERANCE = op_cases.TOLERANCE["float16"]
 # rows, inner, wide, blocks that share a sum (17 stages in four: unequal parts)
-SHAPES = [(33, 192, 5504, 1), (40, 448, 2560, 2), (128, 1088, 1024, 4), (128, 192, 5504, 1)]
+SHAPES = [(33, 192, 5504, 1), (40, 448, 2560, 2), (128, 1088, 1024, 4), (128, 192, 5504, 1), (150, 1088, 1024, 2)]
 
 
 PAYS = warpgroup_launch.pays
@@ -49,7 +49,9 @@ def test_product_with_residual(rows: int, inner: int, wide: int, split: int) -> 
     np.testing.assert_array_equal(around[:, -4:], borders[1])
 
 
-@pytest.mark.parametrize(("rows", "inner", "wide"), [(50, 192, 5504), (99, 1024, 1088), (64, 448, 2560)])
+@pytest.mark.parametrize(
+    ("rows", "inner", "wide"), [(50, 192, 5504), (99, 1024, 1088), (64, 448, 2560), (150, 1024, 1024)]
+)
 def test_product_folds_the_norm_in_front(rows: int, inner: int, wide: int) -> None:
     ops, (x, weight, bias) = Ops(True, HOPPER), operands(rows, inner, wide)
     random = np.random.default_rng(2)

@@ -46,17 +46,18 @@ def go_on_streaming(address: str, clock: Clock, counts: list[int]) -> None:
     """Streams that are read to their end, and every third stopped by its id under way. None is cancelled: Triton 24.10
     does not live long with that under load (docs/operate.md)."""
     options = {"sampling_method": "sample", "seed": 3, "min_new_tokens": 20}
-    for number, _ in enumerate(clock.turns()):
-        with Stream(address) as stream:
-            name = f"{threading.get_ident()} {number}"
-            stream.send("text_stream", "token_ids", [[5, 6, 7]], request_id=name, **options)
-            assert not stream.next()["final"].all()
-            if number % 3:
-                stream.end()
-            else:
-                stream.send("text_stream", "token_ids", [[5]], cancel_request_id=name)
-                assert stream.ends(2) <= {f"the request was stopped by its id, {name}", NOT_UNDER_WAY.format(name)}
-        counts.append(1)
+    with grpc(address) as client:
+        for number, _ in enumerate(clock.turns()):
+            with Stream(client) as stream:
+                name = f"{threading.get_ident()} {number}"
+                stream.send("text_stream", "token_ids", [[5, 6, 7]], request_id=name, **options)
+                assert not stream.next()["final"].all()
+                if number % 3:
+                    stream.end()
+                else:
+                    stream.send("text_stream", "token_ids", [[5]], cancel_request_id=name)
+                    assert stream.ends(2) <= {f"the request was stopped by its id, {name}", NOT_UNDER_WAY.format(name)}
+            counts.append(1)
 
 
 @pytest.mark.timeout(120 + 80 * MINUTES)

@@ -162,7 +162,7 @@ def test_answers_do_not_wait_for_each_other_and_all_of_one_comes_in_order(replie
     replies = module.Replies(wire(), TEXT, lambda sender: None)
     replies.start()
     row, options = np.array([3]), DecodingOptions("greedy")
-    held, others = Sender(), [Sender() for _ in range(module.SENDERS - 1)]
+    held, others = Sender(), [Sender() for _ in range(module.COURIERS - 1)]
     for sender in (held, *others):
         ticket = module.Ticket(sender, [row], parts=Parts(wire(), TEXT, row, options))
         (reply,), progress = replies.expect(ticket), replies.progress(ticket)
@@ -180,7 +180,7 @@ def test_answers_do_not_wait_for_each_other_and_all_of_one_comes_in_order(replie
     for sender in (held, *others):
         assert [part["result"].tolist() for part in sender.sent[:2]] == [[[5]], [[6]]]
         assert "final" in sender.sent[-1]
-    assert replies.outcomes[module.ANSWERED] == module.SENDERS
+    assert replies.outcomes[module.ANSWERED] == module.COURIERS
 
 
 def test_parts_wait_together_while_one_is_sent(replies_module: Any) -> None:
@@ -197,7 +197,7 @@ def test_parts_wait_together_while_one_is_sent(replies_module: Any) -> None:
     assert sender.started.wait(TIMEOUT)
     for end in range(2, 200):
         progress((tokens[:end],))
-    assert sum(one.arrived.qsize() for one in replies._senders) <= 1  # however long it takes
+    assert sum(one.arrived.qsize() for one in replies._couriers) <= 1  # however long it takes
     reply(Output((Hypothesis(tokens, -1.0, False),), steps=200, cut=True))
     sender.go.set()
     assert sender.done.wait(TIMEOUT)

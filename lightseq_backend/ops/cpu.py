@@ -119,14 +119,21 @@ def put(destination: Array, source: Array) -> None:
 
 
 def get(source: Array) -> Array:
-    """A copy on the host of what no queued operation writes any more."""
-    return np.array(source)
+    """A copy on the host of what no queued operation writes any more; read-only."""
+    return _kept(source)
 
 
 def fetch(source: Array) -> Callable[[], Array]:
-    """Queues a copy to the host behind the operations before it; calling the result waits for it and returns it."""
-    copy = np.array(source)
+    """Queues a copy to the host behind the operations before it; calling the result waits for it and returns it,
+    read-only."""
+    copy = _kept(source)
     return lambda: copy
+
+
+def _kept(source: Array) -> Array:
+    copy = np.array(source)
+    copy.flags.writeable = False
+    return copy
 
 
 def fault() -> str | None:

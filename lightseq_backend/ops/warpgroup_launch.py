@@ -67,8 +67,8 @@ def _packed(weight: Any, outputs: int) -> Any:
 def plan(device: Device, rows: int, inner: int, wide: int, norm: bool) -> Plan:
     """The launch for x [rows, inner] . W [inner, wide], of a weight that `can`. Any number of rows.
 
-    norm: x goes through the LayerNorm that W was packed with. The order of a sum depends on the weight alone, up to
-    128 rows, which is as many as a step has.
+    norm: x goes through the LayerNorm that W was packed with. The order of a sum depends on the weight alone, and on
+    whether there are more than 128 rows.
 
     By whole steps on an H200: few stages leave shared memory to the next kernel, whose blocks then begin early; only
     the longest sums are worth deep rings and blocks of many rows.

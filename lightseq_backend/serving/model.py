@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 
 class TritonPythonModel:
-    """Serves one weight file. `execute` reads and submits; the engine's thread computes; a reply thread answers."""
+    """Serves one weight file. `execute` reads and submits; the engine's thread computes; reply threads answer."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Loads weights, takes the engine's memory, starts the threads. Fails with every fault that was found."""

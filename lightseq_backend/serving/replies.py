@@ -28,7 +28,7 @@ ANSWERED, REFUSED, OVERLOADED, FAILED, CANCELLED, LATE = OUTCOMES = (
 )
 MOST_UNSENT = 4096  # results of rows; beside them there are those that wait and those that decode
 # A round trip takes a good half of a millisecond, nearly all of it waiting: one thread sends 1,400 answers a second.
-SENDERS = 4
+COURIERS = 4
 Result = Output | Exception
 _numbers = count()
 
@@ -60,17 +60,17 @@ class Replies:
 
     def __init__(self, wire: Wire, config: Config, leave: Callable[[Any], None]):
         self._wire, self._config, self._leave = wire, config, leave
-        self._senders = [_Sender(self._handle) for _ in range(SENDERS)]
+        self._couriers = [_Courier(self._handle) for _ in range(COURIERS)]
         self._lock = threading.Lock()  # guards outcomes
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
 
     def start(self) -> None:
-        for sender in self._senders:
-            sender.start()
+        for courier in self._couriers:
+            courier.start()
 
     @property
     def alive(self) -> bool:
-        return all(sender.is_alive() for sender in self._senders)
+        return all(courier.is_alive() for courier in self._couriers)
 
     def expect(self, ticket: Ticket) -> list[Callable[[Result], None]]:
         """What to call with each row's result, in the order of the rows; from any thread, never blocks."""
@@ -93,7 +93,7 @@ class Replies:
 
     def wait_for_room(self) -> None:
         """Blocks while very many results wait to be sent: who asks faster than that waits, in Triton's own queue."""
-        while sum(sender.arrived.qsize() for sender in self._senders) >= MOST_UNSENT and self.alive:
+        while sum(courier.arrived.qsize() for courier in self._couriers) >= MOST_UNSENT and self.alive:
             time.sleep(0.001)
 
     def refuse(self, sender: Any, error: Exception) -> None:
@@ -106,14 +106,14 @@ class Replies:
 
     def close(self) -> None:
         """Sends what has arrived, then ends the threads."""
-        for sender in self._senders:
-            sender.arrived.put(None)
-        for sender in self._senders:
-            sender.join()
+        for courier in self._couriers:
+            courier.arrived.put(None)
+        for courier in self._couriers:
+            courier.join()
 
     def _take(self, ticket: Ticket, row: int, result: Result | None) -> None:
         """All of a ticket goes to the same thread, which keeps it in order."""
-        self._senders[ticket.number % SENDERS].arrived.put((ticket, row, result))
+        self._couriers[ticket.number % COURIERS].arrived.put((ticket, row, result))
 
     def _handle(self, ticket: Ticket, row: int, result: Result | None) -> None:
         if result is None:
@@ -165,7 +165,7 @@ class Replies:
         return ANSWERED, _response_of(tensors)
 
 
-class _Sender(threading.Thread):
+class _Courier(threading.Thread):
     """A thread and what it has to send. handle: Replies._handle"""
 
     def __init__(self, handle: Callable[[Ticket, int, Result | None], None]):
@@ -175,7 +175,10 @@ class _Sender(threading.Thread):
 
     def run(self) -> None:
         while (arrival := self.arrived.get()) is not None:
-            self._handle(*arrival)
+            try:
+                self._handle(*arrival)
+            except Exception:  # a bug of ours must not leave all the others waiting
+                log.exception("an answer was lost")
 
 
 def _response_of(tensors: dict[str, np.ndarray]) -> Any:

@@ -97,7 +97,6 @@ inline void ldmatrix_x4_transposed(unsigned (&to)[4], const void* row, CUDA_ON_C
     cuda_on_cpu::load_matrix(to, row, 4, true, file, line);
 }
 
-// Sixteen bytes to shared memory, zeros after the first `bytes`. Nothing arrives before it is waited for.
 inline unsigned transpose(unsigned pair) {
     int lane = cuda_on_cpu::lane(), g = lane / 4, t = lane % 4;
     unsigned result = 0;
@@ -111,6 +110,7 @@ inline float power_of_two(float x) {
     float power = exp2f(x);
     return power < 1.17549435e-38f ? 0 : power;
 }
+// Sixteen bytes to shared memory, zeros after the first `bytes`. Nothing arrives before it is waited for.
 inline void copy_async16(void* to, const void* from, int bytes = 16) {
     if ((uintptr_t)to % 16 || (bytes && (uintptr_t)from % 16)) cuda_on_cpu::fail("cp.async: not aligned to 16 bytes");
     memset(to, 0xFF, 16);

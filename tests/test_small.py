@@ -1,0 +1,44 @@
+"""Copies that keep the interpreter's lock."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lightseq_backend.small import as_int32, copied, counting, fill, joined
+
+
+@pytest.mark.parametrize("length", [0, 1, 4096, 4097])
+def test_counting(length: int) -> None:
+    assert counting(length).dtype == np.int32
+    assert counting(length).tolist() == list(range(length))
+
+
+@pytest.mark.parametrize("shape", [(0,), (7,), (3, 5), (200, 100)])
+def test_copy_is_of_its_own_and_takes_any_strides(shape: tuple[int, ...]) -> None:
+    array = np.arange(2 * np.prod(shape), dtype=np.int64).reshape(*shape[:-1], 2 * shape[-1])[..., ::2]
+    copy, expected = copied(array), array.tolist()
+    array[...] = -1
+    assert (copy.dtype, copy.tolist()) == (np.int64, expected)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.int32, np.int64, np.uint64])
+@pytest.mark.parametrize("length", [0, 3, 500])
+def test_integers_become_others_of_their_own(kind: type[np.generic], length: int) -> None:
+    array = (np.arange(2 * length) % 99).astype(kind)[::2]
+    numbers, expected = as_int32(array), array.tolist()
+    array[...] = 1
+    assert (numbers.dtype, numbers.tolist()) == (np.int32, expected)
+    assert numbers.flags.c_contiguous
+
+
+def test_arrays_are_joined_and_fill_others() -> None:
+    records = np.zeros(3, [("a", np.int32), ("b", np.float64)])
+    records["a"] = [1, 2, 3]
+    assert joined([records[:1], records[1:]]).tolist() == records.tolist()
+    with pytest.raises(AssertionError, match="of one type"):
+        joined([np.zeros(2, np.int32), np.zeros(1, np.int64)])
+    for size in (0, 5, 70_000):
+        out = np.full(size + 2, -1, np.int32)
+        fill(out[1:-1], np.arange(size, dtype=np.int32))
+        assert out.tolist() == [-1, *range(size), -1]

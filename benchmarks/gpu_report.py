@@ -122,7 +122,8 @@ def _conditions(conditions: list[dict[str, Any]]) -> list[str]:
         "Medians. A floor is the bytes that must be read and written (weights, and the caches that are read), once",
         "each, at the bandwidth of a 1 GiB device copy measured in the same run (reads and writes counted), or the",
         "arithmetic at the rate of a large product where that takes longer. Peers in the same run unless quoted.",
-        *(apart if len({one["date"] for one in conditions}) > 1 else [""]),
+        *([apart] if len({one["date"] for one in conditions}) > 1 else []),
+        "",
         *_table(["program", "date", "on", "measured there"], rows, left=4),
     ]
 

@@ -113,10 +113,9 @@ def _conditions(conditions: list[dict[str, Any]]) -> list[str]:
         rates += [f"{precision} product {rate / 1e12:.0f} TFLOP/s" for precision, rate in products.items()]
         rest = {name: value for name, value in one.items() if name not in _NO_VERSIONS}
         rows.append([one["program"], one["date"], ", ".join(f"{n} {v}" for n, v in rest.items()), ", ".join(rates)])
-    apart = [
-        "Programs of different dates ran with the kernels of their day, perhaps on other cards, which differ by 4 %.",
-        "",
-    ]
+    apart = (
+        "Programs of different dates ran with the kernels of their day, perhaps on other cards, which differ by 4 %."
+    )
     return [
         "Random weights; beam 4 and as many tokens as the source has; GPT-2: greedy, a prompt of 32 tokens, 32 more.",
         "Medians. A floor is the bytes that must be read and written (weights, and the caches that are read), once",

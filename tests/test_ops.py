@@ -482,8 +482,11 @@ def test_put_copies_and_get_returns_a_copy() -> None:
     array = ops.view(block, 4, (3,), np.dtype(np.int32))
     ops.put(array, np.array([1, 2, 3], np.int32))
     copy = ops.get(array)
-    copy[0] = 9
-    assert array.tolist() == [1, 2, 3]
+    array[0] = 9
+    assert copy.tolist() == [1, 2, 3]
+    with pytest.raises(ValueError, match="read-only"):
+        copy[0] = 9
+    array[0] = 1
     assert block.view(np.int32).tolist() == [0, 1, 2, 3]
 
 
@@ -492,6 +495,7 @@ def test_fetch_returns_what_was_there_when_it_was_called() -> None:
     fetched = ops.fetch(array)
     array[0] = 9
     assert fetched().tolist() == [1, 2, 3]
+    assert not fetched().flags.writeable
 
 
 def test_allocate_is_zeroed_and_aligned() -> None:

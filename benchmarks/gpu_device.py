@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks import machine
 from benchmarks.gpu_records import versions
 from benchmarks.gpu_timing import Clock, CupyClock, HostClock, device_seconds
 from lightseq_backend import ops
@@ -55,6 +56,11 @@ def conditions(device: str) -> dict[str, Any]:
         "cupy": cupy.__version__,
         **versions("numpy"),
     }
+
+
+def machine_with(device: str) -> dict[str, Any]:
+    """machine.describe(), and of a device that is not "cpu" its conditions too."""
+    return {**machine.describe(), **({} if device == "cpu" else conditions("cuda"))}
 
 
 def measure(device: str, precisions: Sequence[str]) -> Rates:

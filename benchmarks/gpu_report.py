@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks import machine
 from benchmarks.gpu_models import MODELS, TINY
 from benchmarks.gpu_records import OURS, Record, read
 
@@ -39,7 +39,7 @@ def write(folder: Path, conditions: list[dict[str, Any]], records: list[Record])
     if len(names) != 1:
         raise SystemExit(f"one report is about one GPU; these files are of {', '.join(names) or 'none'}")
     folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"gpu-{re.sub('[^a-z0-9]+', '-', names[0].lower())}"
+    stem = folder / machine.file_name(names[0])
     quoted = Quoted()
     plot = stem.with_suffix(".svg")
     written = [stem.with_suffix(".json"), stem.with_suffix(".md")]

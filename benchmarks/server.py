@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks import gpu_device, machine, perf, server_models, server_report
+from benchmarks import gpu_device, perf, server_models, server_report
 from benchmarks.server_engine import EngineAlone
 from benchmarks.server_models import NOOP, SERVED, SHORT, STATIC, STREAM
 from benchmarks.server_run import Run, middle, read_export
@@ -45,7 +45,7 @@ def main() -> None:
         runs = [(each, middled(lambda: bench.all_ways(each), options.repeats)) for each in chosen]  # noqa: B023
         alone = middled(bench.short, max(3, options.repeats))
         report = {
-            "machine": {**machine.describe(), **({} if device == "cpu" else gpu_device.conditions("cuda"))},
+            "machine": gpu_device.machine_with(device),
             "load": bench.described(),
             "repeats": options.repeats,
             "seconds": WINDOWS * bench.interval,  # at least

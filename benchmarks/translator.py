@@ -47,7 +47,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         engines = measure(Path(folder), [row[0] for row in rows], [row[1] for row in rows], options)
     report: dict[str, Any] = {
-        "machine": {**machine.describe(), **(gpu_device.conditions("cuda") if options.device == "gpu" else {})},
+        "machine": gpu_device.machine_with(options.device),
         "device": options.device,
         "sentences": len(rows),
         "repeats": options.repeats,

@@ -184,7 +184,10 @@ warpgroup_vocabulary(const __grid_constant__ TensorMap x_map, const __half* weig
         publish_barriers();
         for (int stage = 0; stage < least(DEPTH, last); stage++) load_weights(stage);
     }
-    __syncthreads();
+    bool wants_many = logits || (!slots && best > FEW);
+    if (slots && thread < ROWS && first_row + thread < count)
+        wants_many |= least(best, slots[rows[first_row + thread]].looked_at) > FEW;
+    const bool many = __syncthreads_or(wants_many);  // any of the block's rows
     wait_for_previous();
 
     if (thread >= LOADER) {
@@ -272,7 +275,7 @@ warpgroup_vocabulary(const __grid_constant__ TensorMap x_map, const __half* weig
             *reinterpret_cast<float2*>(to + 8 * STRIDE + 8 * n) = make_float2(value(2, lower), value(3, lower));
         }
         together();
-        if (logits || best > FEW) {
+        if (many) {
             finish_tiles<SPAN, ROWS, MULTIPLYING, STRIDE>(held, first_tile, first_row, wanted, together);
         } else if (tile < tiles && first_row + row - g < count) {
 #pragma unroll 1

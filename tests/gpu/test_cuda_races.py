@@ -19,15 +19,24 @@ from lightseq_backend.request import Request
 REPLAYS = 10_000
 POISON = 0xFF  # in every byte: not a number, of whatever size, and -1
 BEAMS = 4
+KINDS = ("transformer", "gpt")
 
 
-@pytest.mark.parametrize("rows", [8, 32, 64, 128])
-@pytest.mark.parametrize("precision", ["fp16", "fp32"])
-@pytest.mark.parametrize("kind", ["transformer", "gpt"])
-def test_step_is_the_same_ten_thousand_times(kind: str, precision: str, rows: int) -> None:
+# Wide enough that a kernel has more blocks than one or two.
+NARROW: dict[str, Any] = {"hidden": 512, "heads": 8, "inner": 2048, "max_positions": 64}
+# For products of warpgroups, which begin at 33 rows of this size.
+WIDE: dict[str, Any] = {"hidden": 1024, "heads": 16, "inner": 4096, "max_positions": 192}
+CASES = [
+    *((kind, precision, rows, NARROW) for kind in KINDS for precision in ("fp16", "fp32") for rows in (8, 32, 64, 128)),
+    *((kind, "fp16", rows, WIDE) for kind in KINDS for rows in (32, 64, 128)),
+]
+
+
+@pytest.mark.parametrize("kind, precision, rows, sizes", CASES)
+def test_step_is_the_same_ten_thousand_times(kind: str, precision: str, rows: int, sizes: dict[str, Any]) -> None:
     """A replay finds what kernels found that wait for each other, though all it works with is poisoned before."""
     device = ops.load("cuda", 0, precision)
-    engine = decoding(kind, device, rows)
+    engine = decoding(kind, device, rows, sizes)
     state, cache, work = engine._buffers.state, engine._buffers.cache, engine._buffers.work.first(rows)
     step = graphs._step(engine.model, engine._buffers, rows, graphs.SEARCHING, device)
     assert device._early, "this GPU begins no kernel early"
@@ -61,27 +70,28 @@ def test_step_is_the_same_ten_thousand_times(kind: str, precision: str, rows: in
     assert int(differences) == 0
 
 
-def decoding(kind: str, device: Any, rows: int) -> Engine:
-    """In the middle of texts that fill all rows; wide enough that a kernel has more blocks than one or two."""
-    sizes = {"hidden": 512, "heads": 8, "inner": 2048, "max_positions": 64}
+def decoding(kind: str, device: Any, rows: int, sizes: dict[str, Any]) -> Engine:
+    """In the middle of texts that fill all rows. Of those of a wide model, past and source are longer than 64 tokens:
+    a warp of an attention kernel looks at so many in turn."""
+    long = sizes is WIDE
     vocabularies: dict[str, Any] = {
         "source_vocabulary": 600,
         "target_vocabulary": 601,
         "end_bias": -100.0,
-        "extra_decode_length": 50,
+        "extra_decode_length": 100,
     }
     if kind == "gpt":
         vocabularies = {"vocabulary": 601, "padding_id": 601}
     config, arrays = getattr(small_models, kind)(4, **sizes, **vocabularies)
     model: Any = (Gpt if isinstance(config, GptConfig) else Transformer)(config, arrays, device)
-    room = {"slots": rows, "max_beam_size": BEAMS, "prompt_tokens": 1024, "burst": 1}
+    room = {"slots": rows, "max_beam_size": BEAMS, "prompt_tokens": 4096, "burst": 1}
     engine = Engine(model, EngineConfig(**room), device)
-    options = engine.options({"sampling_method": "beam_search", "beam_size": BEAMS, "max_new_tokens": 40})
+    options = engine.options({"sampling_method": "beam_search", "beam_size": BEAMS, "max_new_tokens": 110})
     random, answers = np.random.default_rng(rows), []
     for _ in range(rows // BEAMS):
-        text = random.integers(3, config.input_vocabulary, random.integers(5, 20))
+        text = random.integers(3, config.input_vocabulary, random.integers(5, 20) + 60 * long)
         engine.submit([Request(text, options, answers.append)])
-    for _ in range(8):
+    for _ in range(80 if long else 8):
         engine.step()
     device._stream.synchronize()
     assert not answers

@@ -55,6 +55,7 @@ def main() -> None:
     report["engines"] = engines
     text = markdown(report)
     print(text)
+    options.results.mkdir(parents=True, exist_ok=True)
     stem = options.results / f"translator-{machine.file_name(report['machine'].get('gpu'))}"
     stem.with_suffix(".json").write_text(json.dumps(report, indent=2) + "\n")
     stem.with_suffix(".md").write_text(text)

@@ -18,13 +18,14 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from benchmarks import gpu_device, gpu_models
 from benchmarks.gpu_models import MODELS, TINY
 from benchmarks.gpu_records import OURS, Record, Recorder, parser, precisions
 from lightseq_backend import weights
+from lightseq_backend.serving import loading
+from lightseq_backend.serving.settings import read_settings
 
 KINDS = {"cuda": "GPU", "cpu": "CPU"}  # Triton's names
 RUNS = ("kernels not compiled", "kernels compiled", "kernels compiled, again")
@@ -69,8 +70,7 @@ def in_process(folder: Path, device: str, precision: str) -> dict[str, float]:
 
 def load(folder: Path, device: str, precision: str, started: float) -> dict[str, float]:
     """Loads folder/transformer.pb as serving does. started: when this process was, by time.time()."""
-    serving = _serving()
-    settings = serving.read_settings(_arguments(folder, device, precision), {})
+    settings = read_settings(_arguments(folder, device, precision), {})
     if device == "cuda":
         importlib.import_module("cupy")
     seconds = dict.fromkeys(PARTS, 0.0)
@@ -86,20 +86,14 @@ def load(folder: Path, device: str, precision: str, started: float) -> dict[str,
 
         return run
 
-    serving.weights.load = timed("file", serving.weights.load)
-    serving.Transformer = timed("model", serving.Transformer)
-    serving.Engine = timed("capture", serving.Engine)
+    loading.weights.load = timed("file", loading.weights.load)
+    loading.Transformer = timed("model", loading.Transformer)
+    loading.Engine = timed("capture", loading.Engine)
     start = time.perf_counter()
-    serving._engine(settings)
+    loading.load_engine(settings)
     # The device is opened before the weights are read: that belongs to none of the parts above.
     rest = time.perf_counter() - start - sum(seconds[part] for part in PARTS[1:])
     return {**seconds, "device": rest}
-
-
-def _serving() -> Any:
-    """lightseq_backend.serving.model, which wants a module that only Triton has."""
-    sys.modules["triton_python_backend_utils"] = ModuleType("triton_python_backend_utils")
-    return importlib.import_module("lightseq_backend.serving.model")
 
 
 def _arguments(folder: Path, device: str, precision: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from lightseq_backend.serving.model import _engine
+from lightseq_backend.serving.loading import load_engine
 from lightseq_backend.serving.replies import _response_of
 from lightseq_backend.serving.settings import read_settings
 from lightseq_backend.serving.tensors import to_numpy
@@ -33,7 +33,7 @@ class Static:
 
     def initialize(self, args: dict[str, str]) -> None:
         settings = read_settings(args)
-        self._wire, self._engine = settings.wire, _engine(settings)
+        self._wire, self._engine = settings.wire, load_engine(settings)
         self._engine.warm_up()
 
     def execute(self, requests: list[Any]) -> list[Any]:

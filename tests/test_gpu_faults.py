@@ -591,9 +591,10 @@ def test_failed_device_ends_everything_with_its_error(model: str, recovers: bool
 GOOD = golden_cases("t01_base")[0]
 ADMIN = {"admin-key": "test"}
 WRECKED = 77  # a source with this id wrecks the device; neither a position nor a slot is that large
-FAILING_MODEL = f"""
+# In the engine's process and in Triton's.
+FAILING_ENGINE = f"""
 from lightseq_backend.ops import cpu
-from lightseq_backend.serving.model import TritonPythonModel as Served
+from lightseq_backend.serving.engine_process import main
 
 wrecked, put, fetch = False, cpu.put, cpu.fetch
 
@@ -612,8 +613,14 @@ def failing_fetch(source):
 
 cpu.put, cpu.fetch, cpu.BURSTS_AHEAD = wrecking_put, failing_fetch, 2
 cpu.fault = lambda: "GPU 0 has failed: " + {ILLEGAL!r} if wrecked else None
+main()
+"""
+FAILING_MODEL = """
+from lightseq_backend.serving.model import TritonPythonModel as Served
 
 class TritonPythonModel(Served):
+    ENGINE = "failing_engine"
+
     def execute(self, requests):
         super().execute(requests)
         print("READY", self.is_ready(), flush=True)
@@ -627,6 +634,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
         write_model(root, name, golden("t01_base.pb"), TRANSFORMER)
     write_model(root, "huge", golden("t01_base.pb"), TRANSFORMER, parameters={"slots": 20_000_000})
     (root / "failing" / "1" / "model.py").write_text(FAILING_MODEL)
+    (root / "failing" / "1" / "failing_engine.py").write_text(FAILING_ENGINE)
     served = ["failing", "other"]
     with EmbeddedServer(root, device="cpu", models=served, admin_key="test", stop_timeout=5) as running:
         yield running

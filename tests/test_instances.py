@@ -11,11 +11,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import pytest
 from repositories import GPT, TRANSFORMER, ask, ask_later, golden_cases, grpc, write_model
-from stub_triton import inside_triton
 from test_embedded import group_of
 from test_operations import metrics_page
 from test_serving import triton_arguments
@@ -23,6 +21,8 @@ from weight_files import golden
 
 from lightseq_backend import ops
 from lightseq_backend.serving.embedded import EmbeddedServer
+from lightseq_backend.serving.loading import load_engine
+from lightseq_backend.serving.settings import read_settings
 
 CASES = golden_cases("t01_base")
 PATIENCE = 20.0  # seconds; a guard looks once a second
@@ -70,7 +70,7 @@ def test_killed_triton_takes_its_models_with_it(tmp_path: Path, busy: bool) -> N
     write_model(tmp_path, "text", golden("g01_base.pb"), GPT)
     with EmbeddedServer(tmp_path, device="cpu") as server, grpc(server.grpc) as client:
         group = server.pid
-        assert len(group_of(group)) == 5  # two models and their guards
+        assert len(group_of(group)) == 7  # two models, their engines and guards
         if busy:
             answers = [ask_later(client, "head", "source_ids", CASES[0]["source_ids"]) for _ in range(200)]
             answers[0]()
@@ -129,8 +129,6 @@ def test_each_instance_takes_the_gpu_that_triton_names(
     monkeypatch.setattr(ops, "load", load)
     (tmp_path / "transformer.pb").touch()
     arguments = triton_arguments(tmp_path, model_instance_kind="GPU", model_instance_device_id=str(number))
-    with inside_triton("model") as (served,):
-        monkeypatch.setattr(served, "Guard", MagicMock())
-        with pytest.raises(KeyboardInterrupt):
-            served.TritonPythonModel().initialize(arguments)
+    with pytest.raises(KeyboardInterrupt):
+        load_engine(read_settings(arguments))
     assert taken == [("cuda", number, "fp16")]

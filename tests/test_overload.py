@@ -300,7 +300,7 @@ def test_dead_thread_fails_what_waits() -> None:
     assert engine._thread is not None
     engine._thread.join(30)
     Watch(engine, limit=60.0, update=lambda: None).look()
-    assert [str(result) for result in results] == ["the engine's thread has ended; the model must be loaded again"]
+    assert [str(result) for result in results] == ["the engine has ended; the model must be loaded again"]
 
 
 def test_what_waits_too_long_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,11 +234,16 @@ class Engine:
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
+    def close(self) -> None:
+        """Takes no more."""
+        self._stopping = True
+        self._scheduler.close()
+
     def stop(self, patience: float = 30.0, finish: bool = True) -> None:
         """Takes no more, finishes what runs or waits within `patience` seconds (without `finish`: the step it is at),
         answers the rest with an error."""
-        self._stopping, self._abandoned = True, not finish
-        self._scheduler.close()
+        self._abandoned = not finish
+        self.close()
         if self._thread is not None:
             self._thread.join(0 if self.fault else patience)  # what has failed does not finish
             self._abandoned = True

@@ -10,20 +10,19 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from lightseq_backend import ops, text, weights
-from lightseq_backend.config import Config, DecodingOptions, TransformerConfig
-from lightseq_backend.engine.engine import Engine
+from lightseq_backend import text
+from lightseq_backend.config import Config, DecodingOptions
 from lightseq_backend.errors import ConfigError, NotUnderWay, RequestError, WeightError
-from lightseq_backend.models.gpt import Gpt
-from lightseq_backend.models.transformer import Transformer
-from lightseq_backend.request import SCORE, Request, Sequence
+from lightseq_backend.request import SCORE, Request
+from lightseq_backend.serving import loading, remote
 from lightseq_backend.serving.callers import Callers
 from lightseq_backend.serving.control import read_control
 from lightseq_backend.serving.guard import Guard
 from lightseq_backend.serving.metrics import Metrics
 from lightseq_backend.serving.parts import Parts
+from lightseq_backend.serving.remote import RemoteEngine
 from lightseq_backend.serving.replies import Replies, Ticket
-from lightseq_backend.serving.settings import INT8, Settings, read_settings
+from lightseq_backend.serving.settings import Settings, read_settings
 from lightseq_backend.serving.tensors import strings_arrive, survive_strings, to_numpy
 from lightseq_backend.serving.texts import Texts
 from lightseq_backend.serving.watch import Watch
@@ -34,7 +33,9 @@ log = logging.getLogger(__name__)
 
 
 class TritonPythonModel:
-    """Serves one weight file. `execute` reads and submits; the engine's thread computes; reply threads answer."""
+    """Serves one weight file. `execute` reads and submits; the engine's process computes; reply threads answer."""
+
+    ENGINE = remote.PROGRAM  # of that process
 
     def initialize(self, args: dict[str, str]) -> None:
         """Loads weights, takes the engine's memory, starts the threads. Fails with every fault that was found."""
@@ -44,20 +45,18 @@ class TritonPythonModel:
         try:
             settings = read_settings(args)
             self._wire = settings.wire
-            self._engine = _engine(settings)
-            self._texts = _texts(settings, self._engine.model.config)
+            self._engine = RemoteEngine(settings, self.ENGINE)
+            self._texts = _texts(settings, self._engine.model_config)
             if self._wire.form.task != SCORE:
                 self._options(self._wire.changes(""))  # what the file asks for by default must be possible
-            self._engine.warm_up()
         except (ConfigError, WeightError, RequestError) as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
         labels = {"model": settings.model, "version": settings.version, "instance": settings.instance}
         self._drain_seconds = settings.times["drain_seconds"]
         self._callers = Callers(self._engine.cancel)
-        self._replies = Replies(self._wire, self._engine.model.config, self._callers.leave)
+        self._replies = Replies(self._wire, self._engine.model_config, self._callers.leave)
         self._replies.start()
         self._callers.start()
-        self._engine.start()
         metrics = Metrics(self._engine, self._replies.outcomes, labels)
         self._watch = Watch(self._engine, settings.times["step_seconds"], metrics.update)
         self._watch.start()
@@ -96,8 +95,6 @@ class TritonPythonModel:
 
     def _submit(self, request: Any, sender: Any) -> None:
         arrived = time.monotonic()
-        if not (self._engine.alive or self._engine.fault or self._engine.stopping):  # these say it themselves
-            raise RuntimeError("the engine's thread has ended; the model must be loaded again")
         control = read_control(request.parameters())
         if control.cancel is not None:
             self._stop(control.cancel, sender)
@@ -115,7 +112,7 @@ class TritonPythonModel:
         wants_text = self._texts.written and self._wire.wants_text(from_text, request.requested_output_names())
         ticket = Ticket(sender, rows, self._texts.decode if wants_text else None)
         if self._wire.streams:
-            ticket.parts = Parts(self._wire, self._engine.model.config, rows[0], options, ticket.decode)
+            ticket.parts = Parts(self._wire, self._engine.model_config, rows[0], options, ticket.decode)
         deadline = None if control.patience is None else arrived + control.patience
         progress, decode = self._replies.progress(ticket), self._texts.decode if self._texts.written else None
         wanted = [
@@ -123,10 +120,7 @@ class TritonPythonModel:
             for i, (row, reply, target) in enumerate(zip(rows, self._replies.expect(ticket), targets))
         ]
         self._callers.watch(sender, control.name or request.request_id(), wanted)
-        try:
-            self._engine.submit(wanted)
-        except RequestError as error:
-            raise _naming_the_row(wanted, self._engine.model.config, error) from None
+        self._engine.submit(wanted)
 
     def _stop(self, name: str, sender: Any) -> None:
         """Stops the requests with that id; the answer to whoever asks for it has no tensors."""
@@ -151,49 +145,25 @@ class TritonPythonModel:
 
     def _options(self, changes: dict[str, object]) -> DecodingOptions:
         if self._wire.form.task == SCORE:
-            return self._engine.model.config.decoding
+            return self._engine.model_config.decoding
         return self._engine.options(self._texts.with_language(changes))
-
-
-def _engine(settings: Settings) -> Engine:
-    module = ops.load(settings.device, settings.device_id, settings.precision)
-    config, arrays = weights.load(
-        settings.weights, settings.dialect, settings.wire.form.kind, rounded=settings.precision == INT8
-    )
-    if isinstance(config, TransformerConfig):
-        return Engine(Transformer(config, arrays, module), settings.engine_config(config), module)
-    return Engine(Gpt(config, arrays, module), settings.engine_config(config), module)
 
 
 def _texts(settings: Settings, config: Config) -> Texts:
     """The model's tokenizer, where config.pbtxt asks for one. A model without is served, and refuses text."""
     wire = settings.wire
-    if not (wire.text_input or wire.target_text or wire.text_output):
+    if not loading.takes_text(settings):
         return Texts(wire, config, None, "")
     if not strings_arrive():
         survive_strings()
         obstacle = f"Triton's Python stub takes no strings under NumPy {np.__version__}; NumPy 1 works, and ids do"
         log.warning("%s: no text: %s", settings.instance, obstacle)
         return Texts(settings.wire, config, None, obstacle)
-    tokenizer = text.load(settings.tokenizer, config, settings.source_language)
+    tokenizer = loading.load_tokenizer(settings, config)
     obstacle = f"no tokenizer in {' or '.join(map(str, settings.tokenizer))}; it may be {text.FILE_SETS}"
     if tokenizer is None:
         log.warning("%s: no text: %s", settings.instance, obstacle)
     return Texts(settings.wire, config, tokenizer, obstacle)
-
-
-def _naming_the_row(requests: list[Request], config: Config, error: RequestError) -> RequestError:
-    """The error with the number of the first bad row, where there are several rows."""
-    if len(requests) == 1:
-        return error
-    faults = []
-    for number, request in enumerate(requests):
-        try:
-            Sequence.of(request, config)
-        except RequestError as fault:
-            faults.append(f"row {number}: {fault}")
-    others = f" (and {len(faults) - 1} more of the {len(requests)} rows cannot be taken)" if len(faults) > 1 else ""
-    return RequestError(f"{faults[0]}{others}") if faults else error
 
 
 class _TritonLog(logging.Handler):

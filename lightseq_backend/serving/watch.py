@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from lightseq_backend.engine.engine import Engine
 from lightseq_backend.serving.notice import seconds_left
+from lightseq_backend.serving.remote import RemoteEngine
 
 log = logging.getLogger(__name__)
 
@@ -20,7 +21,7 @@ class Watch:
     model whether it is ready: this does.
     """
 
-    def __init__(self, engine: Engine, limit: float, update: Callable[[], None], period: float = PERIOD):
+    def __init__(self, engine: Engine | RemoteEngine, limit: float, update: Callable[[], None], period: float = PERIOD):
         self._engine, self._limit, self._update, self._period = engine, limit, update, period
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
@@ -43,7 +44,7 @@ class Watch:
         if taken > self._limit:
             self._give_up(f"a step has taken {taken:.1f} s; the limit is {self._limit:g} s (step_seconds)")
         elif not engine.alive and not self._ending.is_set() and not engine.stopping:
-            self._give_up("the engine's thread has ended")
+            self._give_up("the engine has ended")
         elif not engine.stopping and (left := seconds_left()) is not None:
             log.info("the server is stopping: %g s for what is under way", left)
             engine.stop(left)

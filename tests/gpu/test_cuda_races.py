@@ -32,7 +32,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("kind, precision, rows, sizes", CASES)
+@pytest.mark.parametrize(("kind", "precision", "rows", "sizes"), CASES)
 def test_step_is_the_same_ten_thousand_times(kind: str, precision: str, rows: int, sizes: dict[str, Any]) -> None:
     """A replay finds what kernels found that wait for each other, though all it works with is poisoned before."""
     device = ops.load("cuda", 0, precision)

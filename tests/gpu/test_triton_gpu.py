@@ -45,22 +45,29 @@ PROMPTS = [prompt for prompt, _ in pairs("counting.tsv")[::10]]
 TEXTS = [f"{prompt} {rest}" for prompt, rest in pairs("counting.tsv")[::20]]
 CONCURRENCIES = (1, 4, 16, 64)
 WRECKED = 29  # a source with this id wrecks the device, in the model of that name alone
-WRECKING_MODEL = f"""
+WRECKING_ENGINE = f"""
 import cupy
 import numpy as np
-import triton_python_backend_utils as pb_utils
-from lightseq_backend.serving.model import TritonPythonModel as Served
-from lightseq_backend.serving.tensors import to_numpy
+from lightseq_backend.engine.engine import Engine
+from lightseq_backend.serving.engine_process import main
 
 wreck = cupy.RawKernel('extern "C" __global__ void wreck(int* nowhere) {{ *nowhere = 1; }}', "wreck")
+submit = Engine.submit
+
+def wrecking_submit(self, requests):
+    if any({WRECKED} in request.tokens for request in requests):
+        with self._ops._stream:
+            wreck((1,), (1,), (np.uint64(16),))
+    submit(self, requests)
+
+Engine.submit = wrecking_submit
+main()
+"""
+WRECKING_MODEL = """
+from lightseq_backend.serving.model import TritonPythonModel as Served
 
 class TritonPythonModel(Served):
-    def execute(self, requests):
-        ids = [to_numpy(pb_utils.get_input_tensor_by_name(request, "source_ids")) for request in requests]
-        if any({WRECKED} in each for each in ids):
-            with self._engine._ops._stream:
-                wreck((1,), (1,), (np.uint64(16),))
-        super().execute(requests)
+    ENGINE = "wrecking_engine"
 """
 
 
@@ -75,6 +82,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]
     write_model(root, "wrecked", TRANSLATOR, TRANSFORMER, kind=KIND)
     write_model(root, "huge", TRANSLATOR, TRANSFORMER, kind=KIND, parameters={"slots": 20_000_000})
     (root / "wrecked" / "1" / "model.py").write_text(WRECKING_MODEL)
+    (root / "wrecked" / "1" / "wrecking_engine.py").write_text(WRECKING_ENGINE)
     settings: dict[str, Any] = {"admin_key": ADMIN["admin-key"], "start_timeout": 300, "shm_bytes": 16 << 20}
     with EmbeddedServer(root, device=DEVICE, models=SHIPPED, **settings) as running:
         yield running

@@ -1,0 +1,159 @@
+"""Between a model in Triton's process and its engine in one of its own: what they tell each other, and how.
+
+Both ends are ours and of one release, started by one another: messages are pickled.
+"""
+
+from __future__ import annotations
+
+import pickle
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from lightseq_backend.config import Config, DecodingLimits, DecodingOptions, EngineConfig
+from lightseq_backend.request import Output, Timing
+
+_LENGTH = struct.Struct("<Q")
+_ROOM = 1 << 20  # bytes that either end may be behind the other before who sends has to wait
+
+
+# To the engine --------------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A request.Request, without what cannot leave the process. number: what its answer will bear.
+
+    followed, text: whether there is a `progress`, a `decode`
+    """
+
+    number: int
+    tokens: np.ndarray
+    options: DecodingOptions
+    kind: str
+    stream: int
+    target: np.ndarray | None
+    followed: bool
+    deadline: float | None
+    text: bool
+    priority: str
+
+
+class Submit(NamedTuple):
+    rows: list[Row]
+
+
+class Cancel(NamedTuple):
+    numbers: list[int]
+    error: Exception
+
+
+class Look(NamedTuple):
+    """Asks for a Status. What has waited for too long is answered first."""
+
+
+class Stop(NamedTuple):
+    """Finish what there is within so many seconds, answer the rest, end."""
+
+    patience: float
+
+
+# From the engine ------------------------------------------------------------------------------------------------------
+
+
+class Ready(NamedTuple):
+    """memory: bytes of the engine's block"""
+
+    config: Config
+    room: EngineConfig
+    limits: DecodingLimits
+    memory: int
+
+
+class Failed(NamedTuple):
+    """The engine could not be made: the error, or what Python says of one that is a bug."""
+
+    error: Exception
+
+
+class Log(NamedTuple):
+    level: int
+    text: str
+
+
+class Progress(NamedTuple):
+    number: int
+    texts: tuple[np.ndarray, ...]
+
+
+class Reply(NamedTuple):
+    number: int
+    result: Output | Exception
+
+
+class Fault(NamedTuple):
+    """The device takes no more work; why."""
+
+    reason: str
+
+
+class Status(NamedTuple):
+    """What Engine's properties of these names say. timings: of what was answered since the last one."""
+
+    waiting: int = 0
+    waiting_tokens: int = 0
+    waiting_seconds: float = 0.0
+    slots_in_use: int = 0
+    counts: dict[str, int] = {}  # noqa: RUF012 -- read alone
+    step_seconds: float = 0.0
+    timings: tuple[Timing, ...] = ()
+
+
+class Link:
+    """One end of a connected pair of sockets. `send` from any thread, `receive` by one."""
+
+    def __init__(self, end: socket.socket):
+        self._end, self._lock = end, threading.Lock()
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
+        self._arrived = bytearray()
+
+    def send(self, messages: Sequence[Any]) -> None:
+        """OSError where the other end is gone. Waits where that is far behind."""
+        body = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
+        with self._lock:
+            self._end.sendall(_LENGTH.pack(len(body)) + body)
+
+    def receive(self, wait: bool = True) -> list[Any]:
+        """What has arrived; with `wait`, one message at least. EOFError once the other end is gone."""
+        messages: list[Any] = []
+        while not messages:
+            try:
+                part = self._end.recv(_ROOM, 0 if wait else socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                break
+            except ConnectionError:  # it went without reading all it was sent
+                part = b""
+            if not part:
+                raise EOFError("the other end is gone")
+            self._arrived += part
+            messages = self._whole()
+        return messages
+
+    def close(self) -> None:
+        self._end.close()
+
+    def _whole(self) -> list[Any]:
+        """Takes out of what has arrived what is complete."""
+        messages, start, arrived = [], 0, self._arrived
+        while len(arrived) - start >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(arrived, start)
+            begin = start + _LENGTH.size
+            if len(arrived) - begin < length:
+                break
+            messages += pickle.loads(memoryview(arrived)[begin : begin + length])
+            start = begin + length
+        del arrived[:start]
+        return messages

@@ -1,0 +1,280 @@
+"""The engine as the model in Triton's process sees it: it runs in a process of its own (engine_process.py)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+from lightseq_backend.config import DecodingOptions
+from lightseq_backend.engine.engine import STEP_PATIENCE, TIMINGS
+from lightseq_backend.errors import Overloaded
+from lightseq_backend.request import Request, Timing
+from lightseq_backend.serving.link import (
+    Cancel,
+    Failed,
+    Fault,
+    Link,
+    Log,
+    Look,
+    Progress,
+    Ready,
+    Reply,
+    Row,
+    Status,
+    Stop,
+    Submit,
+)
+from lightseq_backend.serving.settings import Settings
+
+log = logging.getLogger(__name__)
+
+PATIENCE = 0.1  # seconds that whoever has the engine looked at waits: between two rounds it answers at once
+PROGRAM = "lightseq_backend.serving.engine_process"
+
+
+class RemoteEngine:
+    """`submit` and `cancel` from any thread; requests are answered on a thread of its own.
+
+    Raises what the engine raises when it is made: ConfigError, WeightError, RequestError; RuntimeError where its
+    process ends. Its counts and what it says of its queue are as old as the last answer to `expire`.
+    """
+
+    def __init__(self, settings: Settings, program: str = PROGRAM):
+        """program: a module that does what engine_process.py does."""
+        self._process, self._link = _started(program)
+        self._numbers = count()
+        self._requests: dict[int, Request] = {}  # without an answer, by number
+        self._by_id: dict[int, int] = {}  # those numbers by the id() of the request
+        self._status = Status()
+        self._looked: float | None = None  # when a look was asked for that has not come
+        self._heard = threading.Event()  # that it has
+        self._stopping = self._ended = False
+        self.fault: str | None = None  # why there will be no answers any more
+        self.counts: Counter[str] = Counter()
+        self.step_seconds = 0.0
+        self.timings: deque[Timing] = deque(maxlen=TIMINGS)
+        try:
+            self._link.send([settings])
+            ready = self._first()
+        except BaseException:
+            self._process.kill()
+            self._process.wait()
+            raise
+        self.model_config, self.config, self.limits, self.memory = ready
+        self._reader = threading.Thread(target=self._read, name="engine", daemon=True)
+        self._reader.start()
+
+    @property
+    def process(self) -> int:
+        return self._process.pid
+
+    @property
+    def waiting(self) -> int:
+        return self._status.waiting
+
+    @property
+    def waiting_tokens(self) -> int:
+        return self._status.waiting_tokens
+
+    @property
+    def waiting_seconds(self) -> float:
+        return self._status.waiting_seconds
+
+    @property
+    def slots_in_use(self) -> int:
+        return self._status.slots_in_use
+
+    @property
+    def alive(self) -> bool:
+        return not self._ended
+
+    @property
+    def stopping(self) -> bool:
+        return self._stopping
+
+    @property
+    def ready(self) -> bool:
+        """Whether answers can be expected."""
+        return self.alive and self.fault is None
+
+    @property
+    def round_seconds(self) -> float:
+        """How long the engine has not looked at what it is told: between two rounds it does."""
+        looked = self._looked
+        return 0.0 if looked is None else time.monotonic() - looked
+
+    def options(self, changes: dict[str, object] | None = None) -> DecodingOptions:
+        """As Engine.options."""
+        return self.model_config.decoding.with_changes(changes or {}, self.limits)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queues all requests or none; which of them it is, their replies say. Overloaded: the engine is stopping.
+        RuntimeError: it has failed."""
+        if self._stopping:
+            raise Overloaded("the engine is stopping")
+        if self.fault:
+            raise RuntimeError(self.fault)
+        rows = [self._row(request) for request in requests]
+        try:
+            self._link.send([Submit(rows)])
+        except OSError:
+            if [row for row in rows if self._take(row.number)]:  # else they have had their answers
+                raise RuntimeError(self.fault or "the engine's process has ended") from None
+
+    def cancel(self, requests: Iterable[Request], error: Exception) -> None:
+        """As Engine.cancel."""
+        numbers = [self._by_id[id(request)] for request in requests if id(request) in self._by_id]
+        if numbers:
+            self._tell(Cancel(numbers, error))
+
+    def expire(self) -> None:
+        """Has the engine answer what has waited for too long, and tell how it is; waits a little for that."""
+        if self._looked is None and not self._ended:
+            self._heard.clear()
+            self._looked = time.monotonic()
+            self._tell(Look())
+        self._heard.wait(PATIENCE)
+
+    def give_up(self, reason: str) -> None:
+        """Ends the process, whatever it is at; all there is gets an error, and there will be no more."""
+        self.fault = self.fault or reason
+        self._process.kill()
+
+    def stop(self, patience: float = 30.0) -> None:
+        """Takes no more, finishes what runs or waits within `patience` seconds, answers the rest with an error."""
+        self._stopping = True
+        self._tell(Stop(patience))
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(0 if self.fault else patience + STEP_PATIENCE)
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+
+    def _row(self, request: Request) -> Row:
+        number = next(self._numbers)
+        self._requests[number] = request
+        self._by_id[id(request)] = number
+        return Row(
+            number,
+            request.tokens,
+            request.options,
+            request.kind,
+            request.stream,
+            request.target,
+            request.progress is not None,
+            request.deadline,
+            request.decode is not None,
+            request.priority,
+        )
+
+    def _take(self, number: int) -> Request | None:
+        """Whoever takes a request answers it."""
+        request = self._requests.pop(number, None)
+        if request is not None:
+            self._by_id.pop(id(request), None)
+        return request
+
+    def _tell(self, message: Any) -> None:
+        with suppress(OSError):  # who reads sees that the process has ended
+            self._link.send([message])
+
+    def _first(self) -> Ready:
+        """What the process says once its engine is made, or is not."""
+        found: Ready | None = None
+        while found is None:
+            try:
+                messages = self._link.receive()
+            except EOFError:
+                raise RuntimeError(f"the engine's process has ended: {_end(self._process.wait())}") from None
+            for message in messages:
+                if isinstance(message, Failed):
+                    raise message.error
+                if isinstance(message, Ready):
+                    found = message
+                else:
+                    self._heed(message)
+        return found
+
+    def _read(self) -> None:
+        try:
+            while True:
+                for message in self._link.receive():
+                    self._heed(message)
+        except EOFError:
+            pass
+        except Exception as error:
+            log.exception("the engine's process cannot be understood")
+            self.give_up(f"{type(error).__name__}: {error}")
+        self._link.close()
+        end = _end(self._process.wait())
+        self._ended = True
+        self._heard.set()
+        if not self._stopping and self.fault is None:
+            self.fault = f"the engine's process has ended: {end}; the model must be loaded again"
+            log.error(self.fault)
+        last = RuntimeError(self.fault) if self.fault else Overloaded("the engine was stopped")
+        for number in list(self._requests):
+            self._answer(number, last)
+
+    def _heed(self, message: Any) -> None:
+        if isinstance(message, Reply):
+            self._answer(message.number, message.result)
+        elif isinstance(message, Progress):
+            request = self._requests.get(message.number)
+            if request is not None and request.progress is not None:
+                _guarded(request.progress, message.texts)
+        elif isinstance(message, Status):
+            self._looked, self._status = None, message
+            self.counts, self.step_seconds = Counter(message.counts), message.step_seconds
+            self.timings.extend(message.timings)
+            self._heard.set()
+        elif isinstance(message, Fault):
+            self.fault = self.fault or message.reason
+        elif isinstance(message, Log):
+            log.log(message.level, message.text)
+
+    def _answer(self, number: int, result: Any) -> None:
+        request = self._take(number)
+        if request is not None:
+            _guarded(request.reply, result)
+
+
+def _guarded(call: Any, value: Any) -> None:
+    try:
+        call(value)
+    except Exception:
+        log.exception("an answer could not be delivered")
+
+
+def _started(program: str) -> tuple[subprocess.Popen[bytes], Link]:
+    """The process, which finds the packages that this one does."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [_interpreter(), "-m", program, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
+    return process, Link(ours)
+
+
+def _interpreter() -> str:
+    """The program of this Python: inside Triton's stub sys.executable may be another's."""
+    own = Path(sys.prefix, "bin", f"python{sys.version_info.major}.{sys.version_info.minor}")
+    return str(own) if own.exists() else sys.executable
+
+
+def _end(code: int) -> str:
+    return f"signal {-code}" if code < 0 else f"exit status {code}"

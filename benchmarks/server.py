@@ -147,8 +147,8 @@ def tell(concurrency: int, ways: dict[str, Run]) -> None:
 
 @contextmanager
 def _cores(server: int) -> Iterator[dict[str, float]]:
-    """Cores in use meanwhile, once it is over: by Triton, by its models, by the callers."""
-    models = [int(one) for task in Path(f"/proc/{server}/task").iterdir() for one in _words(task / "children")]
+    """Cores in use meanwhile, once it is over: by Triton, by its models and their engines, by the callers."""
+    models = _below(server)
     found: dict[str, float] = {}
     start, before, called = time.monotonic(), [_used(one) for one in (server, *models)], os.times()
     yield found
@@ -158,8 +158,11 @@ def _cores(server: int) -> Iterator[dict[str, float]]:
     found |= {"triton": each[0], "models": sum(each[1:]), "callers": callers / seconds}
 
 
-def _words(path: Path) -> list[str]:
-    return path.read_text().split()
+def _below(process: int) -> list[int]:
+    """The processes that it has started, and those that they have."""
+    tasks = Path(f"/proc/{process}/task").iterdir()
+    children = [int(one) for task in tasks for one in (task / "children").read_text().split()]
+    return [*children, *(one for child in children for one in _below(child))]
 
 
 def _used(process: int) -> float:

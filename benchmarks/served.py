@@ -27,6 +27,15 @@ class Noop:
         return _response_of({"target_ids": beams, "target_scores": np.zeros(beams.shape[:2], np.float32)})
 
 
+class NoopLater(Noop):
+    """The same, sent as a model sends what it answers later: for that Triton takes a round trip more."""
+
+    def execute(self, requests: list[Any]) -> None:  # type: ignore[override]
+        for request in requests:
+            sender, answer = request.get_response_sender(), super().execute([request])[0]
+            sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
 class Static:
     """The same engine behind Triton's dynamic batching: a batch is answered when its longest is done, and only then
     the next begins."""

@@ -12,11 +12,12 @@ import numpy as np
 from benchmarks.gpu_models import MODELS, Model, Shape, build
 from lightseq_backend import weights
 
-SERVED, STREAM, STATIC, NOOP = NAMES = ("served", "stream", "static", "noop")
+SERVED, STREAM, STATIC, NOOP, NOOP_LATER = NAMES = ("served", "stream", "static", "noop", "noop_later")
 PROGRAMS = {
     **dict.fromkeys((SERVED, STREAM), "from lightseq_backend.serving.model import TritonPythonModel\n"),
     STATIC: "from benchmarks.served import Static as TritonPythonModel\n",
     NOOP: "from benchmarks.served import Noop as TritonPythonModel\n",
+    NOOP_LATER: "from benchmarks.served import NoopLater as TritonPythonModel\n",
 }
 LEAST, MOST, MEDIAN, SPREAD = 4, 100, 20, 0.7  # tokens of a source; log-normal
 SOURCES, SEED = 256, 1
@@ -71,7 +72,7 @@ def write_repository(root: Path, weight_file: Path, load: Load, device: str) -> 
 
 def _config(name: str, weight_file: Path, load: Load, device: str) -> str:
     sequences = load.slots // load.model.beams
-    parameters = {"weights": weight_file, "slots": load.slots, "queue": 1024} if name != NOOP else {}
+    parameters = {"weights": weight_file, "slots": load.slots, "queue": 1024} if name not in (NOOP, NOOP_LATER) else {}
     batching = f"dynamic_batching {{ preferred_batch_size: [ {sequences} ], max_queue_delay_microseconds: 1000 }}"
     outputs = [("target_ids", "INT32", "-1, -1"), ("target_scores", "FP32", "-1")]
     if name == STREAM:
@@ -85,7 +86,7 @@ def _config(name: str, weight_file: Path, load: Load, device: str) -> str:
         f"output [ {given} ]",
         "model_transaction_policy { decoupled: true }" if name == STREAM else "",
         batching if name == STATIC else "dynamic_batching { }",
-        f"instance_group [ {{ kind: KIND_{'GPU' if device == 'gpu' and name != NOOP else 'CPU'} }} ]",
+        f"instance_group [ {{ kind: KIND_{'GPU' if device == 'gpu' and name not in (NOOP, NOOP_LATER) else 'CPU'} }} ]",
         *(f'parameters {{ key: "{key}", value: {{ string_value: "{value}" }} }}' for key, value in parameters.items()),
     ]
     return "\n".join(lines) + "\n"

@@ -13,6 +13,10 @@ PERCENTILES = (50, 95, 99)
 NANOSECONDS = 1e-9
 
 
+class TooShort(SystemExit):
+    """Nothing was answered meanwhile."""
+
+
 class Run(NamedTuple):
     """requests, tokens: a second; latency, first: milliseconds to the whole answer and to its first part, by
     percentile; cores: processor seconds a second, by who used them."""
@@ -30,7 +34,7 @@ def summary(
     """Of requests (begun, arrivals of the parts, tokens) those that were answered between start and end, in seconds."""
     counted = [one for one in requests if start <= one[1][-1] <= end]
     if not counted:
-        raise SystemExit(f"no request was answered in {end - start:.1f} s: measure for longer")
+        raise TooShort(f"no request was answered in {end - start:.1f} s: measure for longer")
     return Run(
         len(counted) / (end - start),
         sum(tokens for _, _, tokens in counted) / (end - start),

@@ -28,11 +28,13 @@ def finish(sequence: Sequence, records: np.ndarray, history: np.ndarray, details
     first, unless the penalty is negative: then the search ran on plain sums, and the mean over the tokens before the
     end decides."""
     options = sequence.request.options
-    steps = int(records["generated"][0])
-    hypotheses = made_of(records, history[:, :steps], _scores(sequence, records, history), details)
+    steps, cut = int(records["generated"][0]), not all(records["finished"].tolist())
+    if options.length_penalty >= 0:
+        records = records[: options.hypotheses]
+    scores = _scores(sequence, records, history)
+    hypotheses = made_of(records, history[: len(records), :steps], scores, details)
     if options.length_penalty < 0:
         hypotheses.sort(key=lambda one: -one.score)
-    cut = not all(one.finished for one in hypotheses)
     return Output(tuple(hypotheses[: options.hypotheses]), steps, cut)
 
 

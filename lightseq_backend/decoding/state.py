@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
 from lightseq_backend.models.cache import Plan
 from lightseq_backend.ops.slots import RULES, SLOT, STANDARD, ranks
-from lightseq_backend.options import LISTED
+from lightseq_backend.options import LISTED, DecodingOptions
 from lightseq_backend.request import Sequence
 
 Array = Any
@@ -69,12 +70,18 @@ class DecodingState:
 
 def new_records(sequence: Sequence, method: int, end_id: int) -> np.ndarray:
     """What every method starts from: SLOT [width], beam i at index i. The model-dependent fields stay zero."""
-    options = sequence.request.options
+    records = _asked_for(sequence.request.options, method, end_id).copy()
+    records["limit"] = sequence.limit
+    return records
+
+
+@lru_cache(maxsize=64)  # most requests of a server ask for the same
+def _asked_for(options: DecodingOptions, method: int, end_id: int) -> np.ndarray:
+    """What of new records the options say."""
     records = np.zeros(options.width, SLOT)
     records["method"] = method
     records["beam"] = np.arange(options.width)
     records["width"] = options.width
-    records["limit"] = sequence.limit
     records["end_id"] = end_id
     more = [id_ for id_ in dict.fromkeys(options.end_ids) if id_ != end_id]
     records["more"] = len(more)

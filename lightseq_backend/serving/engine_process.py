@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lightseq_backend import errors
-from lightseq_backend.config import Config
+from lightseq_backend.config import Config, DecodingOptions
 from lightseq_backend.engine.engine import Engine
 from lightseq_backend.errors import ConfigError, RequestError, WeightError
 from lightseq_backend.request import Decode, Output, Request, Sequence
@@ -39,10 +39,13 @@ from lightseq_backend.serving.link import (
     Status,
     Stop,
     Submit,
+    Told,
 )
 from lightseq_backend.serving.settings import Settings
 
 log = logging.getLogger(__name__)
+# Seconds, by device. Waking up takes 0.1 ms and more; beside a GPU there are cores to spare.
+AWAKE = {"cpu": 0.0, "cuda": 0.002}
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
@@ -53,7 +56,7 @@ def main() -> None:
     try:
         (settings,) = link.receive()
         try:
-            host = Host(*_made(settings), link)
+            host = Host(*_made(settings), link, AWAKE[settings.device])
         except (ConfigError, WeightError, RequestError) as error:
             link.send([Failed(error)])
             return
@@ -76,9 +79,11 @@ def _made(settings: Settings) -> tuple[Engine, Decode | None]:
 class Host:
     """Runs an engine for who is at the other end of a link, until that is gone or has it stop."""
 
-    def __init__(self, engine: Engine, decode: Decode | None, link: Link):
-        self._engine, self._decode, self._link = engine, decode, link
+    def __init__(self, engine: Engine, decode: Decode | None, link: Link, awake: float = 0.0):
+        """awake: seconds for which it does not sleep when there is nothing to do."""
+        self._engine, self._decode, self._link, self._awake = engine, decode, link, awake
         self._requests: dict[int, Request] = {}  # without an answer, by number
+        self._options: dict[int, DecodingOptions] = {}  # by the place they were told for
         self._found: list[Any] = []  # messages to be sent
         self._told = False  # of a fault
         self._until: float | None = None  # when it ends, by time.monotonic(), once it is to stop
@@ -87,7 +92,7 @@ class Host:
         engine = self._engine
         self._link.send([Ready(engine.model.config, engine.config, engine.limits, engine.memory)])
         while self._until is None or (not engine.idle and time.monotonic() < self._until):
-            messages = self._link.receive(wait=engine.idle)
+            messages = self._messages()
             for message in messages:
                 self._take(message)
             if messages or not engine.idle:  # who leaves is answered, though nobody decodes
@@ -99,6 +104,15 @@ class Host:
         engine.stop(0)
         self._send()
 
+    def _messages(self) -> list[Any]:
+        """What has come; where nobody decodes, it waits for something."""
+        idle = self._engine.idle
+        awake = time.monotonic() + self._awake if idle else 0.0
+        while time.monotonic() < awake:
+            if messages := self._link.receive(wait=False):
+                return messages
+        return self._link.receive(wait=idle)
+
     def _send(self) -> None:
         if self._found:
             found, self._found = self._found, []
@@ -108,6 +122,8 @@ class Host:
         engine = self._engine
         if isinstance(message, Submit):
             self._submit([self._request(row) for row in message.rows])
+        elif isinstance(message, Told):
+            self._options[message.place] = message.options
         elif isinstance(message, Cancel):
             wanted = [self._requests[number] for number in message.numbers if number in self._requests]
             engine.cancel(wanted, message.error)
@@ -134,7 +150,7 @@ class Host:
     def _request(self, row: Row) -> Request:
         request = Request(
             row.tokens,
-            row.options,
+            self._options[row.options],
             self._reply_to(row.number),
             row.kind,
             row.stream,

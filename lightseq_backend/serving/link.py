@@ -19,6 +19,8 @@ from lightseq_backend.request import Output, Timing
 
 _LENGTH = struct.Struct("<Q")
 _ROOM = 1 << 20  # bytes that either end may be behind the other before who sends has to wait
+_PART = 1 << 16  # bytes that are taken at once
+MOST_OPTIONS = 256  # that the engine keeps
 
 
 # To the engine --------------------------------------------------------------------------------------------------------
@@ -27,12 +29,12 @@ _ROOM = 1 << 20  # bytes that either end may be behind the other before who send
 class Row(NamedTuple):
     """A request.Request, without what cannot leave the process. number: what its answer will bear.
 
-    followed, text: whether there is a `progress`, a `decode`
+    options: the place of its options, which were Told before; followed, text: whether there is a `progress`, a `decode`
     """
 
     number: int
     tokens: np.ndarray
-    options: DecodingOptions
+    options: int
     kind: str
     stream: int
     target: np.ndarray | None
@@ -40,6 +42,13 @@ class Row(NamedTuple):
     deadline: float | None
     text: bool
     priority: str
+
+
+class Told(NamedTuple):
+    """Options of requests to come: most ask for the same. place: below MOST_OPTIONS; what was there is forgotten."""
+
+    place: int
+    options: DecodingOptions
 
 
 class Submit(NamedTuple):
@@ -119,6 +128,7 @@ class Link:
         self._end, self._lock = end, threading.Lock()
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _ROOM)
         self._arrived = bytearray()
+        self._part = memoryview(bytearray(_PART))
 
     def send(self, messages: Sequence[Any]) -> None:
         """OSError where the other end is gone. Waits where that is far behind."""
@@ -131,14 +141,14 @@ class Link:
         messages: list[Any] = []
         while not messages:
             try:
-                part = self._end.recv(_ROOM, 0 if wait else socket.MSG_DONTWAIT)
+                size = self._end.recv_into(self._part, 0, 0 if wait else socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
             except ConnectionError:  # it went without reading all it was sent
-                part = b""
-            if not part:
+                size = 0
+            if not size:
                 raise EOFError("the other end is gone")
-            self._arrived += part
+            self._arrived += self._part[:size]
             messages = self._whole()
         return messages
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,9 @@ class TritonPythonModel:
             self._wire = settings.wire
             self._engine = RemoteEngine(settings, self.ENGINE)
             self._texts = _texts(settings, self._engine.model_config)
+            self._options = lru_cache(maxsize=256)(self._read_options)  # most requests give the same parameters
             if self._wire.form.task != SCORE:
-                self._options(self._wire.changes(""))  # what the file asks for by default must be possible
+                self._options("")  # what the file asks for by default must be possible
         except (ConfigError, WeightError, RequestError) as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
         labels = {"model": settings.model, "version": settings.version, "instance": settings.instance}
@@ -95,7 +97,8 @@ class TritonPythonModel:
 
     def _submit(self, request: Any, sender: Any) -> None:
         arrived = time.monotonic()
-        control = read_control(request.parameters())
+        parameters = request.parameters()
+        control = read_control(parameters)
         if control.cancel is not None:
             self._stop(control.cancel, sender)
             return
@@ -107,8 +110,8 @@ class TritonPythonModel:
             targets, _ = self._given(request, TARGET_IDS, TARGET_TEXT, self._wire.target_text, self._texts.targets)
             if len(targets) != len(rows):
                 raise RequestError(f"there are {len(targets)} targets for {len(rows)} sources; each needs one")
-        options = self._options(self._wire.changes(request.parameters()))
-        kind, priority = self._wire.form.task, priority_of(request.parameters())
+        options = self._options(parameters)
+        kind, priority = self._wire.form.task, priority_of(parameters)
         wants_text = self._texts.written and self._wire.wants_text(from_text, request.requested_output_names())
         ticket = Ticket(sender, rows, self._texts.decode if wants_text else None)
         if self._wire.streams:
@@ -143,7 +146,8 @@ class TritonPythonModel:
             raise RequestError(f"the request gives both {ids_name} and {text_name}; it takes one of them")
         return rows_of(given.as_numpy()), True
 
-    def _options(self, changes: dict[str, object]) -> DecodingOptions:
+    def _read_options(self, parameters: str) -> DecodingOptions:
+        changes = self._wire.changes(parameters)
         if self._wire.form.task == SCORE:
             return self._engine.model_config.decoding
         return self._engine.options(self._texts.with_language(changes))

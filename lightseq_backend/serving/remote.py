@@ -21,6 +21,7 @@ from lightseq_backend.engine.engine import STEP_PATIENCE, TIMINGS
 from lightseq_backend.errors import Overloaded
 from lightseq_backend.request import Request, Timing
 from lightseq_backend.serving.link import (
+    MOST_OPTIONS,
     Cancel,
     Failed,
     Fault,
@@ -34,6 +35,7 @@ from lightseq_backend.serving.link import (
     Status,
     Stop,
     Submit,
+    Told,
 )
 from lightseq_backend.serving.settings import Settings
 
@@ -56,6 +58,9 @@ class RemoteEngine:
         self._numbers = count()
         self._requests: dict[int, Request] = {}  # without an answer, by number
         self._by_id: dict[int, int] = {}  # those numbers by the id() of the request
+        self._submitting = threading.Lock()  # guards the options that the engine keeps, and their order on the link
+        self._told: deque[DecodingOptions] = deque()
+        self._places: dict[int, int] = {}  # of those, by id()
         self._status = Status()
         self._looked: float | None = None  # when a look was asked for that has not come
         self._heard = threading.Event()  # that it has
@@ -125,12 +130,14 @@ class RemoteEngine:
             raise Overloaded("the engine is stopping")
         if self.fault:
             raise RuntimeError(self.fault)
-        rows = [self._row(request) for request in requests]
-        try:
-            self._link.send([Submit(rows)])
-        except OSError:
-            if [row for row in rows if self._take(row.number)]:  # else they have had their answers
-                raise RuntimeError(self.fault or "the engine's process has ended") from None
+        with self._submitting:
+            news = self._news(requests)
+            rows = [self._row(request) for request in requests]
+            try:
+                self._link.send([*news, Submit(rows)])
+            except OSError:
+                if [row for row in rows if self._take(row.number)]:  # else they have had their answers
+                    raise RuntimeError(self.fault or "the engine's process has ended") from None
 
     def cancel(self, requests: Iterable[Request], error: Exception) -> None:
         """As Engine.cancel."""
@@ -161,6 +168,20 @@ class RemoteEngine:
         self._process.wait()
         self._reader.join()
 
+    def _news(self, requests: Sequence[Request]) -> list[Told]:
+        """What the engine has to be told of the options of requests."""
+        news = []
+        for options in (request.options for request in requests):
+            if id(options) in self._places:
+                continue
+            place = len(self._told)
+            if place == MOST_OPTIONS:
+                place = self._places.pop(id(self._told.popleft()))
+            self._told.append(options)
+            self._places[id(options)] = place
+            news.append(Told(place, options))
+        return news
+
     def _row(self, request: Request) -> Row:
         number = next(self._numbers)
         self._requests[number] = request
@@ -168,7 +189,7 @@ class RemoteEngine:
         return Row(
             number,
             request.tokens,
-            request.options,
+            self._places[id(request.options)],
             request.kind,
             request.stream,
             request.target,

@@ -41,7 +41,7 @@ TRITON_PARAMETERS = frozenset(
 
 def priority_of(parameters: str) -> str:
     """What a request's parameters, a JSON object as Triton gives it, say of its place in the queue."""
-    priority = (json.loads(parameters) if parameters else {}).get(PRIORITY, NORMAL)
+    priority = json.loads(parameters).get(PRIORITY, NORMAL) if PRIORITY in parameters else NORMAL
     if priority not in PRIORITIES:
         raise RequestError(f"{PRIORITY} is {priority!r}; priorities are {', '.join(PRIORITIES)}")
     return priority

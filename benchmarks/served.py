@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ from lightseq_backend.serving.settings import read_settings
 from lightseq_backend.serving.tensors import to_numpy
 
 SOURCE, BEAMS = "source_ids", 4
+LATER = 0.002  # seconds
 
 
 class Noop:
@@ -28,11 +32,21 @@ class Noop:
 
 
 class NoopLater(Noop):
-    """The same, sent as a model sends what it answers later: for that Triton takes a round trip more."""
+    """The same, LATER, as models answer that take new requests meanwhile: a round trip to the server more, and all that
+    a request passes has fallen asleep before its answer comes."""
+
+    def initialize(self, _: dict[str, str]) -> None:
+        self._arrived: SimpleQueue[tuple[float, Any, Any]] = SimpleQueue()
+        threading.Thread(target=self._answers, daemon=True).start()
 
     def execute(self, requests: list[Any]) -> None:  # type: ignore[override]
         for request in requests:
-            sender, answer = request.get_response_sender(), super().execute([request])[0]
+            self._arrived.put((time.monotonic(), request.get_response_sender(), super().execute([request])[0]))
+
+    def _answers(self) -> None:
+        while True:
+            arrived, sender, answer = self._arrived.get()
+            time.sleep(max(0.0, arrived + LATER - time.monotonic()))
             sender.send(answer, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
 

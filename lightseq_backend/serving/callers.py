@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 PERIOD = 0.05  # seconds between two rounds of questions, at least
 SHARE = 0.05  # of the time, that questions may take
 LONGEST = 1.0  # seconds between two rounds, at most: a busy machine must not make cancelled calls go on and on
-AGE = 0.1  # of a call that is asked about: most are answered by then
+AGE = 0.25  # of a call that is asked about: most are answered by then
 
 Cancel = Callable[[Sequence[Request], Exception], None]
 

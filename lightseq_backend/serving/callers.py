@@ -65,6 +65,10 @@ class Callers:
             with caller.lock:
                 caller.gone = True
 
+    def alone(self) -> bool:
+        """Whether there is no more than one."""
+        return len(self._callers) <= 1
+
     def stop(self, name: str) -> int:
         """Cancels the calls with that request id; how many there were."""
         named = [caller for caller in list(self._callers.values()) if caller.name == name]

@@ -75,6 +75,7 @@ class RemoteEngine:
         except BaseException:
             self._process.kill()
             self._process.wait()
+            self._link.close()
             raise
         self.model_config, self.config, self.limits, self.memory = ready
         self._reader = threading.Thread(target=self._read, name="engine", daemon=True)

@@ -343,12 +343,22 @@ def test_weights_that_cannot_be_loaded_are_the_makers_error_and_leave_no_process
     assert children() == before
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 def test_process_that_ends_while_it_loads_is_told_with_its_signal(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: bool
 ) -> None:
+    """At once: before it has been told what to load."""
     (tmp_path / "dying_engine.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     monkeypatch.syspath_prepend(tmp_path)
-    before = children()
+    started, before = module._started, children()
+
+    def started_and_ended(program: str) -> Any:
+        process, link = started(program)
+        process.wait()
+        return process, link
+
+    if at_once:
+        monkeypatch.setattr(module, "_started", started_and_ended)
     with pytest.raises(RuntimeError, match="the engine's process has ended: signal 9"):
         RemoteEngine(of(golden("t01_base.pb")), "dying_engine")
     assert children() == before

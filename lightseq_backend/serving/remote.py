@@ -70,7 +70,7 @@ class RemoteEngine:
         self.step_seconds = 0.0
         self.timings: deque[Timing] = deque(maxlen=TIMINGS)
         try:
-            self._link.send([settings])
+            self._tell(settings)
             ready = self._first()
         except BaseException:
             self._process.kill()

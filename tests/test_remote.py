@@ -305,6 +305,20 @@ def test_cancelled_request_gets_the_given_error_and_others_their_answers(engine:
     assert [len(results) for results in crowd.results] == [1] * 100
 
 
+class Fleeting(dict[int, int]):
+    """Whoever looks whether something is there is the last to see it."""
+
+    def __contains__(self, key: object) -> bool:
+        return self.pop(key, None) is not None  # type: ignore[call-overload]
+
+
+def test_request_may_be_answered_while_it_is_cancelled(engine: RemoteEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "_by_id", Fleeting())
+    asked = Asked(engine, [ROW])
+    engine.cancel(asked.requests, Cancelled("enough"))
+    assert isinstance(asked.answers()[0], Cancelled | Output)
+
+
 def test_deadline_counts_in_the_engines_process(engine: RemoteEngine) -> None:
     past, ahead = time.monotonic() - 1, time.monotonic() + 1000
     late, soon = Asked(engine, [ROW], deadline=past), Asked(engine, [ROW], deadline=ahead)

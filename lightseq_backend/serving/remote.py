@@ -141,9 +141,9 @@ class RemoteEngine:
 
     def cancel(self, requests: Iterable[Request], error: Exception) -> None:
         """As Engine.cancel."""
-        numbers = [self._by_id[id(request)] for request in requests if id(request) in self._by_id]
-        if numbers:
-            self._tell(Cancel(numbers, error))
+        numbers = [self._by_id.get(id(request)) for request in requests]
+        if left := [number for number in numbers if number is not None]:
+            self._tell(Cancel(left, error))
 
     def expire(self) -> None:
         """Has the engine answer what has waited for too long, and tell how it is; waits a little for that."""

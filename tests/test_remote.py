@@ -458,6 +458,39 @@ def test_hung_round_is_given_up_with_the_reason_and_its_process_ended(start: Cal
         os.kill(engine.process, 0)
 
 
+@pytest.mark.parametrize("stops", [False, True], ids=["watch", "stop"])
+def test_hung_round_holds_nobody_up_though_nothing_more_can_be_sent(
+    start: Callable[..., RemoteEngine], monkeypatch: pytest.MonkeyPatch, stops: bool
+) -> None:
+    engine, asked, refused = start(HANGS), [], []
+    monkeypatch.setattr(module, "STEP_PATIENCE", 0.3)
+
+    def ask_until_refused() -> None:
+        try:
+            while True:
+                asked.append(Asked(engine, [ROW] * 50))
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    caller = threading.Thread(target=ask_until_refused, daemon=True)
+    caller.start()
+    before = -1
+    while before < len(asked):  # until it waits
+        before = len(asked)
+        time.sleep(0.3)
+    if stops:
+        stopper = threading.Thread(target=engine.stop, args=(0,), daemon=True)
+        stopper.start()
+        stopper.join(5)
+        assert not stopper.is_alive()
+    else:
+        assert looked_at_until_given_up(engine) < 5
+    caller.join(5)
+    assert len(refused) == 1
+    for one in asked:
+        assert one.error() == ((Overloaded, STOPPED) if stops else (RuntimeError, engine.fault))
+
+
 # Its stop -------------------------------------------------------------------------------------------------------------
 
 

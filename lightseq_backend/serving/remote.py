@@ -150,7 +150,7 @@ class RemoteEngine:
         if self._looked is None and not self._ended:
             self._heard.clear()
             self._looked = time.monotonic()
-            self._tell(Look())
+            self._tell_aside(Look())
         self._heard.wait(PATIENCE)
 
     def give_up(self, reason: str) -> None:
@@ -161,7 +161,7 @@ class RemoteEngine:
     def stop(self, patience: float = 30.0) -> None:
         """Takes no more, finishes what runs or waits within `patience` seconds, answers the rest with an error."""
         self._stopping = True
-        self._tell(Stop(patience))
+        self._tell_aside(Stop(patience))
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(0 if self.fault else patience + STEP_PATIENCE)
         self._process.kill()
@@ -209,6 +209,10 @@ class RemoteEngine:
     def _tell(self, message: Any) -> None:
         with suppress(OSError):  # who reads sees that the process has ended
             self._link.send([message])
+
+    def _tell_aside(self, message: Any) -> None:
+        """On a thread of its own: where the engine hangs and the link is full, sending waits for ever."""
+        threading.Thread(target=self._tell, args=(message,), name="tell", daemon=True).start()
 
     def _first(self) -> Ready:
         """What the process says once its engine is made, or is not."""

@@ -137,7 +137,7 @@ class RemoteEngine:
                 self._link.send([*news, Submit(rows)])
             except OSError:
                 if [row for row in rows if self._take(row.number)]:  # else they have had their answers
-                    raise RuntimeError(self.fault or "the engine's process has ended") from None
+                    raise self._last() from None
 
     def cancel(self, requests: Iterable[Request], error: Exception) -> None:
         """As Engine.cancel."""
@@ -248,9 +248,14 @@ class RemoteEngine:
         if not self._stopping and self.fault is None:
             self.fault = f"the engine's process has ended: {end}; the model must be loaded again"
             log.error(self.fault)
-        last = RuntimeError(self.fault) if self.fault else Overloaded("the engine was stopped")
         for number in list(self._requests):
-            self._answer(number, last)
+            self._answer(number, self._last())
+
+    def _last(self) -> Exception:
+        """For whoever the process leaves without an answer."""
+        if self._stopping and not self.fault:
+            return Overloaded("the engine was stopped")
+        return RuntimeError(self.fault or "the engine's process has ended; the model must be loaded again")
 
     def _heed(self, message: Any) -> None:
         if isinstance(message, Reply):

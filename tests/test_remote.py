@@ -406,7 +406,9 @@ def test_killed_process_answers_every_request_once(start: Callable[..., RemoteEn
 
 
 def test_requests_that_come_while_the_process_dies_are_answered_or_refused(start: Callable[..., RemoteEngine]) -> None:
-    engine, asked, refused = start(), [], []
+    engine = start()
+    asked: list[Asked] = []
+    refused: list[str] = []
 
     def go_on_asking() -> None:
         while not refused:
@@ -430,7 +432,12 @@ def test_requests_that_come_while_the_process_dies_are_answered_or_refused(start
 def looked_at_until_given_up(engine: RemoteEngine) -> float:
     """By a watch with a limit of 0.3 s; seconds that it took."""
     watch, began = Watch(engine, limit=0.3, update=lambda: None), time.monotonic()
-    looks = threading.Thread(target=lambda: until(lambda: watch.look() or engine.fault), daemon=True)
+
+    def look() -> None:
+        while engine.fault is None:
+            watch.look()
+
+    looks = threading.Thread(target=look, daemon=True)
     looks.start()
     looks.join(10)
     assert engine.fault is not None
@@ -500,7 +507,7 @@ def test_stop_finishes_what_is_under_way(start: Callable[..., RemoteEngine]) -> 
     engine = start()
     asked = Asked(engine, [ROW] * 40)
     engine.stop(20)
-    outputs = [result for (result,) in asked.results]
+    outputs: list[Any] = [result for (result,) in asked.results]
     expected = CASES[2]["rows"][0]["ids"]
     assert all(columns(output, engine.model_config) == expected for output in outputs)
     refuses(engine, Overloaded, "the engine is stopping")

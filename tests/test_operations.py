@@ -262,15 +262,24 @@ def wait_until_idle(server: EmbeddedServer, model: str) -> None:
 
 
 def model_process(server: EmbeddedServer, model: str) -> int:
-    """The process id of a model's Python stub, a child of the server."""
+    """The process id of a model's Python stub."""
+    return child(server.pid, f"/{model}/1/model.py")
+
+
+def engine_process(server: EmbeddedServer, model: str) -> int:
+    return child(model_process(server, model), "lightseq_backend.serving.engine_process")
+
+
+def child(parent: int, word: str) -> int:
+    """The process id of the parent's only child whose command line has that."""
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            command = (entry / "cmdline").read_bytes()
+            its_parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, IndexError):  # it has ended
             continue
-        if parent == server.pid and len(words) > 1 and f"/{model}/1/model.py".encode() in words[1]:
+        if its_parent == parent and word.encode() in command:
             found.append(int(entry.name))
     assert len(found) == 1, found
     return found[0]
@@ -361,6 +370,29 @@ def test_killed_model_process_is_noticed_and_healed_by_a_reload_or_a_new_server(
         with grpc(server.grpc) as again:
             for model in ("killed", "other"):
                 assert ask(again, model, "source_ids", source)["target_ids"].tolist() == wanted
+
+
+def test_killed_engine_process_fails_what_waits_with_the_reason_and_is_healed_by_a_reload(
+    served: EmbeddedServer, client: Any
+) -> None:
+    source, wanted = CASES[0]["source_ids"], expected(CASES[0])
+    busy = [ask_later(client, "reloaded", "source_ids", source) for _ in range(200)]
+    busy[0]()
+    engine = engine_process(served, "reloaded")
+    os.kill(engine, signal.SIGKILL)
+    reason = "RuntimeError: the engine's process has ended: signal 9; the model must be loaded again"
+    outcomes: Counter[Any] = Counter()
+    for answer in [*busy[1:], lambda: ask(client, "reloaded", "source_ids", source)]:
+        try:
+            outcomes["answered"] += answer()["target_ids"].tolist() == wanted
+        except InferenceServerException as error:
+            outcomes[error.status(), error.message()] += 1
+    assert outcomes["StatusCode.INTERNAL", reason] > 1
+    assert outcomes["answered"] + outcomes["StatusCode.INTERNAL", reason] == len(busy)
+    assert ask(client, "translate", "source_ids", source)["target_ids"].tolist() == wanted
+    load_anew(served, "reloaded")
+    assert ask(client, "reloaded", "source_ids", source)["target_ids"].tolist() == wanted
+    assert engine_process(served, "reloaded") != engine
 
 
 def load_anew(server: EmbeddedServer, model: str) -> None:

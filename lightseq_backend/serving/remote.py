@@ -70,7 +70,7 @@ class RemoteEngine:
         self.step_seconds = 0.0
         self.timings: deque[Timing] = deque(maxlen=TIMINGS)
         try:
-            self._link.send([settings])
+            self._tell(settings)
             ready = self._first()
         except BaseException:
             self._process.kill()
@@ -138,20 +138,20 @@ class RemoteEngine:
                 self._link.send([*news, Submit(rows)])
             except OSError:
                 if [row for row in rows if self._take(row.number)]:  # else they have had their answers
-                    raise RuntimeError(self.fault or "the engine's process has ended") from None
+                    raise self._last() from None
 
     def cancel(self, requests: Iterable[Request], error: Exception) -> None:
         """As Engine.cancel."""
-        numbers = [self._by_id[id(request)] for request in requests if id(request) in self._by_id]
-        if numbers:
-            self._tell(Cancel(numbers, error))
+        numbers = [self._by_id.get(id(request)) for request in requests]
+        if left := [number for number in numbers if number is not None]:
+            self._tell(Cancel(left, error))
 
     def expire(self) -> None:
         """Has the engine answer what has waited for too long, and tell how it is; waits a little for that."""
         if self._looked is None and not self._ended:
             self._heard.clear()
             self._looked = time.monotonic()
-            self._tell(Look())
+            self._tell_aside(Look())
         self._heard.wait(PATIENCE)
 
     def give_up(self, reason: str) -> None:
@@ -162,7 +162,7 @@ class RemoteEngine:
     def stop(self, patience: float = 30.0) -> None:
         """Takes no more, finishes what runs or waits within `patience` seconds, answers the rest with an error."""
         self._stopping = True
-        self._tell(Stop(patience))
+        self._tell_aside(Stop(patience))
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(0 if self.fault else patience + STEP_PATIENCE)
         self._process.kill()
@@ -211,6 +211,10 @@ class RemoteEngine:
         with suppress(OSError):  # who reads sees that the process has ended
             self._link.send([message])
 
+    def _tell_aside(self, message: Any) -> None:
+        """On a thread of its own: where the engine hangs and the link is full, sending waits for ever."""
+        threading.Thread(target=self._tell, args=(message,), name="tell", daemon=True).start()
+
     def _first(self) -> Ready:
         """What the process says once its engine is made, or is not."""
         found: Ready | None = None
@@ -245,9 +249,14 @@ class RemoteEngine:
         if not self._stopping and self.fault is None:
             self.fault = f"the engine's process has ended: {end}; the model must be loaded again"
             log.error(self.fault)
-        last = RuntimeError(self.fault) if self.fault else Overloaded("the engine was stopped")
         for number in list(self._requests):
-            self._answer(number, last)
+            self._answer(number, self._last())
+
+    def _last(self) -> Exception:
+        """For whoever the process leaves without an answer."""
+        if self._stopping and not self.fault:
+            return Overloaded("the engine was stopped")
+        return RuntimeError(self.fault or "the engine's process has ended; the model must be loaded again")
 
     def _heed(self, message: Any) -> None:
         if isinstance(message, Reply):

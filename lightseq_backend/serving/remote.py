@@ -137,6 +137,7 @@ class RemoteEngine:
             try:
                 self._link.send([*news, Submit(rows)])
             except OSError:
+                self._reader.join()  # it sees how the process ended
                 if [row for row in rows if self._take(row.number)]:  # else they have had their answers
                     raise self._last() from None
 
@@ -254,9 +255,7 @@ class RemoteEngine:
 
     def _last(self) -> Exception:
         """For whoever the process leaves without an answer."""
-        if self._stopping and not self.fault:
-            return Overloaded("the engine was stopped")
-        return RuntimeError(self.fault or "the engine's process has ended; the model must be loaded again")
+        return RuntimeError(self.fault) if self.fault else Overloaded("the engine was stopped")
 
     def _heed(self, message: Any) -> None:
         if isinstance(message, Reply):

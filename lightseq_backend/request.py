@@ -166,7 +166,7 @@ class Sequence:
             positions=positions.astype(np.int32, copy=False),
             limit=limit,
             seed=seed,
-            scored=as_int32(scored),
+            scored=as_int32(scored) if len(scored) else _NOTHING,
             given=given,
             followed=request.kind == GENERATE and (request.progress is not None or request.options.stops),
         )

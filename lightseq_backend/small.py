@@ -1,4 +1,4 @@
-"""Small arrays, made and copied without giving up the interpreter's lock.
+"""Small things that are done for every request: arrays made and copied without giving up the interpreter's lock.
 
 NumPy 1 gives it up for every copy, np.arange, concatenation and sort, however small, and takes it again. In a served
 model several threads share it, and each time another one may have it for a while.
@@ -6,14 +6,38 @@ model several threads share it, and each time another one may have it for a whil
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
 import numpy as np
 
+_REMEMBERED = 64
 _SHORT = 128  # numbers that a list of them costs less than the lock
 _LARGE = 1 << 16  # bytes that others should not have to wait for
 _COUNT = np.arange(1 << 12, dtype=np.int32)
 _COUNT.flags.writeable = False
+
+
+First = TypeVar("First")
+Second = TypeVar("Second")
+Made = TypeVar("Made")
+
+
+def remembered(make: Callable[[First, Second], Made]) -> Callable[[First, Second], Made]:
+    """make, which does nothing twice for the same two objects: the same, not equal ones, for to tell that takes long.
+    A few results are kept, with their objects."""
+    known: dict[tuple[int, int], tuple[First, Second, Made]] = {}
+
+    def find(first: First, second: Second) -> Made:
+        key = id(first), id(second)
+        found = known.get(key)
+        if found is None:
+            if len(known) >= _REMEMBERED:
+                known.clear()
+            found = known[key] = first, second, make(first, second)
+        return found[2]
+
+    return find
 
 
 def counting(length: int) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lightseq_backend.config import TOPK_GREEDY, Dialect
+from lightseq_backend.config import TOPK_GREEDY, DecodingOptions, Dialect
 from lightseq_backend.decoding.state import new_records
 from lightseq_backend.ops.slots import FAN_OUT, SEARCH, end_ids
 from lightseq_backend.request import Hypothesis, Output, Sequence
@@ -13,11 +13,10 @@ from lightseq_backend.request import Hypothesis, Output, Sequence
 UNSCORED = -1e6
 
 
-def begin(sequence: Sequence, end_id: int, dialect: Dialect) -> np.ndarray:
+def begin(options: DecodingOptions, end_id: int, dialect: Dialect) -> np.ndarray:
     """SLOT [beams]. All beams start alike; all but the first carry a handicap, so the first step fans out from it."""
-    options = sequence.request.options
     method = FAN_OUT if options.sampling_method == TOPK_GREEDY else SEARCH
-    records = new_records(sequence, method, end_id)
+    records = new_records(options, method, end_id)
     records["diverse_lambda"] = options.diverse_lambda
     records["log_probability"][1:] = dialect.other_beams
     return records
@@ -44,11 +43,13 @@ def made_of(
     """One hypothesis a record. tokens: int32 [records, 1 step or more], filled up with the end id behind the end;
     details: [records, as many steps or more], the log-probability of each."""
     made = []
-    for number, (record, row, score) in enumerate(zip(records, tokens, scores, strict=True)):
-        ended, length = bool(record["finished"]), text_length(record, row)
-        silent = int(ended and row[length - 1] != record["end_id"])
+    for number, (ended, row, score) in enumerate(zip(records["finished"].tolist(), tokens, scores, strict=True)):
+        length, silent = len(row), 0
+        if ended:
+            length = text_length(records[number], row)
+            silent = int(row[length - 1] != records[number]["end_id"])
         each = None if details is None else details[number, :length]
-        made.append(Hypothesis(row[:length], score, ended, each, silent))
+        made.append(Hypothesis(row[:length], score, bool(ended), each, silent))
     return made
 
 

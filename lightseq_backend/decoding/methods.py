@@ -6,28 +6,41 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from lightseq_backend.config import TOPK_GREEDY, Config, DecodingOptions, GptConfig
+from lightseq_backend.config import TOPK_GREEDY, Config, DecodingOptions, GptConfig, TransformerConfig
 from lightseq_backend.decoding import beam, sampling, standard, stops
+from lightseq_backend.ops.slots import SLOT
 from lightseq_backend.request import Hypothesis, Output, Sequence
+from lightseq_backend.small import remembered
 
 
 def begin(sequence: Sequence, config: Config) -> np.ndarray:
     """SLOT [width]: the records that the sequence's slots start with."""
     options = sequence.request.options
-    if options.standard:
-        records = standard.begin(sequence, config)
-    elif options.searches:
-        records = beam.begin(sequence, config.end_id, config.dialect)
-    else:
-        records = sampling.begin(sequence, config.end_id)
-    records["detailed"], records["ruled"] = options.detailed, options.ruled
+    records = np.frombuffer(bytearray(_asked_for(options, config)), SLOT)  # NumPy takes 7 us to copy such an array
+    records["limit"] = sequence.limit
+    if not options.searches and not options.standard:
+        sampling.draw(records, sequence)
     if isinstance(config, GptConfig):
         records["token"], records["length"] = sequence.tokens[-1], len(sequence.tokens) - 1
     else:
-        fed = (config.start_id, *config.prefix(options))
-        records["token"], records["length"] = fed[-1], len(fed) - 1
         records["memory"], records["memory_length"] = sequence.slots[0], len(sequence.tokens)
     return records
+
+
+@remembered  # most requests of a server ask for the same
+def _asked_for(options: DecodingOptions, config: Config) -> bytes:
+    """What of its first records is the same for every sequence with these options."""
+    if options.standard:
+        records = standard.begin(options, config)
+    elif options.searches:
+        records = beam.begin(options, config.end_id, config.dialect)
+    else:
+        records = sampling.begin(options, config.end_id)
+    records["detailed"], records["ruled"] = options.detailed, options.ruled
+    if isinstance(config, TransformerConfig):
+        fed = (config.start_id, *config.prefix(options))
+        records["token"], records["length"] = fed[-1], len(fed) - 1
+    return records.tobytes()
 
 
 def without_a_step(sequence: Sequence, config: Config) -> Output | None:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import numpy as np
 
+from lightseq_backend.config import DecodingOptions
 from lightseq_backend.decoding.beam import made_of
 from lightseq_backend.decoding.state import new_records
 from lightseq_backend.ops.slots import SAMPLE
 from lightseq_backend.request import Output, Sequence
 
 
-def begin(sequence: Sequence, end_id: int) -> np.ndarray:
-    """SLOT [samples]. Samples of one request differ by their stream; so do the rows of one batch."""
-    options = sequence.request.options
-    records = new_records(sequence, SAMPLE, end_id)
-    records["seed"] = sequence.seed
-    records["stream"] = sequence.request.stream * 65536 + np.arange(options.width)
+def begin(options: DecodingOptions, end_id: int) -> np.ndarray:
+    """SLOT [samples], without what `draw` adds."""
+    records = new_records(options, SAMPLE, end_id)
     records["temperature"] = options.temperature
     records["top_k"] = options.top_k
     records["top_p"] = options.top_p
     return records
+
+
+def draw(records: np.ndarray, sequence: Sequence) -> None:
+    """What tells samples from others: those of one request differ by their stream; so do the rows of one batch."""
+    records["seed"] = sequence.seed
+    records["stream"] = sequence.request.stream * 65536 + np.arange(len(records))
 
 
 def finish(records: np.ndarray, history: np.ndarray, details: np.ndarray | None = None) -> Output:

@@ -27,10 +27,9 @@ from lightseq_backend.request import Hypothesis, Output, Sequence
 OTHER_BEAMS = -1e9  # log-probability that the beams but the first start with
 
 
-def begin(sequence: Sequence, config: Config) -> np.ndarray:
+def begin(options: DecodingOptions, config: Config) -> np.ndarray:
     """SLOT [beams]. All beams start alike; all but the first are out of the question, so the first step fans out."""
-    options = sequence.request.options
-    records = new_records(sequence, STANDARD, config.end_id)
+    records = new_records(options, STANDARD, config.end_id)
     records["log_probability"][1:] = OTHER_BEAMS
     if options.sampling_method == GREEDY:  # its scores are LightSeq's: from the plain sum
         records["length_penalty"] = 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,6 @@ import numpy as np
 from lightseq_backend.models.cache import Plan
 from lightseq_backend.ops.slots import RULES, SLOT, STANDARD, ranks
 from lightseq_backend.options import LISTED, DecodingOptions
-from lightseq_backend.request import Sequence
 
 Array = Any
 
@@ -68,16 +66,9 @@ class DecodingState:
         }
 
 
-def new_records(sequence: Sequence, method: int, end_id: int) -> np.ndarray:
-    """What every method starts from: SLOT [width], beam i at index i. The model-dependent fields stay zero."""
-    records = _asked_for(sequence.request.options, method, end_id).copy()
-    records["limit"] = sequence.limit
-    return records
-
-
-@lru_cache(maxsize=64)  # most requests of a server ask for the same
-def _asked_for(options: DecodingOptions, method: int, end_id: int) -> np.ndarray:
-    """What of new records the options say."""
+def new_records(options: DecodingOptions, method: int, end_id: int) -> np.ndarray:
+    """What every method starts from, of what the options say: SLOT [width], beam i at index i. The other fields stay
+    zero."""
     records = np.zeros(options.width, SLOT)
     records["method"] = method
     records["beam"] = np.arange(options.width)

@@ -58,7 +58,8 @@ class Uploads:
         records = joined(map(records_of, sequences))
         order = sorted(range(len(taken)), key=taken.__getitem__)
         slots, leads = zip(*(taken[i] for i in order))
-        records = records[order]
+        # As bytes, for NumPy takes long to gather such records.
+        records = records.view(np.uint8).reshape(len(order), -1)[order].view(records.dtype)[:, 0]
         state, ancestors = self._buffers.state, self._buffers.cache.ancestors
         starts = [i for i, slot in enumerate(slots) if i == 0 or slot > slots[i - 1] + 1]
         for start, end in zip(starts, [*starts[1:], len(slots)], strict=True):

@@ -11,7 +11,7 @@ import numpy as np
 
 from lightseq_backend.config import MAX_SEED, Config, DecodingOptions, GptConfig, TransformerConfig
 from lightseq_backend.errors import RequestError
-from lightseq_backend.small import as_int32, counting
+from lightseq_backend.small import SHORT, as_int32, counting
 
 GENERATE = "generate"
 SCORE = "score"
@@ -21,8 +21,7 @@ HIGH, NORMAL, LOW = "high", "normal", "low"
 PRIORITIES = {HIGH: 0.0, NORMAL: 2.0, LOW: 10.0}
 
 
-@dataclass(frozen=True)
-class Hypothesis:
+class Hypothesis(NamedTuple):
     """One generated text.
 
     tokens    int32 [n]: without start token or prompt; the end token is included when finished
@@ -41,8 +40,7 @@ class Hypothesis:
     text: str | None = None
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """The answer to one Request.
 
     hypotheses  best first; empty for a score request
@@ -272,6 +270,10 @@ def _columns(row: np.ndarray, config: Config) -> np.ndarray:
     if row.size > config.max_positions:
         raise RequestError(f"the row has {row.size} ids; this model takes {config.max_positions} (max_step)")
     tokens, columns = row, counting(row.size)
+    if row.size <= SHORT:  # for what most rows are, a list is faster
+        ids = row.tolist()
+        if config.padding_id not in ids and min(ids) >= 0 and max(ids) < config.input_vocabulary:
+            return columns
     if np.count_nonzero(row == config.padding_id):
         columns = np.flatnonzero(row != config.padding_id)
         if columns.size == 0:

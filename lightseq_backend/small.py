@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 
 _REMEMBERED = 64
-_SHORT = 128  # numbers that a list of them costs less than the lock
+SHORT = 128  # numbers that a list of them costs less than the lock
 _LARGE = 1 << 16  # bytes that others should not have to wait for
 _COUNT = np.arange(1 << 12, dtype=np.int32)
 _COUNT.flags.writeable = False
@@ -56,7 +56,7 @@ def as_int32(array: np.ndarray) -> np.ndarray:
     """One-dimensional integers as a copy of that type."""
     if array.dtype == np.int32:
         return copied(array)
-    return np.array(array.tolist(), np.int32) if len(array) <= _SHORT else array.astype(np.int32)
+    return np.array(array.tolist(), np.int32) if len(array) <= SHORT else array.astype(np.int32)
 
 
 def joined(arrays: Iterable[np.ndarray]) -> np.ndarray:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -134,7 +134,7 @@ def cut(output: Output, stops: Stops, options: DecodingOptions) -> Output:
     """An output whose hypotheses, with the log-probability of every token, end where their first stop is."""
     hypotheses = tuple(_cut(one, stops.find(one.tokens), options) for one in output.hypotheses)
     longest = max(len(one.tokens) for one in hypotheses)
-    return replace(output, hypotheses=hypotheses, steps=longest, cut=not all(one.finished for one in hypotheses))
+    return output._replace(hypotheses=hypotheses, steps=longest, cut=not all(one.finished for one in hypotheses))
 
 
 def _cut(one: Hypothesis, stop: Stop | None, options: DecodingOptions) -> Hypothesis:
@@ -142,7 +142,7 @@ def _cut(one: Hypothesis, stop: Stop | None, options: DecodingOptions) -> Hypoth
     assert details is not None
     shown = details if options.token_log_probabilities else None
     if stop is None:
-        return replace(one, token_log_probabilities=shown)
+        return one._replace(token_log_probabilities=shown)
     total = float(details[: stop.found].sum(dtype=np.float64))
     if options.length_penalty < 0 and options.searches:
         score = total / stop.found

@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +35,22 @@ log = logging.getLogger(__name__)
 
 STEP_PATIENCE = 5.0  # seconds that `stop` gives to the step under way, its patience with the rest being at an end
 TIMINGS = 1 << 16  # that are kept for whoever reads them; older ones go
+
+
+@dataclass
+class _Report:
+    """What there will be of a burst.
+
+    ran       the sequences it works on; some may be gone when it is read
+    records   SLOT [lanes]; calling it waits
+    followed  of those who are followed
+    last      of those who take no step after it
+    """
+
+    ran: list[Sequence]
+    records: Callable[[], np.ndarray]
+    followed: Look
+    last: Look
 
 
 class Engine:
@@ -65,8 +81,7 @@ class Engine:
         self._admitted: dict[int, Sequence] = {}  # by id(): everything taken from the queue and not yet answered
         self._active: list[Sequence] = []  # those of them that decode
         self._departures = Departures()
-        # Of bursts under way: who took part, their records, and what is looked at of those who are followed.
-        self._reports: deque[tuple[list[Sequence], Callable[[], np.ndarray], Look]] = deque()
+        self._reports: deque[_Report] = deque()  # of bursts under way
         self._rows = 0  # the bucket that the rows in device memory fill
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -375,16 +390,18 @@ class Engine:
                 one.queued += steps
             self.counts["steps"] += steps
             self.counts["step_rows"] += steps * sum(len(one.slots) for one in self._active)
-            state, followed = self._buffers.state, [one for one in self._active if one.followed]
-            look = Look.at(followed, state, self._ops)
-            self._reports.append((list(self._active), self._ops.fetch(state.slots), look))
+            state, records = self._buffers.state, self._ops.fetch(self._buffers.state.slots)
+            followed = Look.at([one for one in self._active if one.followed], methods.looked_at, state, self._ops)
+            # Those that have all their steps are done behind this burst: what they have found is asked for now.
+            last = Look.at([one for one in self._active if one.queued >= one.limit], methods.kept, state, self._ops)
+            self._reports.append(_Report(list(self._active), records, followed, last))
         if steps <= 0 or len(self._reports) >= self._ops.BURSTS_AHEAD:
-            self._settle(*self._reports.popleft())
+            self._settle(self._reports.popleft())
         self.step_seconds += time.monotonic() - began
 
-    def _settle(self, ran: list[Sequence], report: Callable[[], np.ndarray], look: Look) -> None:
-        """Retires what was done at the end of a burst. ran: the sequences it worked on; some may be gone since."""
-        records = report()
+    def _settle(self, report: _Report) -> None:
+        """Retires what was done at the end of a burst."""
+        ran, records = report.ran, report.records()
         ended = records["done"].tolist()
         fresh = [one for one in ran if one.seen is None and one.slots]
         if fresh:
@@ -392,8 +409,9 @@ class Engine:
             for one in fresh:
                 one.seen = now, steps[one.slots[0]]
         done = [one for one in ran if one.slots and ended[one.slots[0]]]
-        going_on = [one for one in ran if one.followed and one.slots and one not in done] if look.arrays else []
-        stopped = self._follow(going_on, records, look)
+        followed = report.followed
+        going_on = [one for one in ran if one.followed and one.slots and one not in done] if followed.arrays else []
+        stopped = self._follow(going_on, records, followed)
         if not done and not stopped:
             return
         self._leave([*done, *stopped])
@@ -403,12 +421,19 @@ class Engine:
             self._retire(sequence, output)
         if not done:
             return
-        slots = [slot for sequence in done for slot in sequence.slots]
-        first, last, state = min(slots), max(slots), self._buffers.state
-        kept = {name: self._ops.get(getattr(state, name)[first : last + 1]) for name in methods.kept(done)}
+        first, kept = self._kept(done, report.last)
         for sequence in done:
             lanes = {name: array[sequence.lanes(first)] for name, array in kept.items()}
             self._retire(sequence, methods.finish(sequence, records[sequence.lanes()], lanes))
+
+    def _kept(self, done: list[Sequence], look: Look) -> tuple[int, dict[str, np.ndarray]]:
+        """What sequences have found, by name, from the lane on that it begins with."""
+        names = methods.kept(done)
+        if look.covers(done, names):
+            return look.lanes.start, look.read()
+        slots = [slot for sequence in done for slot in sequence.slots]
+        first, end, state = min(slots), max(slots) + 1, self._buffers.state
+        return first, {name: self._ops.get(getattr(state, name)[first:end]) for name in names}
 
     def _follow(self, sequences: list[Sequence], records: np.ndarray, look: Look) -> dict[Sequence, Output]:
         """Reports on sequences that go on; the answers of those that stop words have ended."""
@@ -416,7 +441,7 @@ class Engine:
         arrays = look.read() if sequences else {}
         for sequence in sequences:
             own = records[sequence.lanes()]
-            lanes = {name: array[sequence.lanes(look.first)] for name, array in arrays.items()}
+            lanes = {name: array[sequence.lanes(look.lanes.start)] for name, array in arrays.items()}
             if follow(sequence, own, lanes):
                 stopped[sequence] = methods.finish_early(sequence, own, lanes)
         return stopped
@@ -446,7 +471,7 @@ class Engine:
         self._departures.forget(sequence.request)
         if isinstance(result, Output) and sequence.request.progress is not None:
             seen = time.monotonic() if sequence.seen is None else sequence.seen[0]
-            result = replace(result, first_token=seen - sequence.arrived)
+            result = result._replace(first_token=seen - sequence.arrived)
         if isinstance(result, Output):
             self.counts["answered"] += 1
             self.timings.append(sequence.timing(time.monotonic(), result.steps))

@@ -1,9 +1,9 @@
-"""What is looked at while sequences decode: of those that report their progress, or that a stop word may end."""
+"""What is looked at behind a burst: of those that report their progress, that a stop word may end, or that are done."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -20,22 +20,32 @@ log = logging.getLogger(__name__)
 class Look:
     """The decoding state of some neighbouring lanes, as it was behind a burst.
 
-    first   the lowest lane
+    lanes   from the lowest to the one behind the highest
     arrays  by name; calling one waits for it
     """
 
-    first: int
+    lanes: range
     arrays: dict[str, Callable[[], np.ndarray]]
 
     @classmethod
-    def at(cls, sequences: list[Sequence], state: DecodingState, ops: ModuleType) -> Look:
-        """Queues copies of what sequences that are followed have found; of no others, nothing is copied."""
+    def at(
+        cls,
+        sequences: list[Sequence],
+        names: Callable[[list[Sequence]], Iterable[str]],
+        state: DecodingState,
+        ops: ModuleType,
+    ) -> Look:
+        """Queues copies of the arrays of those names over the sequences' lanes; of none, nothing is copied."""
         if not sequences:
-            return cls(0, {})
+            return cls(range(0), {})
         slots = [slot for one in sequences for slot in one.slots]
-        lanes = slice(min(slots), max(slots) + 1)
-        names = methods.looked_at(sequences)
-        return cls(lanes.start, {name: ops.fetch(getattr(state, name)[lanes]) for name in names})
+        first, end = min(slots), max(slots) + 1
+        return cls(range(first, end), {name: ops.fetch(getattr(state, name)[first:end]) for name in names(sequences)})
+
+    def covers(self, sequences: list[Sequence], names: Iterable[str]) -> bool:
+        """Whether it has those arrays over all lanes of the sequences."""
+        ends = [slot for one in sequences for slot in (one.slots[0], one.slots[-1])]
+        return set(names) <= set(self.arrays) and all(slot in self.lanes for slot in ends)
 
     def read(self) -> dict[str, np.ndarray]:
         return {name: wait() for name, wait in self.arrays.items()}

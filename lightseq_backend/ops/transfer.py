@@ -12,8 +12,8 @@ import numpy as np
 from lightseq_backend.small import copied, fill
 
 Array = Any
-_PLACES = 8
-_LEAST = 1 << 18  # bytes of a place
+_OUTGOING, _INCOMING = 8, 32  # places of either
+_OUT, _IN = 1 << 18, 1 << 12  # bytes of such a place, at first
 
 
 class Transfers:
@@ -21,8 +21,8 @@ class Transfers:
 
     def __init__(self, stream: Any):
         self._stream = stream
-        self._outgoing = _Ring()
-        self._incoming = _Ring()
+        self._outgoing = _Ring(_OUTGOING, _OUT)
+        self._incoming = _Ring(_INCOMING, _IN)
 
     def to_device(self, destination: Array, source: np.ndarray) -> None:
         """Both contiguous, of the same type and size; source may change as soon as this returns."""
@@ -38,7 +38,7 @@ class Transfers:
             arrived.record(self._stream)
 
     def to_host(self, source: Array) -> Callable[[], np.ndarray]:
-        """Calling the result waits for the copy and returns it, read-only. It must be called before _PLACES more are
+        """Calling the result waits for the copy and returns it, read-only. It must be called before _INCOMING more are
         asked for."""
         self._incoming.grow(source.nbytes)
         room, arrived = self._incoming.take()
@@ -57,19 +57,19 @@ class Transfers:
 class _Ring:
     """Places of page-locked memory, each with the event that says when its last copy was done."""
 
-    def __init__(self) -> None:
-        self.size = 0
-        self.grow(_LEAST)
+    def __init__(self, places: int, size: int) -> None:
+        self.size, self._places = 0, places
+        self.grow(size)
 
     def grow(self, size: int) -> None:
         if size > self.size:
             self.size = size
-            self._rooms = [cupyx.empty_pinned(size, np.uint8) for _ in range(_PLACES)]
-            self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(_PLACES)]
+            self._rooms = [cupyx.empty_pinned(size, np.uint8) for _ in range(self._places)]
+            self._events = [cupy.cuda.Event(disable_timing=True) for _ in range(self._places)]
             self._next = 0
 
     def take(self) -> tuple[np.ndarray, Any]:
         """The place that was taken longest ago, once it is free."""
-        place, self._next = self._next, (self._next + 1) % _PLACES
+        place, self._next = self._next, (self._next + 1) % self._places
         self._events[place].synchronize()  # at once where nothing was recorded
         return self._rooms[place], self._events[place]

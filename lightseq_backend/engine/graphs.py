@@ -56,15 +56,15 @@ class Passes:
 
     def __init__(self, model: Any, buffers: Buffers, scores: bool, ops: ModuleType):
         """scores: whether there are passes that score."""
-        self._sizes = ops.pass_sizes(buffers.prompt_rows)
-        self._prefills = {rows: ops.capture(partial(_prefill, model, buffers, rows)) for rows in self._sizes}
+        self.sizes = ops.pass_sizes(buffers.prompt_rows)
+        self._prefills = {rows: ops.capture(partial(_prefill, model, buffers, rows)) for rows in self.sizes}
         self._scores = {
-            rows: ops.capture(partial(_score, model, buffers, rows, ops)) for rows in (self._sizes if scores else ())
+            rows: ops.capture(partial(_score, model, buffers, rows, ops)) for rows in (self.sizes if scores else ())
         }
 
     def size(self, rows: int) -> int:
         """The smallest pack there is a pass for that has at least `rows`."""
-        return self._sizes[bisect_left(self._sizes, rows)]
+        return self.sizes[bisect_left(self.sizes, rows)]
 
     def prefill(self, rows: int) -> None:
         """Reads prompts or sources; their keys and values are kept. rows: a `size`."""

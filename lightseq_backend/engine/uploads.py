@@ -23,6 +23,9 @@ class Uploads:
         """nobody: the lane that padding rows work on."""
         self._config, self._buffers, self._passes, self._steps = config, buffers, passes, steps
         self._nobody, self._ops = nobody, ops
+        # Made once: to cut a device's array takes long.
+        self._prompts = {size: buffers.prompt[: Pack.elements(size)] for size in passes.sizes}
+        self._rows = {count: buffers.state.rows[:count] for count in steps.buckets}
 
     def pack(
         self, sequences: list[Sequence], texts: list[np.ndarray], positions: list[np.ndarray], scored: bool = False
@@ -32,13 +35,9 @@ class Uploads:
         scored: whether every row is to be scored for the token after it.
         """
         size = self._passes.size(sum(map(len, texts)))
-        memory = np.empty(Pack.elements(size), np.int32)
         lanes = [one.slots[0] if one.slots else self._nobody for one in sequences]
-        pack = Pack.of(memory, size)
-        pack.lay(texts, positions, lanes, self._nobody)
-        if scored:
-            pack.aim([len(text) for text in texts], self._config.padding_id)
-        self._ops.put(self._buffers.prompt[: memory.size], memory)
+        targets = Pack.targets_of(texts, self._config.padding_id) if scored else None
+        self._ops.put(self._prompts[size], Pack.laid(size, texts, positions, lanes, self._nobody, targets))
         return size
 
     def rules(self, sequences: list[Sequence]) -> None:
@@ -75,5 +74,6 @@ class Uploads:
         count = self._steps.bucket(len(slots)) if slots else 0
         rows = np.full(count, self._nobody, np.int32)
         rows[: len(slots)] = slots
-        self._ops.put(self._buffers.state.rows[:count], rows)
+        if count:
+            self._ops.put(self._rows[count], rows)
         return count

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lightseq_backend.small import counting, fill, joined
+from lightseq_backend.small import counting, joined
 
 Array = Any
 
@@ -41,38 +42,46 @@ class Pack:
         tokens, positions, lanes, steps, targets = (memory[i * rows : (i + 1) * rows] for i in range(5))
         return cls(tokens, positions, lanes, steps, targets, memory[5 * rows : cls.elements(rows)])
 
-    def lay(
-        self,
+    @staticmethod
+    def laid(
+        rows: int,
         texts: Sequence[np.ndarray],
         positions: Sequence[np.ndarray],
         lanes: Sequence[int],
         nobody: int,
-    ) -> None:
-        """Lays texts, int32 and none of them empty, end to end; host memory. Rows behind them are filled up: lane
-        `nobody`.
+        targets: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """The memory of a pack with texts, int32 and none of them empty, laid end to end; read-only. Rows behind them
+        are filled up: lane `nobody`.
 
-        Each text has its positions, int32 and as many, and its lane. Nothing is scored. The device waits for this: few
-        calls are made.
+        Each text has its positions, int32 and as many, and its lane. targets: int32, of all texts together; without,
+        nothing is scored. The device waits for this: it is one call of NumPy's.
         """
         lengths = [len(text) for text in texts]
         ends = list(accumulate(lengths))
-        rows = ends[-1]
-        if rows < len(self.tokens):
-            self.tokens[rows:], self.positions[rows:] = -1, 0
-            self.lanes[rows:], self.steps[rows:] = nobody, 0
-        fill(self.tokens[:rows], joined(texts))
-        fill(self.positions[:rows], joined(positions))
-        fill(self.steps[:rows], joined(map(counting, lengths)))
-        fill(self.lanes[:rows], np.repeat(np.array(lanes, np.int32), lengths))
-        self.starts[:] = rows
-        self.starts[: len(texts)] = [0, *ends[:-1]]
-        self.targets[:] = 0
+        more = rows - ends[-1]
+        parts = [
+            *(*texts, _word(-1) * more),
+            *(*positions, _word(0) * more),
+            *(_word(lane) * length for lane, length in zip(lanes, lengths, strict=True)),
+            _word(nobody) * more,
+            *(*map(counting, lengths), _word(0) * more),
+            *((_word(0) * rows,) if targets is None else (targets, _word(0) * more)),
+            *(_word(start) for start in (0, *ends[:-1])),
+            _word(ends[-1]) * (rows + 1 - len(texts)),
+        ]
+        return np.frombuffer(b"".join(parts), np.int32)  # type: ignore[arg-type]
 
-    def aim(self, lengths: Sequence[int], padding_id: int) -> None:
-        """Each row is scored for the token after it, once texts of these lengths are laid; host memory."""
-        ends = np.cumsum(lengths)
-        rows = int(ends[-1])
-        # LightSeq looks up padding between tokens by its own id where it is scored.
-        following = self.tokens[1:rows]
-        self.targets[: rows - 1] = np.where(following < 0, padding_id, following)
-        self.targets[ends - 1] = 0  # nothing follows
+    @staticmethod
+    def targets_of(texts: Sequence[np.ndarray], padding_id: int) -> np.ndarray:
+        """int32: each row's is the token after it; the last of a text has 0, for none. Padding between tokens, negative
+        here, LightSeq looks up by its own id where it is scored."""
+        following = np.append(joined(texts)[1:], np.int32(0))
+        targets = np.where(following < 0, np.int32(padding_id), following)
+        targets[np.cumsum([len(text) for text in texts]) - 1] = 0
+        return targets
+
+
+def _word(value: int) -> bytes:
+    """An int32, as it lies in memory."""
+    return value.to_bytes(4, sys.byteorder, signed=True)

@@ -48,6 +48,8 @@ PROGRAM = "lightseq_backend.serving.engine_process"
 class RemoteEngine:
     """`submit` and `cancel` from any thread; requests are answered on a thread of its own.
 
+    To be made on a thread that lasts: the process ends with the one that made it, as with all of this process.
+
     Raises what the engine raises when it is made: ConfigError, WeightError, RequestError; RuntimeError where its
     process ends. Its counts and what it says of its queue are as old as the last answer to `expire`.
     """
@@ -125,8 +127,8 @@ class RemoteEngine:
         return self.model_config.decoding.with_changes(changes or {}, self.limits)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queues all requests or none; which of them it is, their replies say. Overloaded: the engine is stopping.
-        RuntimeError: it has failed."""
+        """Queues all requests, of MOST_OPTIONS different options at most, or none; which of them it is, their replies
+        say. Overloaded: the engine is stopping. RuntimeError: it has failed."""
         if self._stopping:
             raise Overloaded("the engine is stopping")
         if self.fault:

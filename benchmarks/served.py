@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from benchmarks.server_models import LATER
 from lightseq_backend.serving.loading import load_engine
 from lightseq_backend.serving.replies import _response_of
 from lightseq_backend.serving.settings import read_settings
 from lightseq_backend.serving.tensors import to_numpy
 
 SOURCE, BEAMS = "source_ids", 4
-LATER = 0.002  # seconds
 
 
 class Noop:

@@ -21,6 +21,7 @@ PROGRAMS = {
 }
 LEAST, MOST, MEDIAN, SPREAD = 4, 100, 20, 0.7  # tokens of a source; log-normal
 SOURCES, SEED = 256, 1
+LATER = 0.002  # seconds after which the one no-op answers
 SHORT = 12  # tokens of the one source that what a server adds to a request is measured with
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine
-from benchmarks.server_models import NOOP, NOOP_LATER, SERVED, STATIC, STREAM
+from benchmarks.server_models import LATER, NOOP, NOOP_LATER, SERVED, STATIC, STREAM
 
 ENGINE_SHARE, GAIN, ADDED_MS = 0.9, 1.5, 0.5  # aims: of the engine's tokens/s, over static batches, beyond the no-op
 ENGINE = "engine alone"
@@ -83,14 +83,15 @@ def _verdicts(report: dict[str, Any]) -> list[str]:
     engine, served, noop, later = (
         report["short"][name]["latency"]["p50"] for name in (ENGINE, SERVED, NOOP, NOOP_LATER)
     )
-    added = served - engine
+    added, pause = served - engine, LATER * 1e3
     return [
         f"- At {busiest['concurrency']} under way the server gives {share:.0%} of the engine's tokens "
         f"(aim: {ENGINE_SHARE:.0%}; {_met(share >= ENGINE_SHARE)}).",
         f"- There it gives {gain:.2f} times what static batches do (aim: {GAIN}; {_met(gain >= GAIN)}).",
         f"- One short request at a time takes {served:.2f} ms, the engine alone {engine:.2f}, a no-op {noop:.2f}: "
         f"{added:.2f} ms are added (aim: {ADDED_MS} beyond the no-op; {_met(added <= noop + ADDED_MS)}). A no-op that "
-        f"answers 2 ms later, as models do that take new requests meanwhile, takes {later - 2:.2f} and those 2.",
+        f"answers {pause:g} ms later, as models that take others meanwhile do, takes {later - pause:.2f} and those "
+        f"{pause:g}.",
     ]
 
 

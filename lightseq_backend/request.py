@@ -69,15 +69,16 @@ class Request:
 
     tokens    int32 [n] as the caller sent them, padding included: for a Transformer n counts in the step limit
     options   every field resolved (DecodingOptions.with_changes)
-    reply     called exactly once, from the engine's thread, with the Output or the exception; must not block
+    reply     called exactly once with the Output or the exception, from the engine's thread, which waits meanwhile
     kind      GENERATE or SCORE
     stream    row number within the caller's batch: keeps samples of equal rows with equal seeds apart
     target    int32 [t]: what a Transformer scores, as it would have generated it; None for all other requests
-    progress  called after bursts, from the engine's thread, with what the answer begins with, int32 [n] a text:
+    progress  called after bursts, from the same thread, with what the answer begins with, int32 [n] a text:
               of a beam search one, of samples all; must not block. Never after `reply`
     deadline  when, by time.monotonic(), the answer must be there; then it is DeadlineExceeded
     decode    the text of ids; stop words of text need it
     priority  one of PRIORITIES, in the queue; where rows decode all are equal
+    arrived   when it came, by time.monotonic(), where that was before it is submitted
     """
 
     tokens: np.ndarray
@@ -90,6 +91,7 @@ class Request:
     deadline: float | None = None
     decode: Decode | None = None
     priority: str = NORMAL
+    arrived: float | None = None
 
 
 class Timing(NamedTuple):

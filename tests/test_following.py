@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import small_models
 
 from lightseq_backend.engine import Engine
+from lightseq_backend.engine.follow import Look
 from lightseq_backend.errors import Cancelled, DeadlineExceeded, Overloaded, RequestError
 from lightseq_backend.ops import cpu
 from lightseq_backend.request import Output, Request
@@ -137,6 +139,23 @@ def test_nothing_is_copied_where_nobody_is_followed() -> None:
     engine.answer([ROW], changes={"sampling_method": "greedy", "max_new_tokens": 4})
     state = engine._buffers.state
     assert fetched == [state.slots.nbytes] * 4 + [state.history[:1].nbytes]  # that is its answer
+
+
+@pytest.mark.parametrize(
+    ("slots", "names", "covered"),
+    [
+        ([[4, 5]], ["history"], True),
+        ([[4, 5], [6, 7]], ["history", "pool"], True),
+        ([[3, 4]], ["history"], False),
+        ([[7, 8]], ["history"], False),
+        ([[4, 5], [8]], ["history"], False),
+        ([[4, 5]], ["details"], False),
+        ([[4, 5]], ["history", "details"], False),
+    ],
+)
+def test_look_covers_what_is_in_it_alone(slots: list[list[int]], names: list[str], covered: bool) -> None:
+    look = Look(range(4, 8), dict.fromkeys(["history", "pool"], lambda: np.zeros(0)))
+    assert look.covers([SimpleNamespace(slots=each) for each in slots], names) == covered  # type: ignore[arg-type]
 
 
 # Stop words ----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from lightseq_backend.engine import Engine
 from lightseq_backend.errors import Cancelled, ConfigError, DeadlineExceeded, Overloaded, RequestError, WeightError
 from lightseq_backend.request import Output, Request
 from lightseq_backend.serving import remote as module
-from lightseq_backend.serving.link import MOST_OPTIONS, Link
+from lightseq_backend.serving.link import MOST_OPTIONS, Gone, Link
 from lightseq_backend.serving.loading import load_engine
 from lightseq_backend.serving.remote import PATIENCE, RemoteEngine
 from lightseq_backend.serving.settings import Settings
@@ -198,7 +198,7 @@ def test_end_of_the_other_end_is_told_after_all_it_had_sent(ends: Any) -> None:
     for wait in (False, True):
         with pytest.raises(EOFError):
             here.receive(wait)
-    with pytest.raises(OSError):
+    with pytest.raises(Gone):
         here.send(["more"])
 
 
@@ -310,10 +310,13 @@ def test_cancelled_request_gets_the_given_error_and_others_their_answers(engine:
 
 
 class Fleeting(dict[int, int]):
-    """Whoever looks whether something is there is the last to see it."""
+    """Whoever looks at something is the last to see it."""
 
     def __contains__(self, key: object) -> bool:
-        return self.pop(key, None) is not None  # type: ignore[call-overload]
+        return self.get(key) is not None  # type: ignore[arg-type]
+
+    def get(self, key: int, default: Any = None) -> Any:
+        return self.pop(key, default)
 
 
 def test_request_may_be_answered_while_it_is_cancelled(engine: RemoteEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,6 +333,25 @@ def test_deadline_counts_in_the_engines_process(engine: RemoteEngine) -> None:
     assert kind is DeadlineExceeded
     assert "before the text was done" in message
     assert isinstance(soon.answers()[0], Output)
+
+
+def test_waiting_counts_from_a_requests_own_arrival(engine: RemoteEngine) -> None:
+    looked_at(engine)
+    engine.timings.clear()
+    Asked(engine, [ROW], arrived=time.monotonic() - 5).answers()
+    looked_at(engine)
+    (timing,) = engine.timings
+    assert timing.queue >= 5
+    assert timing.total >= timing.first_token >= 5
+
+
+def test_request_that_cannot_be_sent_is_refused_alone(engine: RemoteEngine) -> None:
+    options = engine.options({"beam_size": 3, "length_penalty": 0.25})
+    unsendable = [Request(lambda: None, options, lambda result: None)]  # type: ignore[arg-type]
+    with pytest.raises(Exception, match="pickle"):
+        engine.submit(unsendable)
+    assert isinstance(Asked(engine, [ROW], options).answers()[0], Output)
+    assert not engine._requests
 
 
 def test_counts_are_those_of_the_process(engine: RemoteEngine) -> None:
@@ -396,12 +418,15 @@ def test_killed_process_answers_every_request_once(start: Callable[..., RemoteEn
     with ThreadPoolExecutor(4) as pool:
         asked = list(pool.map(lambda _: Asked(engine, [ROW]), range(200)))
         assert until(lambda: any(one.results[0] for one in asked))
+        looked_at(engine)
+        assert engine.waiting > 0
         os.kill(engine.process, signal.SIGKILL)
     answers = [one.answers()[0] for one in asked]
     errors = [(type(answer), str(answer)) for answer in answers if not isinstance(answer, Output)]
     assert len(errors) > 50
     assert set(errors) == {(RuntimeError, KILLED)}
     assert (engine.ready, engine.alive, engine.fault) == (False, False, KILLED)
+    assert (engine.waiting, engine.waiting_tokens, engine.waiting_seconds, engine.slots_in_use) == (0, 0, 0, 0)
     refuses(engine, RuntimeError, KILLED)
     began = time.monotonic()
     engine.stop()
@@ -516,6 +541,7 @@ def test_stop_finishes_what_is_under_way(start: Callable[..., RemoteEngine]) -> 
     assert all(columns(output, engine.model_config) == expected for output in outputs)
     refuses(engine, Overloaded, "the engine is stopping")
     assert (engine.alive, engine.fault) == (False, None)
+    assert (engine.counts["answered"], len(engine.timings)) == (40, 40)  # though nobody looked meanwhile
 
 
 def test_stop_without_patience_answers_the_rest(start: Callable[..., RemoteEngine]) -> None:
@@ -529,6 +555,13 @@ def test_stop_without_patience_answers_the_rest(start: Callable[..., RemoteEngin
     errors = {(type(answer), str(answer)) for answer in answers if not isinstance(answer, Output)}
     assert errors == {(Overloaded, STOPPED)}
     refuses(engine, Overloaded, "the engine is stopping")
+
+
+def test_process_of_another_parent_ends_before_it_loads() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        program = [sys.executable, "-m", module.PROGRAM, str(theirs.fileno()), str(os.getpid() + 1)]
+        assert subprocess.run(program, pass_fds=[theirs.fileno()], timeout=30).returncode == 1
 
 
 # The end of its owner -------------------------------------------------------------------------------------------------

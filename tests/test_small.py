@@ -5,7 +5,24 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lightseq_backend.small import as_int32, copied, counting, fill, joined
+from lightseq_backend.small import as_int32, copied, counting, fill, joined, remembered
+
+
+def test_what_is_remembered_is_of_the_same_objects_not_of_equal_ones() -> None:
+    made: list[tuple[int, ...]] = []
+
+    @remembered
+    def make(first: list[int], second: list[int]) -> tuple[int, ...]:
+        made.append((*first, *second))
+        return made[-1]
+
+    one, other = [1], [2]
+    assert make(one, other) is make(one, other)
+    assert make([1], [2]) == make(other, one)[::-1] == (1, 2)
+    assert made == [(1, 2), (1, 2), (2, 1)]
+    for number in range(1000):  # each gone before the next: their addresses are used again
+        assert make([number], one) == (number, 1)
+    assert make(one, other) == (1, 2)
 
 
 @pytest.mark.parametrize("length", [0, 1, 4096, 4097])

@@ -13,7 +13,15 @@ from pathlib import Path
 import pytest
 from repositories import GPT, grpc, write_model
 from stream_cases import DECOUPLED, Stream, streamed
-from test_operations import Crowd, answers_alone, model_process, resident, wait_until_idle, write_crowded
+from test_operations import (
+    Crowd,
+    answers_alone,
+    engine_process,
+    model_process,
+    resident,
+    wait_until_idle,
+    write_crowded,
+)
 from weight_files import golden
 
 from lightseq_backend.serving.embedded import EmbeddedServer
@@ -69,7 +77,10 @@ def test_memory_is_flat_and_answers_stay_right(tmp_path: Path) -> None:
     with EmbeddedServer(tmp_path, device="cpu", stop_timeout=5) as server:
         with grpc(server.grpc) as client:
             crowd = Crowd(server, answers_alone(client), KINDS)
-        processes = {name: model_process(server, name) for name in MODELS} | {"triton": server.pid}
+        processes = {name: model_process(server, name) for name in MODELS}
+        processes |= {f"{name}'s engine": engine_process(server, name) for name in MODELS}
+        ours = list(processes)
+        processes["triton"] = server.pid
         memory: dict[str, list[int]] = {name: [] for name in processes}
         clock, streams = Clock(60 * MINUTES), []
         with ThreadPoolExecutor(CALLERS + STREAMS) as pool:
@@ -92,7 +103,7 @@ def test_memory_is_flat_and_answers_stay_right(tmp_path: Path) -> None:
     assert crowd.unexpected() == []
     for name, samples in memory.items():
         print(f"{name}, MiB by fifths: " + ", ".join(f"{each / 2**20:.2f}" for each in fifths(samples)))
-    grown = {name: growth(memory[name]) for name in MODELS}
+    grown = {name: growth(memory[name]) for name in ours}
     assert {name: share for name, share in grown.items() if share > GROWTH} == {}
     assert fifths(memory["triton"])[4] - fifths(memory["triton"])[1] < OF_TRITON + OF_A_REQUEST * requests
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import sys
 import threading
@@ -181,6 +182,28 @@ def test_answers_do_not_wait_for_each_other_and_all_of_one_comes_in_order(replie
         assert [part["result"].tolist() for part in sender.sent[:2]] == [[[5]], [[6]]]
         assert "final" in sender.sent[-1]
     assert replies.outcomes[module.ANSWERED] == module.COURIERS
+
+
+def test_answer_is_sent_at_once_where_nobody_else_waits_and_it_is_whole(replies_module: Any) -> None:
+    """By whoever brings it: no thread that sends has been started."""
+    module, alone = replies_module, [True]
+    replies = module.Replies(dataclasses.replace(wire(), streams=False), TEXT, lambda sender: None, lambda: alone[0])
+    row, options = np.array([3]), DecodingOptions("greedy")
+    output = Output((Hypothesis(np.array([5], np.int32), -1.0, False),), steps=1, cut=True)
+    parts = Parts(wire(), TEXT, row, options)
+
+    def sent(rows: int, parts: Any = None) -> int:
+        sender = Sender()
+        sender.go.set()
+        for reply in replies.expect(module.Ticket(sender, [row] * rows, parts=parts)):
+            reply(output)
+        return len(sender.sent)
+
+    assert sent(1) == 1
+    assert (sent(2), sent(1, parts)) == (0, 0)
+    alone[0] = False
+    assert sent(1) == 0
+    assert sum(one.arrived.qsize() for one in replies._couriers) == 4
 
 
 def test_parts_wait_together_while_one_is_sent(replies_module: Any) -> None:

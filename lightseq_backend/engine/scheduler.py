@@ -64,7 +64,7 @@ class Scheduler:
             now = self._clock()
             self._check_room(sequences, now)
             for one in sequences:
-                one.arrived = now
+                one.arrived = now if one.request.arrived is None else one.request.arrived
                 due = now + PRIORITIES[one.request.priority] + GIVES_WAY * (one.rows + one.limit)
                 heapq.heappush(self._waiting, (due, next(self._numbers), one))
             self._tokens += sum(one.rows for one in sequences)

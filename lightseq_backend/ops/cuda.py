@@ -108,7 +108,7 @@ class Cuda:
         self._stream = cupy.cuda.Stream(non_blocking=True)
         self._transfers = Transfers(self._stream)
         # For reading what nothing queued writes any more.
-        self._late_transfers = Transfers(cupy.cuda.Stream(non_blocking=True))
+        self._late_transfers = Transfers(cupy.cuda.Stream(non_blocking=True), places=1)
         self._workspace = cupy.cuda.alloc(WORKSPACE)
         self._cublas = Cublas(self._stream.ptr, self._workspace.ptr)
         self._kernels: dict[tuple[Any, ...], Kernel] = {}

@@ -12,17 +12,21 @@ import numpy as np
 from lightseq_backend.small import copied, fill
 
 Array = Any
-_OUTGOING, _INCOMING = 8, 32  # places of either
+_OUTGOING = 8
+_INCOMING = 20  # of two bursts the records and seven arrays each, and a score; places are as large as the largest
 _OUT, _IN = 1 << 18, 1 << 12  # bytes of such a place, at first
 
 
 class Transfers:
-    """Queues copies on one stream, for one thread. A copy waits only where every place is still under way."""
+    """Queues copies on one stream, for one thread. A copy waits only where every place is still under way.
 
-    def __init__(self, stream: Any):
+    places: how many copies to the host may be asked for before the first is waited for
+    """
+
+    def __init__(self, stream: Any, places: int = _INCOMING):
         self._stream = stream
         self._outgoing = _Ring(_OUTGOING, _OUT)
-        self._incoming = _Ring(_INCOMING, _IN)
+        self._incoming = _Ring(places, _IN)
 
     def to_device(self, destination: Array, source: np.ndarray) -> None:
         """Both contiguous, of the same type and size; source may change as soon as this returns."""
@@ -38,7 +42,7 @@ class Transfers:
             arrived.record(self._stream)
 
     def to_host(self, source: Array) -> Callable[[], np.ndarray]:
-        """Calling the result waits for the copy and returns it, read-only. It must be called before _INCOMING more are
+        """Calling the result waits for the copy and returns it, read-only. It must be called before `places` more are
         asked for."""
         self._incoming.grow(source.nbytes)
         room, arrived = self._incoming.take()

@@ -39,7 +39,7 @@ class Caller:
 
 
 class Callers:
-    """Watches the calls of one model instance. cancel: Engine.cancel"""
+    """Watches the calls of one model instance. cancel: the engine's"""
 
     def __init__(self, cancel: Cancel) -> None:
         self._cancel = cancel
@@ -66,8 +66,9 @@ class Callers:
                 caller.gone = True
 
     def alone(self) -> bool:
-        """Whether there is no more than one."""
-        return len(self._callers) <= 1
+        """Whether there is no more than one, and nothing is asked about it yet."""
+        now = time.monotonic()
+        return len(self._callers) <= 1 and all(now - one.since < AGE for one in list(self._callers.values()))
 
     def stop(self, name: str) -> int:
         """Cancels the calls with that request id; how many there were."""

@@ -1,4 +1,4 @@
-"""A model's engine in a process of its own: python -m lightseq_backend.serving.engine_process NUMBER_OF_A_SOCKET
+"""A model's engine in a process of its own: python -m lightseq_backend.serving.engine_process SOCKET PARENT
 
 Triton's stub runs Python for every request and every answer. In one process with it the engine's thread waits for that
 at each call of the device, and the device waits for the engine. Here one thread does it all, in turn: it reads what has
@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from lightseq_backend import errors
@@ -24,23 +25,7 @@ from lightseq_backend.config import Config, DecodingOptions
 from lightseq_backend.engine.engine import Engine
 from lightseq_backend.errors import ConfigError, RequestError, WeightError
 from lightseq_backend.request import Decode, Output, Request, Sequence
-from lightseq_backend.serving import loading
-from lightseq_backend.serving.link import (
-    Cancel,
-    Failed,
-    Fault,
-    Link,
-    Log,
-    Look,
-    Progress,
-    Ready,
-    Reply,
-    Row,
-    Status,
-    Stop,
-    Submit,
-    Told,
-)
+from lightseq_backend.serving import link, loading
 from lightseq_backend.serving.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -50,22 +35,22 @@ _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
 def main() -> None:
-    _end_with_the_parent()
-    link = Link(socket.socket(fileno=int(sys.argv[1])))
-    _log_to(link)
-    try:
-        (settings,) = link.receive()
+    number, parent = map(int, sys.argv[1:])
+    _end_with(parent)
+    channel = link.Link(socket.socket(fileno=number))
+    _log_to(channel)
+    with suppress(link.Gone):  # who asks for answers
+        (settings,) = channel.receive()
         try:
-            host = Host(*_made(settings), link, AWAKE[settings.device])
+            host = Host(*_made(settings), channel, AWAKE[settings.device])
         except (ConfigError, WeightError, RequestError) as error:
-            link.send([Failed(error)])
-            return
+            channel.send([link.Failed(error)])
+        except link.Gone:
+            raise
         except Exception:
-            link.send([Failed(RuntimeError(traceback.format_exc()))])
-            return
-        host.run()
-    except (EOFError, OSError):  # who asks for answers is gone
-        return
+            channel.send([link.Failed(RuntimeError(traceback.format_exc()))])
+        else:
+            host.run()
 
 
 def _made(settings: Settings) -> tuple[Engine, Decode | None]:
@@ -79,9 +64,9 @@ def _made(settings: Settings) -> tuple[Engine, Decode | None]:
 class Host:
     """Runs an engine for who is at the other end of a link, until that is gone or has it stop."""
 
-    def __init__(self, engine: Engine, decode: Decode | None, link: Link, awake: float = 0.0):
+    def __init__(self, engine: Engine, decode: Decode | None, channel: link.Link, awake: float = 0.0):
         """awake: seconds for which it does not sleep when there is nothing to do."""
-        self._engine, self._decode, self._link, self._awake = engine, decode, link, awake
+        self._engine, self._decode, self._link, self._awake = engine, decode, channel, awake
         self._requests: dict[int, Request] = {}  # without an answer, by number
         self._options: dict[int, DecodingOptions] = {}  # by the place they were told for
         self._found: list[Any] = []  # messages to be sent
@@ -90,7 +75,7 @@ class Host:
 
     def run(self) -> None:
         engine = self._engine
-        self._link.send([Ready(engine.model.config, engine.config, engine.limits, engine.memory)])
+        self._link.send([link.Ready(engine.model.config, engine.config, engine.limits, engine.memory)])
         while self._until is None or (not engine.idle and time.monotonic() < self._until):
             messages = self._messages()
             for message in messages:
@@ -99,9 +84,10 @@ class Host:
                 engine.step()
             if engine.fault and not self._told:
                 self._told = True
-                self._found.append(Fault(engine.fault))
+                self._found.append(link.Fault(engine.fault))
             self._send()
         engine.stop(0)
+        self._found.append(self._status())
         self._send()
 
     def _messages(self) -> list[Any]:
@@ -120,17 +106,18 @@ class Host:
 
     def _take(self, message: Any) -> None:
         engine = self._engine
-        if isinstance(message, Submit):
-            self._submit([self._request(row) for row in message.rows])
-        elif isinstance(message, Told):
+        if isinstance(message, link.Submit):
+            options = self._options[message.options]
+            self._submit([self._request(row, options) for row in message.rows])
+        elif isinstance(message, link.Told):
             self._options[message.place] = message.options
-        elif isinstance(message, Cancel):
+        elif isinstance(message, link.Cancel):
             wanted = [self._requests[number] for number in message.numbers if number in self._requests]
             engine.cancel(wanted, message.error)
-        elif isinstance(message, Look):
+        elif isinstance(message, link.Ask):
             engine.expire()
             self._found.append(self._status())
-        elif isinstance(message, Stop):
+        elif isinstance(message, link.Stop):
             engine.close()
             self._until = time.monotonic() + message.patience
 
@@ -147,10 +134,10 @@ class Host:
         for request in requests:
             request.reply(error)
 
-    def _request(self, row: Row) -> Request:
+    def _request(self, row: link.Row, options: DecodingOptions) -> Request:
         request = Request(
             row.tokens,
-            self._options[row.options],
+            options,
             self._reply_to(row.number),
             row.kind,
             row.stream,
@@ -159,6 +146,7 @@ class Host:
             row.deadline,
             self._decode if row.text else None,
             row.priority,
+            row.arrived,
         )
         self._requests[row.number] = request
         return request
@@ -166,18 +154,18 @@ class Host:
     def _reply_to(self, number: int) -> Callable[[Output | Exception], None]:
         def reply(result: Output | Exception) -> None:
             del self._requests[number]
-            self._found.append(Reply(number, _portable(result) if isinstance(result, Exception) else result))
+            self._found.append(link.Reply(number, _portable(result) if isinstance(result, Exception) else result))
 
         return reply
 
     def _progress_of(self, number: int) -> Callable[[Any], None]:
-        return lambda texts: self._found.append(Progress(number, texts))
+        return lambda texts: self._found.append(link.Progress(number, texts))
 
-    def _status(self) -> Status:
+    def _status(self) -> link.Status:
         engine = self._engine
         timings = tuple(engine.timings)
         engine.timings.clear()
-        return Status(
+        return link.Status(
             engine.waiting,
             engine.waiting_tokens,
             engine.waiting_seconds,
@@ -211,31 +199,30 @@ def _naming_the_row(requests: list[Request], config: Config, error: RequestError
 
 
 class _LinkLog(logging.Handler):
-    def __init__(self, link: Link):
+    def __init__(self, channel: link.Link):
         super().__init__()
-        self._link = link
+        self._link = channel
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            self._link.send([Log(record.levelno, self.format(record))])
+            self._link.send([link.Log(record.levelno, self.format(record))])
         except Exception:
             self.handleError(record)
 
 
-def _log_to(link: Link) -> None:
+def _log_to(channel: link.Link) -> None:
     """What this package logs is logged at the other end."""
     package = logging.getLogger("lightseq_backend")
-    package.handlers, package.propagate = [_LinkLog(link)], False
+    package.handlers, package.propagate = [_LinkLog(channel)], False
     package.setLevel(logging.INFO)
 
 
-def _end_with_the_parent() -> None:
+def _end_with(parent: int) -> None:
     """However that ends: a step that hangs reads no link. Signals to the server's group are the server's to heed."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(_DEATH_SIGNAL, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:
+    if os.getppid() != parent:  # it has ended meanwhile
         os._exit(1)
 
 

@@ -29,12 +29,11 @@ MOST_OPTIONS = 256  # that the engine keeps
 class Row(NamedTuple):
     """A request.Request, without what cannot leave the process. number: what its answer will bear.
 
-    options: the place of its options, which were Told before; followed, text: whether there is a `progress`, a `decode`
+    arrived: when, by time.monotonic(); followed, text: whether there is a `progress`, a `decode`
     """
 
     number: int
     tokens: np.ndarray
-    options: int
     kind: str
     stream: int
     target: np.ndarray | None
@@ -42,6 +41,7 @@ class Row(NamedTuple):
     deadline: float | None
     text: bool
     priority: str
+    arrived: float | None
 
 
 class Told(NamedTuple):
@@ -52,6 +52,9 @@ class Told(NamedTuple):
 
 
 class Submit(NamedTuple):
+    """Rows that are taken or refused together. options: the place of theirs, which were Told before."""
+
+    options: int
     rows: list[Row]
 
 
@@ -60,7 +63,7 @@ class Cancel(NamedTuple):
     error: Exception
 
 
-class Look(NamedTuple):
+class Ask(NamedTuple):
     """Asks for a Status. What has waited for too long is answered first."""
 
 
@@ -121,6 +124,10 @@ class Status(NamedTuple):
     timings: tuple[Timing, ...] = ()
 
 
+class Gone(EOFError):
+    """The other end takes or sends no more."""
+
+
 class Link:
     """One end of a connected pair of sockets. `send` from any thread, `receive` by one."""
 
@@ -131,23 +138,26 @@ class Link:
         self._part = memoryview(bytearray(_PART))
 
     def send(self, messages: Sequence[Any]) -> None:
-        """OSError where the other end is gone. Waits where that is far behind."""
+        """Waits where the other end is far behind; Gone where there is none."""
         body = pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
         with self._lock:
-            self._end.sendall(_LENGTH.pack(len(body)) + body)
+            try:
+                self._end.sendall(_LENGTH.pack(len(body)) + body)
+            except OSError as error:
+                raise Gone(f"nothing can be sent: {error}") from error
 
     def receive(self, wait: bool = True) -> list[Any]:
-        """What has arrived; with `wait`, one message at least. EOFError once the other end is gone."""
+        """What has arrived; with `wait`, one message at least. Gone once there is no other end."""
         messages: list[Any] = []
         while not messages:
             try:
                 size = self._end.recv_into(self._part, 0, 0 if wait else socket.MSG_DONTWAIT)
             except BlockingIOError:
                 break
-            except ConnectionError:  # it went without reading all it was sent
-                size = 0
+            except OSError as error:  # it went without reading all it was sent
+                raise Gone(f"nothing can be received: {error}") from error
             if not size:
-                raise EOFError("the other end is gone")
+                raise Gone("the other end is gone")
             self._arrived += self._part[:size]
             messages = self._whole()
         return messages

@@ -39,7 +39,7 @@ class TritonPythonModel:
     ENGINE = remote.PROGRAM  # of that process
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Loads weights, takes the engine's memory, starts the threads. Fails with every fault that was found."""
+        """Starts the engine's process, which loads the weights, and the threads; fails with every fault there is."""
         _log_through_triton()
         self._guard = Guard()
         started = time.monotonic()
@@ -47,10 +47,14 @@ class TritonPythonModel:
             settings = read_settings(args)
             self._wire = settings.wire
             self._engine = RemoteEngine(settings, self.ENGINE)
-            self._texts = _texts(settings, self._engine.model_config)
-            self._options = lru_cache(maxsize=256)(self._read_options)  # most requests give the same parameters
-            if self._wire.form.task != SCORE:
-                self._options("")  # what the file asks for by default must be possible
+            try:
+                self._texts = _texts(settings, self._engine.model_config)
+                self._options = lru_cache(maxsize=256)(self._read_options)  # most requests give the same parameters
+                if self._wire.form.task != SCORE:
+                    self._options("")  # what the file asks for by default must be possible
+            except BaseException:
+                self._engine.stop(0)
+                raise
         except (ConfigError, WeightError, RequestError) as error:
             raise pb_utils.TritonModelException(f"{args['model_name']}: {error}") from None
         labels = {"model": settings.model, "version": settings.version, "instance": settings.instance}
@@ -119,7 +123,7 @@ class TritonPythonModel:
         deadline = None if control.patience is None else arrived + control.patience
         progress, decode = self._replies.progress(ticket), self._texts.decode if self._texts.written else None
         wanted = [
-            Request(row, options, reply, kind, i, target, progress, deadline, decode, priority)
+            Request(row, options, reply, kind, i, target, progress, deadline, decode, priority, arrived)
             for i, (row, reply, target) in enumerate(zip(rows, self._replies.expect(ticket), targets))
         ]
         self._callers.watch(sender, control.name or request.request_id(), wanted)

@@ -20,23 +20,7 @@ from lightseq_backend.config import DecodingOptions
 from lightseq_backend.engine.engine import STEP_PATIENCE, TIMINGS
 from lightseq_backend.errors import Overloaded
 from lightseq_backend.request import Request, Timing
-from lightseq_backend.serving.link import (
-    MOST_OPTIONS,
-    Cancel,
-    Failed,
-    Fault,
-    Link,
-    Log,
-    Look,
-    Progress,
-    Ready,
-    Reply,
-    Row,
-    Status,
-    Stop,
-    Submit,
-    Told,
-)
+from lightseq_backend.serving import link
 from lightseq_backend.serving.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -63,7 +47,7 @@ class RemoteEngine:
         self._submitting = threading.Lock()  # guards the options that the engine keeps, and their order on the link
         self._told: deque[DecodingOptions] = deque()
         self._places: dict[int, int] = {}  # of those, by id()
-        self._status = Status()
+        self._status = link.Status()
         self._looked: float | None = None  # when a look was asked for that has not come
         self._heard = threading.Event()  # that it has
         self._stopping = self._ended = False
@@ -127,34 +111,43 @@ class RemoteEngine:
         return self.model_config.decoding.with_changes(changes or {}, self.limits)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        """Queues all requests, of MOST_OPTIONS different options at most, or none; which of them it is, their replies
-        say. Overloaded: the engine is stopping. RuntimeError: it has failed."""
+        """Queues all requests, which have the same options, or none; which of them it is, their replies say.
+
+        Overloaded: the engine is stopping. RuntimeError: it has failed.
+        """
         if self._stopping:
             raise Overloaded("the engine is stopping")
         if self.fault:
             raise RuntimeError(self.fault)
         with self._submitting:
-            news = self._news(requests)
+            options = requests[0].options
+            news = self._introduced(options)
             rows = [self._row(request) for request in requests]
             try:
-                self._link.send([*news, Submit(rows)])
-            except OSError:
+                self._link.send([*news, link.Submit(self._places[id(options)], rows)])
+            except link.Gone:
+                self._process.kill()
                 self._reader.join()  # it sees how the process ended
-                if [row for row in rows if self._take(row.number)]:  # else they have had their answers
+                if self._take_all(rows):  # else they have had their answers
                     raise self._last() from None
+            except BaseException:  # nothing was sent
+                self._take_all(rows)
+                if news:
+                    del self._places[id(self._told.pop())]
+                raise
 
     def cancel(self, requests: Iterable[Request], error: Exception) -> None:
         """As Engine.cancel."""
         numbers = [self._by_id.get(id(request)) for request in requests]
         if left := [number for number in numbers if number is not None]:
-            self._tell(Cancel(left, error))
+            self._tell(link.Cancel(left, error))
 
     def expire(self) -> None:
         """Has the engine answer what has waited for too long, and tell how it is; waits a little for that."""
         if self._looked is None and not self._ended:
             self._heard.clear()
             self._looked = time.monotonic()
-            self._tell_aside(Look())
+            self._tell_aside(link.Ask())
         self._heard.wait(PATIENCE)
 
     def give_up(self, reason: str) -> None:
@@ -165,35 +158,31 @@ class RemoteEngine:
     def stop(self, patience: float = 30.0) -> None:
         """Takes no more, finishes what runs or waits within `patience` seconds, answers the rest with an error."""
         self._stopping = True
-        self._tell_aside(Stop(patience))
+        self._tell_aside(link.Stop(patience))
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(0 if self.fault else patience + STEP_PATIENCE)
         self._process.kill()
         self._process.wait()
         self._reader.join()
 
-    def _news(self, requests: Sequence[Request]) -> list[Told]:
-        """What the engine has to be told of the options of requests."""
-        news = []
-        for options in (request.options for request in requests):
-            if id(options) in self._places:
-                continue
-            place = len(self._told)
-            if place == MOST_OPTIONS:
-                place = self._places.pop(id(self._told.popleft()))
-            self._told.append(options)
-            self._places[id(options)] = place
-            news.append(Told(place, options))
-        return news
+    def _introduced(self, options: DecodingOptions) -> list[link.Told]:
+        """What the engine has to be told first of requests with these options."""
+        if id(options) in self._places:
+            return []
+        place = len(self._told)
+        if place == link.MOST_OPTIONS:
+            place = self._places.pop(id(self._told.popleft()))
+        self._told.append(options)
+        self._places[id(options)] = place
+        return [link.Told(place, options)]
 
-    def _row(self, request: Request) -> Row:
+    def _row(self, request: Request) -> link.Row:
         number = next(self._numbers)
         self._requests[number] = request
         self._by_id[id(request)] = number
-        return Row(
+        return link.Row(
             number,
             request.tokens,
-            self._places[id(request.options)],
             request.kind,
             request.stream,
             request.target,
@@ -201,6 +190,7 @@ class RemoteEngine:
             request.deadline,
             request.decode is not None,
             request.priority,
+            request.arrived,
         )
 
     def _take(self, number: int) -> Request | None:
@@ -210,26 +200,30 @@ class RemoteEngine:
             self._by_id.pop(id(request), None)
         return request
 
+    def _take_all(self, rows: list[link.Row]) -> bool:
+        """Whether any was without an answer."""
+        return any([self._take(row.number) is not None for row in rows])  # noqa: C419 -- all of them
+
     def _tell(self, message: Any) -> None:
-        with suppress(OSError):  # who reads sees that the process has ended
+        with suppress(link.Gone):  # who reads sees that the process has ended
             self._link.send([message])
 
     def _tell_aside(self, message: Any) -> None:
         """On a thread of its own: where the engine hangs and the link is full, sending waits for ever."""
         threading.Thread(target=self._tell, args=(message,), name="tell", daemon=True).start()
 
-    def _first(self) -> Ready:
+    def _first(self) -> link.Ready:
         """What the process says once its engine is made, or is not."""
-        found: Ready | None = None
+        found: link.Ready | None = None
         while found is None:
             try:
                 messages = self._link.receive()
-            except EOFError:
+            except link.Gone:
                 raise RuntimeError(f"the engine's process has ended: {_end(self._process.wait())}") from None
             for message in messages:
-                if isinstance(message, Failed):
+                if isinstance(message, link.Failed):
                     raise message.error
-                if isinstance(message, Ready):
+                if isinstance(message, link.Ready):
                     found = message
                 else:
                     self._heed(message)
@@ -240,18 +234,21 @@ class RemoteEngine:
             while True:
                 for message in self._link.receive():
                     self._heed(message)
-        except EOFError:
+        except link.Gone:
             pass
         except Exception as error:
             log.exception("the engine's process cannot be understood")
             self.give_up(f"{type(error).__name__}: {error}")
         self._link.close()
-        end = _end(self._process.wait())
+        code = self._process.wait()
+        if not self._stopping and self.fault is None:
+            self.fault = f"the engine's process has ended: {_end(code)}; the model must be loaded again"
+            log.error(self.fault)
+        elif code and self.fault is None:
+            log.error("the engine's process has ended before its time: %s", _end(code))
+        self._status = link.Status()  # nothing waits there, and nothing is in its slots
         self._ended = True
         self._heard.set()
-        if not self._stopping and self.fault is None:
-            self.fault = f"the engine's process has ended: {end}; the model must be loaded again"
-            log.error(self.fault)
         for number in list(self._requests):
             self._answer(number, self._last())
 
@@ -260,20 +257,20 @@ class RemoteEngine:
         return RuntimeError(self.fault) if self.fault else Overloaded("the engine was stopped")
 
     def _heed(self, message: Any) -> None:
-        if isinstance(message, Reply):
+        if isinstance(message, link.Reply):
             self._answer(message.number, message.result)
-        elif isinstance(message, Progress):
+        elif isinstance(message, link.Progress):
             request = self._requests.get(message.number)
             if request is not None and request.progress is not None:
                 _guarded(request.progress, message.texts)
-        elif isinstance(message, Status):
+        elif isinstance(message, link.Status):
             self._looked, self._status = None, message
             self.counts, self.step_seconds = Counter(message.counts), message.step_seconds
             self.timings.extend(message.timings)
             self._heard.set()
-        elif isinstance(message, Fault):
+        elif isinstance(message, link.Fault):
             self.fault = self.fault or message.reason
-        elif isinstance(message, Log):
+        elif isinstance(message, link.Log):
             log.log(message.level, message.text)
 
     def _answer(self, number: int, result: Any) -> None:
@@ -289,17 +286,17 @@ def _guarded(call: Any, value: Any) -> None:
         log.exception("an answer could not be delivered")
 
 
-def _started(program: str) -> tuple[subprocess.Popen[bytes], Link]:
+def _started(program: str) -> tuple[subprocess.Popen[bytes], link.Link]:
     """The process, which finds the packages that this one does."""
     ours, theirs = socket.socketpair()
     with theirs:
         process = subprocess.Popen(
-            [_interpreter(), "-m", program, str(theirs.fileno())],
+            [_interpreter(), "-m", program, str(theirs.fileno()), str(os.getpid())],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         )
-    return process, Link(ours)
+    return process, link.Link(ours)
 
 
 def _interpreter() -> str:

@@ -1,4 +1,4 @@
-"""Answers, and parts of them, on their way back to Triton: round trips to the server, done by threads of their own."""
+"""Answers, and parts of them, on their way back to Triton: round trips to the server, for which there are threads."""
 
 from __future__ import annotations
 

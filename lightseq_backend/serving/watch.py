@@ -16,7 +16,7 @@ PERIOD = 1.0  # seconds
 
 
 class Watch:
-    """Gives an engine up, with the reason, when a round takes longer than `limit` seconds or its thread has ended;
+    """Gives an engine up, with the reason, when a round takes longer than `limit` seconds or it has ended;
     answers what has waited for too long; stops it when the server is about to end; calls `update`. Triton 24.10 asks no
     model whether it is ready: this does.
     """

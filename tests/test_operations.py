@@ -342,9 +342,10 @@ def test_stopping_server_answers_what_it_cannot_finish(tmp_path: Path) -> None:
                 outcomes["answered"] += 1
             except InferenceServerException as error:
                 outcomes[error.message()] += 1
-    refused = {"the engine was stopped", "the engine is stopping"}  # these came while it was
+    # These came while it was, or on a busy machine when Triton itself was already ending.
+    refused = {"the engine is stopping", "Request for unknown model: 'slow' has no available versions"}
     assert outcomes["the engine was stopped"] > 0
-    assert set(outcomes) <= {"answered", *refused}
+    assert set(outcomes) <= {"answered", "the engine was stopped", *refused}
 
 
 def test_killed_model_process_is_noticed_and_healed_by_a_reload_or_a_new_server(tmp_path: Path) -> None:

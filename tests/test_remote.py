@@ -335,6 +335,10 @@ def test_deadline_counts_in_the_engines_process(engine: RemoteEngine) -> None:
     assert isinstance(soon.answers()[0], Output)
 
 
+def test_steps_on_a_cpu_go_behind_what_reads_and_answers(engine: RemoteEngine) -> None:
+    assert os.getpriority(os.PRIO_PROCESS, engine.process) == os.getpriority(os.PRIO_PROCESS, 0) + 5
+
+
 def test_waiting_counts_from_a_requests_own_arrival(engine: RemoteEngine) -> None:
     looked_at(engine)
     engine.timings.clear()

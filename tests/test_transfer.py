@@ -124,3 +124,10 @@ def test_larger_copy_leaves_those_under_way_alone(device: LateDevice, transfers:
     later = transfers.to_host(small)
     assert np.array_equal(whole(), large.array)
     assert first().tolist() == later().tolist() == list(range(9))
+
+
+def test_one_place_is_enough_for_who_waits_for_each_copy(device: LateDevice, transfers: Any) -> None:
+    room, single = OnDevice(np.zeros(5, np.int32)), type(transfers)(transfers._stream, places=1)
+    for number in range(5):
+        transfers.to_device(room, np.full(5, number, np.int32))
+        assert single.to_host(room)().tolist() == [number] * 5

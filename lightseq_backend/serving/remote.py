@@ -47,7 +47,7 @@ class RemoteEngine:
         self._submitting = threading.Lock()  # guards the options that the engine keeps, and their order on the link
         self._told: deque[DecodingOptions] = deque()
         self._places: dict[int, int] = {}  # of those, by id()
-        self._status = link.Status()
+        self._show(link.Status())
         self._looked: float | None = None  # when a look was asked for that has not come
         self._heard = threading.Event()  # that it has
         self._stopping = self._ended = False
@@ -70,22 +70,6 @@ class RemoteEngine:
     @property
     def process(self) -> int:
         return self._process.pid
-
-    @property
-    def waiting(self) -> int:
-        return self._status.waiting
-
-    @property
-    def waiting_tokens(self) -> int:
-        return self._status.waiting_tokens
-
-    @property
-    def waiting_seconds(self) -> float:
-        return self._status.waiting_seconds
-
-    @property
-    def slots_in_use(self) -> int:
-        return self._status.slots_in_use
 
     @property
     def alive(self) -> bool:
@@ -246,7 +230,7 @@ class RemoteEngine:
             log.error(self.fault)
         elif code and self.fault is None:
             log.error("the engine's process has ended before its time: %s", _end(code))
-        self._status = link.Status()  # nothing waits there, and nothing is in its slots
+        self._show(link.Status())  # nothing waits there, and nothing is in its slots
         self._ended = True
         self._heard.set()
         for number in list(self._requests):
@@ -256,6 +240,11 @@ class RemoteEngine:
         """For whoever the process leaves without an answer."""
         return RuntimeError(self.fault) if self.fault else Overloaded("the engine was stopped")
 
+    def _show(self, status: link.Status) -> None:
+        """What Engine's properties of these names say."""
+        self.waiting, self.waiting_tokens = status.waiting, status.waiting_tokens
+        self.waiting_seconds, self.slots_in_use = status.waiting_seconds, status.slots_in_use
+
     def _heed(self, message: Any) -> None:
         if isinstance(message, link.Reply):
             self._answer(message.number, message.result)
@@ -264,7 +253,8 @@ class RemoteEngine:
             if request is not None and request.progress is not None:
                 _guarded(request.progress, message.texts)
         elif isinstance(message, link.Status):
-            self._looked, self._status = None, message
+            self._looked = None
+            self._show(message)
             self.counts, self.step_seconds = Counter(message.counts), message.step_seconds
             self.timings.extend(message.timings)
             self._heard.set()

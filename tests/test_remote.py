@@ -31,9 +31,9 @@ from weight_files import golden
 from lightseq_backend.config import DecodingOptions
 from lightseq_backend.engine import Engine
 from lightseq_backend.errors import Cancelled, ConfigError, DeadlineExceeded, Overloaded, RequestError, WeightError
-from lightseq_backend.request import Output, Request
+from lightseq_backend.request import Hypothesis, Output, Request
 from lightseq_backend.serving import remote as module
-from lightseq_backend.serving.link import MOST_OPTIONS, Gone, Link
+from lightseq_backend.serving.link import MOST_OPTIONS, Gone, Link, Progress, Reply, Row, Soon, Submit
 from lightseq_backend.serving.loading import load_engine
 from lightseq_backend.serving.remote import PATIENCE, RemoteEngine
 from lightseq_backend.serving.settings import Settings
@@ -64,11 +64,14 @@ def local() -> Engine:
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[..., RemoteEngine]]:
-    """start() -> an engine of the test's own; given code, it runs before each round once the engine is made."""
+    """start() -> an engine of the test's own; given code, it runs before each round once the engine is made.
+
+    awake: AWAKE, as beside a GPU
+    """
     started = []
 
-    def made(code: str = "") -> RemoteEngine:
-        started.append(RemoteEngine(of(golden("t01_base.pb")), program(code, tmp_path, monkeypatch)))
+    def made(code: str = "", awake: float = 0.0) -> RemoteEngine:
+        started.append(RemoteEngine(of(golden("t01_base.pb")), program(code, tmp_path, monkeypatch, awake)))
         return started[-1]
 
     yield made
@@ -77,13 +80,13 @@ def start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[
         one.stop()
 
 
-def program(code: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def program(code: str, directory: Path, monkeypatch: pytest.MonkeyPatch, awake: float = 0.0) -> str:
     if not code:
         return module.PROGRAM
     lines = [
         "import time",
         "from lightseq_backend.engine.engine import Engine",
-        "from lightseq_backend.serving.engine_process import Host, main",
+        "from lightseq_backend.serving.engine_process import AWAKE, Host, main",
         "run, step = Host.run, Engine.step",
         "def changed_step(self):",
         f"    {code}",
@@ -92,6 +95,7 @@ def program(code: str, directory: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "    Engine.step = changed_step",
         "    run(self)",
         "Host.run = changed_run",
+        f"AWAKE['cpu'] = {awake}",
         "main()",
     ]
     (directory / "changed_engine.py").write_text("\n".join(lines))
@@ -200,6 +204,37 @@ def test_end_of_the_other_end_is_told_after_all_it_had_sent(ends: Any) -> None:
             here.receive(wait)
     with pytest.raises(Gone):
         here.send(["more"])
+
+
+def test_requests_answers_and_progress_arrive_as_they_were_sent(ends: Any) -> None:
+    here, there, _ = ends
+    ids, wide = np.arange(5, dtype=np.int32), np.arange(3, dtype=np.int64)
+    details = np.linspace(-1, 0, 5, dtype=np.float32)
+    rows = [
+        Row(1, ids, "generate", 2, None, True, 7.5, True, "high", 1.25),
+        Row(2, wide, "score", 0, ids, False, None, False, "normal", None),
+    ]
+    sent: list[Any] = [
+        Submit(3, rows),
+        Progress(4, (ids, ids[:0], wide)),
+        Reply(5, Output((Hypothesis(ids, -1.5, True, details, 1, "five"), Hypothesis(ids[::2], -2.0, False)), 6, True)),
+        Reply(6, Output(loss=2.5, target_log_probabilities=details)),
+        Reply(7, RequestError("no")),
+        Soon(),
+    ]
+    there.send(sent)
+    arrived = here.receive()
+    assert [type(one) for one in arrived] == [type(one) for one in sent]
+    assert list(map(told, arrived)) == list(map(told, sent))
+
+
+def told(value: Any) -> Any:
+    """What can be compared: arrays as their types and numbers."""
+    if isinstance(value, np.ndarray):
+        return value.dtype, value.tolist()
+    if isinstance(value, Exception):
+        return type(value), str(value)
+    return [told(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 # Answers --------------------------------------------------------------------------------------------------------------
@@ -339,6 +374,31 @@ def test_steps_on_a_cpu_go_behind_what_reads_and_answers(engine: RemoteEngine) -
     assert os.getpriority(os.PRIO_PROCESS, engine.process) == os.getpriority(os.PRIO_PROCESS, 0) + 5
 
 
+def test_who_reads_stays_awake_for_a_request_that_is_alone(
+    start: Callable[..., RemoteEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside a GPU: there the engine's process says when."""
+    monkeypatch.setattr(module, "AWAKE", 60.0)
+    engine = start("pass", awake=0.001)
+    looks: list[bool] = []
+    receive = engine._link.receive
+
+    def counted(wait: bool = True) -> list[Any]:
+        looks.append(wait)
+        return receive(wait)
+
+    monkeypatch.setattr(engine._link, "receive", counted)
+    Asked(engine, [ROW, ROW]).answers()
+    looked_at(engine)  # it waited for those as before
+    assert False not in looks
+    Asked(engine, [ROW]).answers()
+    assert looks.count(False) > 10
+    looked_at(engine)
+    before = len(looks)
+    time.sleep(0.2)  # nobody waits for an answer now: it sleeps, though not all of the 60 s are over
+    assert len(looks) - before <= 1
+
+
 def test_waiting_counts_from_a_requests_own_arrival(engine: RemoteEngine) -> None:
     looked_at(engine)
     engine.timings.clear()
@@ -351,7 +411,8 @@ def test_waiting_counts_from_a_requests_own_arrival(engine: RemoteEngine) -> Non
 
 def test_request_that_cannot_be_sent_is_refused_alone(engine: RemoteEngine) -> None:
     options = engine.options({"beam_size": 3, "length_penalty": 0.25})
-    unsendable = [Request(lambda: None, options, lambda result: None)]  # type: ignore[arg-type]
+    ids = np.asarray(ROW, np.int32)
+    unsendable = [Request(ids, options, lambda result: None, target=lambda: None)]  # type: ignore[arg-type]
     with pytest.raises(Exception, match="pickle"):
         engine.submit(unsendable)
     assert isinstance(Asked(engine, [ROW], options).answers()[0], Output)

@@ -31,7 +31,7 @@ from lightseq_backend.serving.settings import Settings
 log = logging.getLogger(__name__)
 # By device. Steps keep all cores of a CPU busy: what reads requests and sends answers goes before them.
 NICE = {"cpu": 5, "cuda": 0}
-# Seconds, by device. Waking up takes 0.1 ms and more; beside a GPU there are cores to spare.
+# Seconds, by device. Waking up takes 0.1 ms and more; beside a GPU there are cores to spare, here and at the other end.
 AWAKE = {"cpu": 0.0, "cuda": 0.002}
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
@@ -80,11 +80,14 @@ class Host:
         engine = self._engine
         self._link.send([link.Ready(engine.model.config, engine.config, engine.limits, engine.memory)])
         while self._until is None or (not engine.idle and time.monotonic() < self._until):
+            alone = engine.idle
             messages = self._messages()
             for message in messages:
                 self._take(message)
             if messages or not engine.idle:  # who leaves is answered, though nobody decodes
                 engine.step()
+            if alone and self._awake and len(self._requests) == 1:  # the device is at it
+                self._found.append(link.Soon())
             if engine.fault and not self._told:
                 self._told = True
                 self._found.append(link.Fault(engine.fault))

@@ -26,6 +26,7 @@ from lightseq_backend.serving.settings import Settings
 log = logging.getLogger(__name__)
 
 PATIENCE = 0.1  # seconds that whoever has the engine looked at waits: between two rounds it answers at once
+AWAKE = 0.02  # seconds that who reads does not sleep for a request alone: after those, 0.1 ms to wake up are little
 PROGRAM = "lightseq_backend.serving.engine_process"
 
 
@@ -48,6 +49,7 @@ class RemoteEngine:
         self._told: deque[DecodingOptions] = deque()
         self._places: dict[int, int] = {}  # of those, by id()
         self._show(link.Status())
+        self._awake = 0.0  # until when who reads does not sleep, by time.monotonic()
         self._looked: float | None = None  # when a look was asked for that has not come
         self._heard = threading.Event()  # that it has
         self._stopping = self._ended = False
@@ -216,7 +218,7 @@ class RemoteEngine:
     def _read(self) -> None:
         try:
             while True:
-                for message in self._link.receive():
+                for message in self._messages():
                     self._heed(message)
         except link.Gone:
             pass
@@ -236,6 +238,13 @@ class RemoteEngine:
         for number in list(self._requests):
             self._answer(number, self._last())
 
+    def _messages(self) -> list[Any]:
+        """What has come, one at least. Does not sleep for an answer that comes soon."""
+        while len(self._requests) == 1 and time.monotonic() < self._awake:
+            if messages := self._link.receive(wait=False):
+                return messages
+        return self._link.receive()
+
     def _last(self) -> Exception:
         """For whoever the process leaves without an answer."""
         return RuntimeError(self.fault) if self.fault else Overloaded("the engine was stopped")
@@ -248,6 +257,8 @@ class RemoteEngine:
     def _heed(self, message: Any) -> None:
         if isinstance(message, link.Reply):
             self._answer(message.number, message.result)
+        elif isinstance(message, link.Soon):
+            self._awake = time.monotonic() + AWAKE
         elif isinstance(message, link.Progress):
             request = self._requests.get(message.number)
             if request is not None and request.progress is not None:

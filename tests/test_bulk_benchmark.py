@@ -57,19 +57,20 @@ def test_run_is_interrupted_even_where_interrupts_were_ignored(tmp_path: Path) -
 
 def test_growth_is_that_behind_the_warm_up() -> None:
     sizes = (900, 50, 52, 57, 51)
-    samples = [Sample(10.0 * place, 100 * place, size * MIB) for place, size in enumerate(sizes, 1)]
+    samples = [Sample(10.0 * place, bulk.WARM_UP // 2 * place, size * MIB) for place, size in enumerate(sizes, 1)]
     report = bulk.summary(samples)
-    assert (report["warm"]["memory"], report["largest"]["lines"], report["end"]["memory"]) == (50 * MIB, 400, 51 * MIB)
-    assert (report["lines_done"], report["lines_a_second"]) == (500, 10.0)
-    with pytest.raises(SystemExit, match="20 s of its warm-up"):
+    lines = report["largest"]["lines"], report["lines_done"], 10 * report["lines_a_second"]
+    assert (report["warm"]["memory"], report["end"]["memory"]) == (50 * MIB, 51 * MIB)
+    assert [count / bulk.WARM_UP for count in lines] == [2.0, 2.5, 0.5]
+    with pytest.raises(SystemExit, match="100,000 lines of its warm-up"):
         bulk.summary(samples[:2])
 
 
 @pytest.mark.parametrize(("largest", "verdict"), [(54, "met"), (55, "MISSED")])
 def test_report_says_whether_memory_stayed(largest: int, verdict: str) -> None:
-    report = bulk.summary([Sample(20, 100, 50 * MIB), Sample(30, 200, largest * MIB)])
+    report = bulk.summary([Sample(20, 100_000, 50 * MIB), Sample(30, 200_000, largest * MIB)])
     where = dict.fromkeys(("processor", "cores", "load_average_1min", "python", "date"), "-")
     machine = {**where, "packages": {"numpy": "1"}}
     text = bulk.markdown({"machine": machine, "lines": 1000, "file_bytes": MIB, "exit_code": 130, **report})
     assert f"{largest - 50}.0 MiB\n(allowed: 4; {verdict})" in text
-    assert "200 lines in 30 s (interrupted, exit code 130), 10 lines/s" in text
+    assert "200,000 lines in 30 s (interrupted, exit code 130), 10,000 lines/s" in text

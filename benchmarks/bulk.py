@@ -131,7 +131,7 @@ def summary(samples: list[Sample]) -> dict[str, Any]:
     """What is reported of a run: from its warm-up on, and in all."""
     warm = [sample for sample in samples if sample.lines >= WARM_UP]
     if len(warm) < 2:
-        raise SystemExit(f"the run did not get past the {WARM_UP:,} lines of its warm-up: give it more lines or seconds")
+        raise SystemExit(f"its warm-up, {WARM_UP:,} lines, was not over: give the run more lines or seconds")
     first, last = warm[0], warm[-1]
     return {
         "seconds": last.seconds,

@@ -62,7 +62,7 @@ def test_growth_is_that_behind_the_warm_up() -> None:
     lines = report["largest"]["lines"], report["lines_done"], 10 * report["lines_a_second"]
     assert (report["warm"]["memory"], report["end"]["memory"]) == (50 * MIB, 51 * MIB)
     assert [count / bulk.WARM_UP for count in lines] == [2.0, 2.5, 0.5]
-    with pytest.raises(SystemExit, match="100,000 lines of its warm-up"):
+    with pytest.raises(SystemExit, match="warm-up, 100,000 lines"):
         bulk.summary(samples[:2])
 
 

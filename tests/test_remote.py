@@ -276,6 +276,28 @@ def test_more_options_than_are_kept_are_not_mixed_up(engine: RemoteEngine, local
         assert [seen(one.answers()[0]) for one in asked] == [alone[number] for number in part]
 
 
+def test_groups_are_sent_with_one_message_and_answered_each_by_its_own_options(
+    engine: RemoteEngine, local: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Any] = []
+    send = engine._link.send
+    monkeypatch.setattr(engine._link, "send", lambda messages: sent.append(messages) or send(messages))
+    rows, changes = [case["source_ids"][0] for case in CASES[:3]], [{"beam_size": size} for size in (1, 3, 4)]
+    results: list[list[Any]] = [[] for _ in rows]
+    engine.submit(
+        *[
+            [Request(np.asarray(row, np.int32), engine.options(change), found.append)]
+            for row, change, found in zip(rows, changes, results)
+        ]
+    )
+    assert until(lambda: all(results))
+    wanted = [Asked(local, [row], local.options(change)) for row, change in zip(rows, changes)]
+    run(local)
+    assert [seen(found[0]) for found in results] == [seen(one.answers()[0]) for one in wanted]
+    submits = [messages for messages in sent if any(isinstance(message, Submit) for message in messages)]
+    assert len(submits) == 1
+
+
 def test_rows_of_one_submit_are_answered_each_by_its_own(engine: RemoteEngine, local: Engine) -> None:
     options = engine.options({"sampling_method": "sample", "seed": 5})
     rows = [case["source_ids"][0] for case in CASES]
@@ -413,9 +435,12 @@ def test_request_that_cannot_be_sent_is_refused_alone(engine: RemoteEngine) -> N
     options = engine.options({"beam_size": 3, "length_penalty": 0.25})
     ids = np.asarray(ROW, np.int32)
     unsendable = [Request(ids, options, lambda result: None, target=lambda: None)]  # type: ignore[arg-type]
+    others = [Request(ids, engine.options({"beam_size": 2, "length_penalty": 0.5}), lambda result: None)]
     with pytest.raises(Exception, match="pickle"):
-        engine.submit(unsendable)
+        engine.submit(others, unsendable)
+    assert not engine._requests
     assert isinstance(Asked(engine, [ROW], options).answers()[0], Output)
+    assert isinstance(Asked(engine, [ROW], others[0].options).answers()[0], Output)
     assert not engine._requests
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import lru_cache
 
 from lightseq_backend.errors import RequestError
 
@@ -21,6 +22,7 @@ class Control:
     name: str = ""
 
 
+@lru_cache(maxsize=256)  # most requests give the same parameters
 def read_control(parameters: str) -> Control:
     """parameters: a JSON object as Triton gives it."""
     if not any(name in parameters for name in CONTROLS):

@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -17,7 +17,7 @@ from lightseq_backend.errors import ConfigError, NotUnderWay, RequestError, Weig
 from lightseq_backend.request import SCORE, Request
 from lightseq_backend.serving import loading, remote
 from lightseq_backend.serving.callers import Callers
-from lightseq_backend.serving.control import read_control
+from lightseq_backend.serving.control import Control, read_control
 from lightseq_backend.serving.guard import Guard
 from lightseq_backend.serving.metrics import Metrics
 from lightseq_backend.serving.parts import Parts
@@ -31,6 +31,11 @@ from lightseq_backend.serving.wire import TARGET_IDS, TARGET_TEXT, TEXT_INPUT, p
 from lightseq_backend.small import copied
 
 log = logging.getLogger(__name__)
+
+
+class _Call(NamedTuple):
+    sender: Any
+    wanted: list[Request]
 
 
 class TritonPythonModel:
@@ -79,13 +84,22 @@ class TritonPythonModel:
 
     def execute(self, requests: list[Any]) -> None:
         """Submits each request, or has it refused by itself; the answers are sent later."""
+        self._replies.wait_for_room()
+        calls, stops = [], []
         for request in requests:
-            self._replies.wait_for_room()
-            sender = request.get_response_sender()
+            sender, parameters = request.get_response_sender(), request.parameters()
             try:
-                self._submit(request, sender)
+                control = read_control(parameters)
+                if control.cancel is not None:
+                    stops.append((control.cancel, sender))
+                else:
+                    calls.append(_Call(sender, self._read(request, parameters, control, sender)))
             except Exception as error:
                 self._replies.refuse(sender, error)
+        if calls:
+            self._submit(calls)
+        for name, sender in stops:  # one of those just submitted may be meant
+            self._stop(name, sender)
 
     def is_ready(self) -> bool:
         """Whether answers can be expected."""
@@ -99,13 +113,20 @@ class TritonPythonModel:
         self._replies.close()
         self._guard.close()
 
-    def _submit(self, request: Any, sender: Any) -> None:
+    def _submit(self, calls: list[_Call]) -> None:
+        """All with one message, which is cheaper; should that fail, each by itself."""
+        try:
+            self._engine.submit(*[call.wanted for call in calls])
+        except Exception as error:
+            if len(calls) == 1:
+                self._replies.refuse(calls[0].sender, error)
+            else:
+                for call in calls:
+                    self._submit([call])
+
+    def _read(self, request: Any, parameters: str, control: Control, sender: Any) -> list[Request]:
+        """What the engine is to do, a row each."""
         arrived = time.monotonic()
-        parameters = request.parameters()
-        control = read_control(parameters)
-        if control.cancel is not None:
-            self._stop(control.cancel, sender)
-            return
         rows, from_text = self._given(request, self._wire.input, TEXT_INPUT, self._wire.text_input, self._texts.rows)
         if self._wire.streams and len(rows) > 1:
             raise RequestError(f"the request has {len(rows)} rows; a stream has one: send a request for each")
@@ -127,13 +148,14 @@ class TritonPythonModel:
             for i, (row, reply, target) in enumerate(zip(rows, self._replies.expect(ticket), targets))
         ]
         self._callers.watch(sender, control.name or request.request_id(), wanted)
-        self._engine.submit(wanted)
+        return wanted
 
     def _stop(self, name: str, sender: Any) -> None:
         """Stops the requests with that id; the answer to whoever asks for it has no tensors."""
-        if not self._callers.stop(name):
-            raise NotUnderWay(f"no request with the id {name!r} is under way here")
-        self._replies.confirm(sender)
+        if self._callers.stop(name):
+            self._replies.confirm(sender)
+        else:
+            self._replies.refuse(sender, NotUnderWay(f"no request with the id {name!r} is under way here"))
 
     def _given(
         self, request: Any, ids_name: str, text_name: str, takes_text: bool, rows_of: Callable[..., list[np.ndarray]]

@@ -96,30 +96,33 @@ class RemoteEngine:
         """As Engine.options."""
         return self.model_config.decoding.with_changes(changes or {}, self.limits)
 
-    def submit(self, requests: Sequence[Request]) -> None:
-        """Queues all requests, which have the same options, or none; which of them it is, their replies say.
+    def submit(self, *groups: Sequence[Request]) -> None:
+        """Queues of each group, whose requests have the same options, all or none; which of them, their replies say.
 
-        Overloaded: the engine is stopping. RuntimeError: it has failed.
+        Overloaded: the engine is stopping. RuntimeError: it has failed. With any error no group is queued.
         """
         if self._stopping:
             raise Overloaded("the engine is stopping")
         if self.fault:
             raise RuntimeError(self.fault)
         with self._submitting:
-            options = requests[0].options
-            news = self._introduced(options)
-            rows = [self._row(request) for request in requests]
+            messages: list[Any] = []
+            for requests in groups:
+                messages += self._introduced(requests[0].options)
+                rows = [self._row(request) for request in requests]
+                messages.append(link.Submit(self._places[id(requests[0].options)], rows))
             try:
-                self._link.send([*news, link.Submit(self._places[id(options)], rows)])
+                self._link.send(messages)
             except link.Gone:
                 self._process.kill()
-                self._reader.join()  # it sees how the process ended
-                if self._take_all(rows):  # else they have had their answers
-                    raise self._last() from None
+                self._reader.join()  # it sees how the process ended, and answers most of these
+                for number in _numbers_of(messages):
+                    self._answer(number, self._last())
             except BaseException:  # nothing was sent
-                self._take_all(rows)
-                if news:
-                    del self._places[id(self._told.pop())]
+                for number in _numbers_of(messages):
+                    self._take(number)
+                self._told.clear()  # what the engine has been told before, it is told again
+                self._places.clear()
                 raise
 
     def cancel(self, requests: Iterable[Request], error: Exception) -> None:
@@ -185,10 +188,6 @@ class RemoteEngine:
         if request is not None:
             self._by_id.pop(id(request), None)
         return request
-
-    def _take_all(self, rows: list[link.Row]) -> bool:
-        """Whether any was without an answer."""
-        return any([self._take(row.number) is not None for row in rows])  # noqa: C419 -- all of them
 
     def _tell(self, message: Any) -> None:
         with suppress(link.Gone):  # who reads sees that the process has ended
@@ -278,6 +277,10 @@ class RemoteEngine:
         request = self._take(number)
         if request is not None:
             _guarded(request.reply, result)
+
+
+def _numbers_of(messages: list[Any]) -> list[int]:
+    return [row.number for message in messages if isinstance(message, link.Submit) for row in message.rows]
 
 
 def _guarded(call: Any, value: Any) -> None:

@@ -97,7 +97,7 @@ class Replies:
 
     def wait_for_room(self) -> None:
         """Blocks while very many results wait to be sent: who asks faster than that waits, in Triton's own queue."""
-        while sum(courier.arrived.qsize() for courier in self._couriers) >= MOST_UNSENT and self.alive:
+        while sum([courier.arrived.qsize() for courier in self._couriers]) >= MOST_UNSENT and self.alive:
             time.sleep(0.001)
 
     def refuse(self, sender: Any, error: Exception) -> None:

@@ -5,6 +5,8 @@ there now is 0. `as_numpy()` then repeats the first value over the whole array a
 bytes at all, both without an error. DLPack asks NumPy for no struct of its own, so numbers travel that way, whatever
 the NumPy (2 is all there is for Python 3.13). Strings cannot: their first byte is repeated before any Python sees
 them, and the stub ends with the error of parsing that. `survive_strings` has it hand out what can be refused instead.
+
+All here runs for every request, with the interpreter's lock, which is what bounds how many a model answers.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 def to_numpy(tensor: pb_utils.Tensor) -> np.ndarray:
     """The numbers of an input tensor, read-only for safety's sake; they live as long as the array does."""
-    return np.from_dlpack(tensor)
+    return np.from_dlpack(_Asked(tensor))
 
 
 def to_tensor(name: str, array: np.ndarray) -> pb_utils.Tensor:
@@ -31,11 +33,14 @@ def to_tensor(name: str, array: np.ndarray) -> pb_utils.Tensor:
         return pb_utils.Tensor(name, array)
     if not array.size:  # nothing to get wrong, and the stub takes the strides of an empty array for a fault
         return pb_utils.Tensor(name, array)
-    array = np.require(array, requirements=("C", "W"))
+    if not (array.flags.c_contiguous and array.flags.writeable):
+        array = np.array(array, order="C")
     # The stub compares strides even where an axis of length 1 makes them meaningless; reshaping tidies them.
-    lender = _Lender(array.reshape(-1).reshape(array.shape))
-    tensor = pb_utils.Tensor.from_dlpack(name, lender)
-    lender.settle()
+    capsule = array.reshape(-1).reshape(array.shape).__dlpack__()
+    tensor = pb_utils.Tensor.from_dlpack(name, capsule)
+    # The stub marks a capsule as taken with a name of its own, "used_dlpack", instead of the protocol's
+    # "used_dltensor"; NumPy, on dropping the capsule, would take it for broken and print an error each time.
+    _set_name(capsule, _USED)
     return tensor
 
 
@@ -58,32 +63,22 @@ class _Unreadable(np.ndarray):
         return np.full(shape[0] if len(shape) == 1 else shape, b"", np.object_)
 
 
-class _Lender:
-    """An array whose DLPack capsule is corrected after the stub took what is in it.
+class _Asked:
+    """A tensor as NumPy 2 asks for it: with arguments that the stub refuses, by an exception each time."""
 
-    The stub marks a capsule as taken with a name of its own, "used_dlpack", instead of the protocol's
-    "used_dltensor"; NumPy, on dropping the capsule, would take it for broken and print an error each time.
-    """
+    __slots__ = ("_tensor",)
 
-    def __init__(self, array: np.ndarray) -> None:
-        self._array = array
-        self._capsule: Any = None
+    def __init__(self, tensor: pb_utils.Tensor) -> None:
+        self._tensor = tensor
 
     def __dlpack__(self, **_: object) -> object:
-        self._capsule = self._array.__dlpack__()
-        return self._capsule
+        return self._tensor.__dlpack__()
 
     def __dlpack_device__(self) -> tuple[int, int]:
-        device: tuple[int, int] = self._array.__dlpack_device__()
+        device: tuple[int, int] = self._tensor.__dlpack_device__()
         return device
-
-    def settle(self) -> None:
-        if _is_valid(self._capsule, b"used_dlpack"):
-            _set_name(self._capsule, _USED)
 
 
 _USED = b"used_dltensor"  # a capsule keeps a pointer to its name: this object must live on
-_is_valid = ctypes.pythonapi.PyCapsule_IsValid
-_is_valid.argtypes, _is_valid.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_int
 _set_name = ctypes.pythonapi.PyCapsule_SetName
 _set_name.argtypes, _set_name.restype = (ctypes.py_object, ctypes.c_char_p), ctypes.c_int

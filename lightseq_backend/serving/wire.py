@@ -174,13 +174,12 @@ class Wire:
         form = self.form
         if form.task == SCORE:
             return self._unbatched(_scores(outputs, form))
-        texts = [
-            [_text(row, hypothesis, output, config, form) for hypothesis in output.hypotheses]
-            for row, output in zip(rows, outputs, strict=True)
-        ]
-        width, depth = max(len(text) for row in texts for text in row), len(texts[0])
-        filled = [[text + [config.end_id] * (width - len(text)) for text in row] for row in texts]
-        ids = np.array(filled, self.ids_type).reshape(len(rows), depth, width)
+        texts = [_texts(row, output, config, form) for row, output in zip(rows, outputs, strict=True)]
+        lengths, depth = {len(text) for row in texts for text in row}, len(texts[0])
+        width = max(lengths)
+        if len(lengths) > 1:
+            texts = [[text + [config.end_id] * (width - len(text)) for text in row] for row in texts]
+        ids = np.array(texts, self.ids_type).reshape(len(rows), depth, width)
         tensors = {str(form.ids): ids}
         if self.details and any(one.token_log_probabilities is not None for one in outputs[0].hypotheses):
             tensors[DETAILS] = _details(rows, outputs, ids.shape, config)
@@ -324,20 +323,23 @@ def _scores(outputs: Sequence[Output], form: Form) -> dict[str, np.ndarray]:
     return {str(form.scores): each.sum(axis=1, keepdims=True, dtype=np.float64).astype(np.float32), form.each: each}
 
 
-def _text(row: np.ndarray, hypothesis: Hypothesis, output: Output, config: Config, form: Form) -> list[int]:
-    """Ids of one hypothesis as LightSeq's server of that form and dialect would write them (lightseq_format.md 3.5).
+def _texts(row: np.ndarray, output: Output, config: Config, form: Form) -> list[list[int]]:
+    """Ids of each hypothesis as LightSeq's server of that form and dialect would write them (lightseq_format.md 3.5).
 
     A search that was cut gets one more column, of the end id; V0's generate server has no room for it and
     overwrites the last token. A GPT's text starts with its prompt and has no such column.
     """
+    texts: list[list[int]] = [hypothesis.tokens.tolist() for hypothesis in output.hypotheses]
     if isinstance(config, GptConfig):
-        return [*prompt_of(row, config).tolist(), *hypothesis.tokens.tolist()]
-    overwrites = config.dialect.name == "v0" and form.scores is not None
-    text: list[int] = hypothesis.tokens.tolist()
-    text += [config.end_id] * (output.steps + (output.cut and not overwrites) - len(text))
-    if output.cut and overwrites:
-        text[-1:] = [config.end_id] if text else []
-    return text
+        prompt = prompt_of(row, config).tolist()
+        return [prompt + text for text in texts]
+    overwrites = output.cut and config.dialect.name == "v0" and form.scores is not None
+    length = output.steps + (output.cut and not overwrites)
+    for text in texts:
+        text += [config.end_id] * (length - len(text))
+        if overwrites:
+            text[-1:] = [config.end_id] if text else []
+    return texts
 
 
 def prompt_of(row: np.ndarray, config: Config) -> np.ndarray:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
 from queue import SimpleQueue
 from typing import Any
 
@@ -26,17 +26,17 @@ log = logging.getLogger(__name__)
 ANSWERED, REFUSED, OVERLOADED, FAILED, CANCELLED, LATE = OUTCOMES = (
     *("answered", "refused", "overloaded", "failed", "cancelled", "deadline_exceeded"),
 )
-MOST_UNSENT = 4096  # results of rows; beside them there are those that wait and those that decode
+MOST_UNSENT = 4096  # requests with results; beside them there are those that wait and those that decode
 # A round trip takes a good half of a millisecond, nearly all of it waiting: one thread sends 1,400 answers a second.
-COURIERS = 4
+COURIERS = 8
 Result = Output | Exception
-_numbers = count()
 
 
 @dataclass
 class Ticket:
     """One Triton request under way: its rows, what writes their text if it wants any, and what came back so far.
 
+    arrived  what is to be handled, in order: a row and its result, None for a part; taken: by a courier, or for one
     parts    of a stream; latest: what it has come to; waiting: whether a part is to be sent of that. A caller who is
              slow, or whoever carries the parts, gets fewer and longer ones: no more than the latest is kept
     """
@@ -48,7 +48,8 @@ class Ticket:
     results: dict[int, Result] = field(default_factory=dict)
     latest: tuple[np.ndarray, ...] = ()
     waiting: bool = False
-    number: int = field(default_factory=lambda: next(_numbers))
+    arrived: deque[tuple[int, Result | None]] = field(default_factory=deque)
+    taken: bool = False
 
 
 class Replies:
@@ -63,8 +64,9 @@ class Replies:
         self, wire: Wire, config: Config, leave: Callable[[Any], None], alone: Callable[[], bool] = lambda: False
     ):
         self._wire, self._config, self._leave, self._alone = wire, config, leave, alone
-        self._couriers = [_Courier(self._handle) for _ in range(COURIERS)]
-        self._lock = threading.Lock()  # guards outcomes
+        self._arrived: SimpleQueue[Ticket | None] = SimpleQueue()  # each of them once
+        self._couriers = [threading.Thread(target=self._deliver, name="replies", daemon=True) for _ in range(COURIERS)]
+        self._lock = threading.Lock()  # guards outcomes, and which tickets are taken
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
 
     def start(self) -> None:
@@ -97,7 +99,7 @@ class Replies:
 
     def wait_for_room(self) -> None:
         """Blocks while very many results wait to be sent: who asks faster than that waits, in Triton's own queue."""
-        while sum([courier.arrived.qsize() for courier in self._couriers]) >= MOST_UNSENT and self.alive:
+        while self._arrived.qsize() >= MOST_UNSENT and self.alive:
             time.sleep(0.001)
 
     def refuse(self, sender: Any, error: Exception) -> None:
@@ -110,8 +112,8 @@ class Replies:
 
     def close(self) -> None:
         """Sends what has arrived, then ends the threads."""
-        for courier in self._couriers:
-            courier.arrived.put(None)
+        for _ in self._couriers:
+            self._arrived.put(None)
         for courier in self._couriers:
             courier.join()
 
@@ -120,8 +122,25 @@ class Replies:
         (self._handle if at_once else self._put)(ticket, row, result)
 
     def _put(self, ticket: Ticket, row: int, result: Result | None) -> None:
-        """All of a ticket goes to the same thread, which keeps it in order."""
-        self._couriers[ticket.number % COURIERS].arrived.put((ticket, row, result))
+        """For any courier, but one at a time, which keeps what is of a ticket in order."""
+        ticket.arrived.append((row, result))
+        with self._lock:
+            taken, ticket.taken = ticket.taken, True
+        if not taken:
+            self._arrived.put(ticket)
+
+    def _deliver(self) -> None:
+        while (ticket := self._arrived.get()) is not None:
+            while (arrival := self._next(ticket)) is not None:
+                try:
+                    self._handle(ticket, *arrival)
+                except Exception:  # a bug of ours must not leave all the others waiting
+                    log.exception("an answer was lost")
+
+    def _next(self, ticket: Ticket) -> tuple[int, Result | None] | None:
+        with self._lock:
+            ticket.taken = bool(ticket.arrived)
+            return ticket.arrived.popleft() if ticket.taken else None
 
     def _handle(self, ticket: Ticket, row: int, result: Result | None) -> None:
         if result is None:
@@ -171,22 +190,6 @@ class Replies:
             self._send_tensors(ticket, ticket.parts.rest(outputs[0]))
             tensors |= ticket.parts.closing(outputs[0])
         return ANSWERED, _response_of(tensors)
-
-
-class _Courier(threading.Thread):
-    """A thread and what it has to send. handle: Replies._handle"""
-
-    def __init__(self, handle: Callable[[Ticket, int, Result | None], None]):
-        super().__init__(name="replies", daemon=True)
-        self.arrived: SimpleQueue[tuple[Ticket, int, Result | None] | None] = SimpleQueue()
-        self._handle = handle
-
-    def run(self) -> None:
-        while (arrival := self.arrived.get()) is not None:
-            try:
-                self._handle(*arrival)
-            except Exception:  # a bug of ours must not leave all the others waiting
-                log.exception("an answer was lost")
 
 
 def _response_of(tensors: dict[str, np.ndarray]) -> Any:

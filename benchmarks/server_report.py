@@ -9,7 +9,9 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.server_models import LATER, NOOP, NOOP_LATER, SERVED, STATIC, STREAM
 
-ENGINE_SHARE, GAIN, ADDED_MS = 0.9, 1.5, 0.5  # aims: of the engine's tokens/s, over static batches, beyond the no-op
+# Aims: of the engine's tokens/s; over static batches; beyond the no-op that answers as late as a model does. Triton
+# itself takes longer then: one more round trip, and all on a request's way has fallen asleep.
+ENGINE_SHARE, GAIN, ADDED_MS = 0.9, 1.5, 0.5
 ENGINE = "engine alone"
 
 
@@ -83,15 +85,17 @@ def _verdicts(report: dict[str, Any]) -> list[str]:
     engine, served, noop, later = (
         report["short"][name]["latency"]["p50"] for name in (ENGINE, SERVED, NOOP, NOOP_LATER)
     )
-    added, pause = served - engine, LATER * 1e3
+    pause = LATER * 1e3
+    added, triton = served - engine, later - pause
     return [
         f"- At {busiest['concurrency']} under way the server gives {share:.0%} of the engine's tokens "
         f"(aim: {ENGINE_SHARE:.0%}; {_met(share >= ENGINE_SHARE)}).",
         f"- There it gives {gain:.2f} times what static batches do (aim: {GAIN}; {_met(gain >= GAIN)}).",
-        f"- One short request at a time takes {served:.2f} ms, the engine alone {engine:.2f}, a no-op {noop:.2f}: "
-        f"{added:.2f} ms are added (aim: {ADDED_MS} beyond the no-op; {_met(added <= noop + ADDED_MS)}). A no-op that "
-        f"answers {pause:g} ms later, as models that take others meanwhile do, takes {later - pause:.2f} and those "
-        f"{pause:g}.",
+        f"- One short request at a time takes {served:.2f} ms, the engine alone {engine:.2f}: {added:.2f} ms are "
+        f"added. To a no-op that answers after {pause:g} ms, as models do that take others meanwhile, Triton adds "
+        f"{triton:.2f}: the model's own part is {added - triton:.2f} (aim: {ADDED_MS}; "
+        f"{_met(added <= triton + ADDED_MS)}). Beyond a no-op that answers at once, which takes {noop:.2f}, it is "
+        f"{added - noop:.2f}.",
     ]
 
 

@@ -109,8 +109,19 @@ def _grpc(url: str, call: Call, rows: np.ndarray, request_id: str, timeout: floa
     except InferenceServerException as error:
         raise RequestFailed(INTERNAL, error.message() or "no reason given") from None
     finally:
-        client.stop_stream(cancel_requests=True)
+        stop_stream(client)
         client.close()
+
+
+def stop_stream(client: Any) -> None:
+    """Ends the stream of a tritonclient.grpc.InferenceServerClient, whatever is under way on it.
+
+    By itself tritonclient (2.73) leaves a thread behind there that waits for one more request for ever.
+    """
+    requests = getattr(getattr(client, "_stream", None), "_request_queue", None)
+    client.stop_stream(cancel_requests=True)
+    if requests is not None:
+        requests.put(None)
 
 
 def _http(url: str, call: Call, rows: np.ndarray, request_id: str, timeout: float) -> Generator[Outputs, None, None]:

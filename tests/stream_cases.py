@@ -24,6 +24,7 @@ from weight_files import golden
 
 from lightseq_backend import weights
 from lightseq_backend.serving.embedded import EmbeddedServer
+from lightseq_client.stream import stop_stream
 
 DECOUPLED = "model_transaction_policy { decoupled: true }"
 LONGEST = 4000  # tokens of a text that takes seconds
@@ -72,7 +73,7 @@ class Stream:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.client.stop_stream(cancel_requests=True)
+        stop_stream(self.client)
         if not self._lent:
             self.client.close()
 

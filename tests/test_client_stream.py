@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from test_instances import until
 from test_serving import metrics_of
 
 from lightseq_backend.serving.embedded import EmbeddedServer
@@ -101,3 +103,24 @@ def test_command_streams_json(server: EmbeddedServer, capfd: pytest.CaptureFixtu
     *parts, last = map(json.loads, capfd.readouterr().out.splitlines())
     assert "".join(part["texts"][0] for part in parts) == last["hypotheses"][0]["text"] == "one thousand"
     assert last["first_token_ms"] > 0
+
+
+def test_streams_leave_no_threads_behind(client: Client) -> None:
+    """Read to the end or not: in either case tritonclient closes a stream by cancelling it."""
+
+    def stream(parts: int) -> None:
+        running = client.stream(GENERATE, PROMPT, codec=ServerText(), **LONG)
+        for _ in zip(range(parts), running):
+            pass
+        running.close()
+
+    stream(1)
+    before = threads()
+    for _ in range(5):
+        stream(1)
+        stream(1000)
+    assert until(lambda: threads() <= before)
+
+
+def threads() -> int:
+    return len(os.listdir("/proc/self/task"))

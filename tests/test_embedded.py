@@ -90,6 +90,13 @@ def test_environment_setting_wins(facts: dict) -> None:
     assert facts["environment"]["OMP_NUM_THREADS"] == "1"
 
 
+def test_no_more_models_load_at_once_than_there_are_cores(echo: EmbeddedServer) -> None:
+    """On fewer they starve each other, and Triton takes one that is silent for a second for dead."""
+    arguments = Path(f"/proc/{echo.pid}/cmdline").read_text().split("\0")
+    (given,) = [one for one in arguments if one.startswith("--model-load-thread-count=")]
+    assert 1 <= int(given.partition("=")[2]) <= min(4, len(os.sched_getaffinity(0)))
+
+
 def test_admin_apis_are_locked_without_a_key(echo: EmbeddedServer) -> None:
     with tritonclient.http.InferenceServerClient(echo.http) as client:
         with pytest.raises(InferenceServerException, match="restricted"):

@@ -304,6 +304,9 @@ class EmbeddedServer:
             f"--backend-config=python,shm-default-byte-size={self._shm_bytes}",
             # Named after the temporary directory, so that `stop` finds what a killed server leaves behind.
             f"--backend-config=python,shm-region-prefix-name={backends.parent.name}",
+            # More at a time take each other's cores: a model whose process is silent for a second counts as dead, and
+            # Triton 24.10 then waits for ever for its end.
+            f"--model-load-thread-count={min(4, usable_cpus())}",
             f"--exit-timeout-secs={max(1, int(self._stop_timeout) - 2)}",
             *_log_arguments(self._log_level),
         ]

@@ -29,8 +29,6 @@ from lightseq_backend.serving import link, loading
 from lightseq_backend.serving.settings import Settings
 
 log = logging.getLogger(__name__)
-# By device. Steps keep all cores of a CPU busy: what reads requests and sends answers goes before them.
-NICE = {"cpu": 5, "cuda": 0}
 # Seconds, by device. Waking up takes 0.1 ms and more; beside a GPU there are cores to spare, here and at the other end.
 AWAKE = {"cpu": 0.0, "cuda": 0.002}
 _DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
@@ -43,7 +41,6 @@ def main() -> None:
     _log_to(channel)
     with suppress(link.Gone):  # who asks for answers
         (settings,) = channel.receive()
-        os.nice(NICE[settings.device])
         try:
             host = Host(*_made(settings), channel, AWAKE[settings.device])
         except (ConfigError, WeightError, RequestError) as error:

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 
 PATIENCE = 0.1  # seconds that whoever has the engine looked at waits: between two rounds it answers at once
 AWAKE = 0.02  # seconds that who reads does not sleep for a request alone: after those, 0.1 ms to wake up are little
+# By device, from the start. Loading and steps keep all cores of a CPU busy: what reads requests and sends answers goes
+# before them, and so does what tells Triton that a model's process lives (its patience is a second).
+NICE = {"cpu": 5, "cuda": 0}
 PROGRAM = "lightseq_backend.serving.engine_process"
 
 
@@ -42,6 +45,9 @@ class RemoteEngine:
     def __init__(self, settings: Settings, program: str = PROGRAM):
         """program: a module that does what engine_process.py does."""
         self._process, self._link = _started(program)
+        with suppress(ProcessLookupError):  # it has ended: `_first` says how
+            nice = os.getpriority(os.PRIO_PROCESS, 0) + NICE[settings.device]
+            os.setpriority(os.PRIO_PROCESS, self._process.pid, nice)
         self._numbers = count()
         self._requests: dict[int, Request] = {}  # without an answer, by number
         self._by_id: dict[int, int] = {}  # those numbers by the id() of the request

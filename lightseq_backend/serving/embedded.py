@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from lightseq_backend.errors import ConfigError
 from lightseq_backend.serving.device import DEVICES, choose_device
@@ -34,6 +35,9 @@ ADMIN_KEY_VARIABLE = "LIGHTSEQ_ADMIN_KEY"
 MARGIN = 4.0  # seconds before the end of stop_timeout
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 RESTRICTED_APIS = "model-repository,shared-memory,trace,logging"  # what changes the server, for those with the key
+# Ctrl-C comes to us alone, and `_end` finds all. No session of its own where that can be had without: Linux gives each
+# session its share of a core, and on a busy machine a thread of a new one may wait for seconds.
+_OWN_GROUP: Any = {"process_group": 0} if sys.version_info >= (3, 11) else {"start_new_session": True}
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _PORT_TAKEN = re.compile(r"address already in use|socket '[^']*' already in use", re.IGNORECASE)
 # Triton 24.10 has ended so once, while the two instances of a model started beside each other.
@@ -282,7 +286,7 @@ class EmbeddedServer:
                 stdout=log,
                 stderr=subprocess.STDOUT if log else None,
                 env=self._server_environment(directory / "lib", triton),
-                start_new_session=True,  # its own process group: Ctrl-C comes to us alone, and `_end` finds all
+                **_OWN_GROUP,
             )
         finally:
             if log:

@@ -439,6 +439,7 @@ def test_request_that_cannot_be_sent_is_refused_alone(engine: RemoteEngine) -> N
     with pytest.raises(Exception, match="pickle"):
         engine.submit(others, unsendable)
     assert not engine._requests
+    assert len(engine._told) == len(engine._places)
     assert isinstance(Asked(engine, [ROW], options).answers()[0], Output)
     assert isinstance(Asked(engine, [ROW], others[0].options).answers()[0], Output)
     assert not engine._requests

@@ -90,6 +90,20 @@ def test_environment_setting_wins(facts: dict) -> None:
     assert facts["environment"]["OMP_NUM_THREADS"] == "1"
 
 
+def test_server_is_ready_when_all_its_ports_are_open(monkeypatch: pytest.MonkeyPatch, echo: EmbeddedServer) -> None:
+    """Triton opens that of its metrics last, a moment after it says over HTTP that it is ready."""
+    listens, asked = embedded._listens, []
+
+    def refused_at_first(address: str) -> bool:
+        asked.append(address)
+        return asked.count(address) > 1 and listens(address)
+
+    monkeypatch.setattr(embedded, "_listens", refused_at_first)
+    echo._wait_until_ready()
+    assert (asked.count(echo.grpc), asked.count(echo.metrics)) == (3, 2)
+    assert not listens("127.0.0.1:1")
+
+
 def test_no_more_models_load_at_once_than_there_are_cores(echo: EmbeddedServer) -> None:
     """On fewer they starve each other, and Triton takes one that is silent for a second for dead."""
     arguments = Path(f"/proc/{echo.pid}/cmdline").read_text().split("\0")

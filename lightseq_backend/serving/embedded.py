@@ -341,10 +341,19 @@ class EmbeddedServer:
         while time.monotonic() < deadline:
             if self._process is None or _has_exited(self._process.pid):
                 raise ServerFailed(f"tritonserver ended before it was ready\n{self.log_end()}")
-            if _is_ready(self.http):
+            if _is_ready(self.http) and _listens(self.grpc) and _listens(self.metrics):  # the last of them opens last
                 return
             time.sleep(0.05)
         raise ServerFailed(f"tritonserver was not ready after {self._start_timeout:g} s\n{self.log_end()}")
+
+
+def _listens(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=1):
+            return True
+    except OSError:
+        return False
 
 
 def usable_cpus() -> int:

@@ -57,9 +57,9 @@ def test_run_is_interrupted_even_where_interrupts_were_ignored(tmp_path: Path) -
 
 def test_growth_is_that_behind_the_warm_up() -> None:
     sizes = (900, 50, 52, 57, 51)
-    samples = [Sample(10.0 * place, bulk.WARM_UP // 2 * place, size * MIB) for place, size in enumerate(sizes, 1)]
+    samples = [Sample(64.0 * place, bulk.WARM_UP // 2 * place, size * MIB) for place, size in enumerate(sizes, 1)]
     report = bulk.summary(samples)
-    lines = report["largest"]["lines"], report["lines_done"], 10 * report["lines_a_second"]
+    lines = report["largest"]["lines"], report["lines_done"], 64 * report["lines_a_second"]
     assert (report["warm"]["memory"], report["end"]["memory"]) == (50 * MIB, 51 * MIB)
     assert [count / bulk.WARM_UP for count in lines] == [2.0, 2.5, 0.5]
     with pytest.raises(SystemExit, match="warm-up, 100,000 lines"):

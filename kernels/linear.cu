@@ -7,6 +7,8 @@
 //   NORM     1 where x goes through a LayerNorm that is folded into W, else 0
 //   WEIGHT_BITS  8 where W is int8 with a scale per output, which NORM and the sums over INNER do not see
 //   ALIGNED  1 where rows of x begin at multiples of 16 bytes and INNER is made of such pieces
+//   FOURS    1 where `wide` is made of fours, and so do rows of residual and out begin, and bias
+//   ACTIVATION  common.cuh Activation: a switch in the end of a product would be jumped through by every result
 //   LATE     1 where the next kernel may begin once x is on its way, 0 where it may begin at once
 // The order of a sum depends on INNER and SPLIT alone, never on the rows: a row's result is the same whatever other
 // rows come with it.
@@ -33,8 +35,8 @@ struct Epilogue {
     const T* residual;     // [rows, wide] or null; may be out
     const float* columns;  // [2][wide] where NORM, and behind them the scales where W is int8
     T* out;                // [rows, wide]
-    int residual_stride, out_stride, rows, wide, activation;
-    float scale, epsilon;
+    int residual_stride, out_stride, rows, wide;
+    float epsilon;
 };
 
 #define PARTIAL_STRIDE (OUTPUTS + 4)        // floats: with four more no two lanes of a store share a bank; or moments
@@ -65,9 +67,11 @@ __device__ __forceinline__ int own_column(int turn) { return (turn * THREADS + t
 
 // Four numbers from `column` on, zeros from `wide` on.
 __device__ __forceinline__ Four load_four(const T* from, int column, int wide) {
-    Four four;
-    if (column + 4 <= wide && reinterpret_cast<size_t>(from + column) % sizeof(Four) == 0)
-        return *reinterpret_cast<const Four*>(from + column);
+    Four four = {};
+    if (FOURS) {
+        if (column < wide) four = *reinterpret_cast<const Four*>(from + column);
+        return four;
+    }
 #pragma unroll
     for (int i = 0; i < 4; i++) four.value[i] = column + i < wide ? from[column + i] : from_float<T>(0.f);
     return four;
@@ -75,10 +79,12 @@ __device__ __forceinline__ Four load_four(const T* from, int column, int wide) {
 
 // Four of a line of end.columns, zeros from `wide` on.
 __device__ __forceinline__ float4 load_columns(const Epilogue& end, int line, int column) {
+    const float* from = end.columns + (long long)line * end.wide + column;
+    if (FOURS)
+        return column < end.wide ? *reinterpret_cast<const float4*>(from) : make_float4(0.f, 0.f, 0.f, 0.f);
     float values[4];
 #pragma unroll
-    for (int i = 0; i < 4; i++)
-        values[i] = column + i < end.wide ? end.columns[(long long)line * end.wide + column + i] : 0.f;
+    for (int i = 0; i < 4; i++) values[i] = column + i < end.wide ? from[i] : 0.f;
     return make_float4(values[0], values[1], values[2], values[3]);
 }
 
@@ -156,7 +162,7 @@ __device__ __forceinline__ void finish(const float* partial, float4* inbox, Barr
 #if NORM
         const float4 moments = SPLIT > 1 ? over_cluster(own, OUTPUTS) : over_warps(own, OUTPUTS);
         const float mean = moments.x / INNER, variance = fmaxf(moments.y / INNER - mean * mean, 0.f);
-        const float factor = 1.f / sqrtf(variance + end.epsilon);
+        const float factor = rsqrtf(variance + end.epsilon);
         const float4 less = before.sums[turn], more = before.offsets[turn];
         sum = make_float4((sum.x - mean * less.x) * (factor * by.x) + more.x,
                           (sum.y - mean * less.y) * (factor * by.y) + more.y,
@@ -170,13 +176,13 @@ __device__ __forceinline__ void finish(const float* partial, float4* inbox, Barr
         T* to = end.out + (long long)row * end.out_stride + column;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float x = activate(sums[i] * end.scale + to_float(before.bias[turn].value[i]), end.activation);
+            const float x = activate(sums[i] + to_float(before.bias[turn].value[i]), ACTIVATION);
             four.value[i] = from_float<T>(to_float(before.residual[turn].value[i]) + x);
         }
-        if (column + 4 <= end.wide && reinterpret_cast<size_t>(to) % sizeof(Four) == 0)
-            *reinterpret_cast<Four*>(to) = four;
-        else
+        if (!FOURS)
             for (int i = 0; i < 4 && column + i < end.wide; i++) to[i] = four.value[i];
+        else if (column < end.wide)
+            *reinterpret_cast<Four*>(to) = four;
     }
 }
 
@@ -244,7 +250,7 @@ __device__ __forceinline__ void hand_over(float* own, const Sums& sums) {
             for (int i = 0; i < 4; i++) own[(8 * n + i % 2) * PARTIAL_STRIDE + 16 * m + i / 2 * 8] = sums[m][n][i];
 }
 
-// out[r] = residual[r] + activation(scale * (x[r] . W) + b); with NORM, x[r] . W stands for layer_norm(x[r]) . W
+// out[r] = residual[r] + activation(x[r] . W + b); with NORM, x[r] . W stands for layer_norm(x[r]) . W
 //   x T [rows, INNER], rows x_stride apart; W packed by pack_weight; bias T [wide] or null; residual T [rows, wide] or
 //   null, may be out; out T [rows, wide]; rows residual_stride and out_stride apart
 //   NORM: W has each row times its gain, columns float [2][wide] the sums of W's columns and (bias of the norm) . W:
@@ -257,8 +263,7 @@ __device__ __forceinline__ void hand_over(float* own, const Sums& sums) {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 linear(const T* x, int x_stride, const Stored* weight, const float* columns, float epsilon, const T* bias,
-       const T* residual, int residual_stride, T* out, int out_stride, int rows, int wide, int activation,
-       float scale) {
+       const T* residual, int residual_stride, T* out, int out_stride, int rows, int wide) {
     extern __shared__ __align__(128) char memory[];
     float* partial = reinterpret_cast<float*>(memory);
     float4* inbox = reinterpret_cast<float4*>(memory + WARPS * ROWS * PARTIAL_STRIDE * 4);
@@ -281,8 +286,7 @@ linear(const T* x, int x_stride, const Stored* weight, const float* columns, flo
 #pragma unroll
     for (int i = 0; i < DEPTH; i++) source.load(weights[i], i);
 
-    const Epilogue end = {bias, residual, columns, out, residual_stride, out_stride, rows, wide, activation, scale,
-                          epsilon};
+    const Epilogue end = {bias, residual, columns, out, residual_stride, out_stride, rows, wide, epsilon};
     Before before;
     prepare(end, before);
     const T* rows_of_x[ROW_TILES];  // row g of each tile, from this lane's first column on; the last row again after it

@@ -89,12 +89,12 @@ __device__ __forceinline__ void attend(const T* query, long long query_stride, i
     };
     if (warp < parts) fetch(warp * STEPS);
     wait_for_previous();
-    if (own.key && warp == 0 && lane < HEAD_SIZE / 4) {  // sixteen bytes of the key, or of the value
-        const int at = lane % (HEAD_SIZE / 8) * 8;
-        const bool key = lane < HEAD_SIZE / 8;
-        *reinterpret_cast<uint4*>((key ? own.kept_key : own.kept_value) + at) =
-            *reinterpret_cast<const uint4*>((key ? own.key : own.value) + at);
-    }
+    // The lane's sixteen bytes of what stays, of the key or the value: stored in the end, since a warp that stores what it
+    // has only just asked for does nothing until that has come.
+    uint4 kept = {};
+    const bool keeps = own.key && warp == 0 && lane < HEAD_SIZE / 4, keeps_key = lane < HEAD_SIZE / 8;
+    const int kept_at = lane % (HEAD_SIZE / 8) * 8;
+    if (keeps) kept = load_now((keeps_key ? own.key : own.value) + kept_at);
     unsigned q[KEY_WORDS];
     load(q, query + g * query_stride + t * (HEAD_SIZE / 4), g < beams && warp < parts);
     const float scale = LOG2_E * rsqrtf((float)HEAD_SIZE);
@@ -184,6 +184,7 @@ __device__ __forceinline__ void attend(const T* query, long long query_stride, i
             }
         }
     }
+    if (keeps) *reinterpret_cast<uint4*>((keeps_key ? own.kept_key : own.kept_value) + kept_at) = kept;
     if (parts == 1) return;
     __syncthreads();
     join(shares, beams, parts, out, out_stride);

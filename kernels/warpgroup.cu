@@ -4,6 +4,7 @@
 //   SPLIT   blocks of a cluster that share the sum over INNER
 //   DEPTH   stages under way, at most
 //   NORM    1 where x goes through a LayerNorm that is folded into W, else 0
+//   ACTIVATION  common.cuh Activation
 // What many rows cost is x: every block reads all of it. Loaded by threads it comes at 1 TB/s, by the copy engine at 5.
 
 #include "hopper.cuh"
@@ -34,6 +35,8 @@
 #define INBOX_AT most(RING * STAGE_BYTES, ROWS * PARTIAL_STRIDE * 4)
 #define MOMENTS_AT (INBOX_AT + (SPLIT - 1) * OWN_ROWS * PARTIAL_STRIDE * 4)
 #define BARRIERS_AT (MOMENTS_AT + NORM * SPLIT * SHARERS * OWN_ROWS * 8)
+// What each of the others sends: sums of this block's rows, and their moments.
+#define ARRIVING ((SPLIT - 1) * OWN_ROWS * (OUTPUTS * 4 + NORM * SHARERS * 8))
 
 struct __align__(8) Four { __half value[4]; };
 
@@ -51,13 +54,13 @@ __device__ __forceinline__ float4 add(const float4& x, const float4& y) {
 extern "C" __global__ void __launch_bounds__(THREADS)
 warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, const float* columns, float epsilon,
                  const __half* bias, const __half* residual, int residual_stride, __half* out, int out_stride, int rows,
-                 int wide, int activation) {
+                 int wide) {
     extern __shared__ __align__(1024) char memory[];
     float* partial = reinterpret_cast<float*>(memory);
     float* inbox = reinterpret_cast<float*>(memory + INBOX_AT);  // [SPLIT - 1][OWN_ROWS][PARTIAL_STRIDE]
     float2* moments = reinterpret_cast<float2*>(memory + MOMENTS_AT);  // [SPLIT][SHARERS][OWN_ROWS]
     Barrier* full = reinterpret_cast<Barrier*>(memory + BARRIERS_AT);
-    Barrier* empty = full + RING;
+    Barrier *empty = full + RING, *arrived = empty + RING;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const bool multiplies = thread < MULTIPLYING, observes = !multiplies && thread < LOADER;
     const int rank = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT, first_row = blockIdx.y * ROWS;
@@ -79,10 +82,13 @@ warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, 
             barrier_init(full + i, 1);
             barrier_init(empty + i, MULTIPLIERS + OBSERVING / 32);
         }
+        barrier_init(arrived, 1);
         publish_barriers();
+        if (SPLIT > 1) barrier_expect(arrived, ARRIVING);
         for (int stage = 0; stage < least(RING, count); stage++) load_weights(stage);
     }
     __syncthreads();
+    if (SPLIT > 1) cluster_arrive();
 
     const int column = tile * OUTPUTS + thread % QUADS * 4;  // of the results that this thread finishes
     float sums[ROW_TILES][4] = {};
@@ -106,7 +112,7 @@ warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, 
 #pragma unroll
         for (int stage = 0; stage < SLICE; stage++) {
             if (stage >= count) break;
-            barrier_wait(full + stage % RING, stage / RING % 2);
+            block_wait(full + stage % RING, stage / RING % 2);
             const char* w = stage_at(stage);
             const char* x = w + WEIGHT_BYTES + warp / 4 * (X_BYTES / MULTIPLIERS);
             warpgroup_begin();
@@ -125,7 +131,7 @@ warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, 
         const int row = thread % ROWS, part = (thread - MULTIPLYING) / ROWS;
         float sum[2] = {}, squares[2] = {};
         for (int stage = 0; stage < count; stage++) {
-            barrier_wait(full + stage % RING, stage / RING % 2);
+            block_wait(full + stage % RING, stage / RING % 2);
             const char* x = stage_at(stage) + WEIGHT_BYTES + row * 128;
 #pragma unroll
             for (int i = 0; i < 8 / SHARERS; i++) {
@@ -145,7 +151,7 @@ warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, 
         wait_for_previous();
         for (int stage = 0; stage < least(RING, count); stage++) load_x(stage);
         for (int stage = RING; stage < count; stage++) {
-            barrier_wait(empty + stage % RING, (stage / RING - 1) % 2);
+            block_wait(empty + stage % RING, (stage / RING - 1) % 2);
             load_weights(stage);
             load_x(stage);
         }
@@ -153,7 +159,6 @@ warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, 
     __syncwarp();
     __syncthreads();  // all stages have been read
 
-    if (SPLIT > 1) cluster_arrive();
     if (multiplies) {
         float* own = partial + (warp / 4 * (ROWS / MULTIPLIERS) + 2 * t) * PARTIAL_STRIDE + 16 * (warp % 4) + g;
 #pragma unroll
@@ -163,21 +168,24 @@ warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, 
     }
     if (SPLIT > 1) cluster_wait();  // all have begun: their shared memory may be written
     if (observes) {
-        const int row = thread % ROWS, part = (thread - MULTIPLYING) / ROWS;
-        float2* to = SPLIT > 1 ? map_shared(moments, row / OWN_ROWS) : moments;
-        to[(rank * SHARERS + part) * OWN_ROWS + row % OWN_ROWS] = own_moments;
+        const int row = thread % ROWS, part = (thread - MULTIPLYING) / ROWS, to = row / OWN_ROWS;
+        float2* at = moments + (rank * SHARERS + part) * OWN_ROWS + row % OWN_ROWS;
+        if (to == rank)
+            *at = own_moments;
+        else
+            send(to, at, own_moments, arrived);
     }
     __syncthreads();
     if (SPLIT > 1) {
 #pragma unroll
         for (int turn = 0; turn < ROWS * QUADS / MULTIPLYING; turn++) {
             const int row = (turn * MULTIPLYING + thread) / QUADS, to = row / OWN_ROWS, at = thread % QUADS * 4;
-            if (multiplies && to != rank)
-                *reinterpret_cast<float4*>(map_shared(inbox, to) + at +
-                                           ((rank - (rank > to)) * OWN_ROWS + row % OWN_ROWS) * PARTIAL_STRIDE) =
-                    *reinterpret_cast<const float4*>(partial + row * PARTIAL_STRIDE + at);
+            if (!multiplies || to == rank) continue;
+            float* there = inbox + ((rank - (rank > to)) * OWN_ROWS + row % OWN_ROWS) * PARTIAL_STRIDE + at;
+            send(to, reinterpret_cast<float4*>(there),
+                 *reinterpret_cast<const float4*>(partial + row * PARTIAL_STRIDE + at), arrived);
         }
-        cluster_sync();
+        barrier_wait(arrived, 0);
     }
     if (!multiplies) return;
 
@@ -200,7 +208,7 @@ warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, 
             of_row = make_float2(of_row.x + one.x, of_row.y + one.y);
         }
         const float mean = of_row.x / INNER, variance = fmaxf(of_row.y / INNER - mean * mean, 0.f);
-        const float factor = 1.f / sqrtf(variance + epsilon);
+        const float factor = rsqrtf(variance + epsilon);
         sum = make_float4((sum.x - mean * less.x) * factor + more.x, (sum.y - mean * less.y) * factor + more.y,
                           (sum.z - mean * less.z) * factor + more.z, (sum.w - mean * less.w) * factor + more.w);
 #endif
@@ -208,7 +216,7 @@ warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, 
         Four four;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float x = activate(values[i] + to_float(own_bias.value[i]), activation);
+            const float x = activate(values[i] + to_float(own_bias.value[i]), ACTIVATION);
             four.value[i] = from_float<__half>(to_float(residuals[turn].value[i]) + x);
         }
         *reinterpret_cast<Four*>(out + (long long)row * out_stride + column) = four;

@@ -99,10 +99,10 @@ class Ops:
 
     def product(
         self, x: Array, linear: Linear, out: Array, residual: Array | None = None,
-        activation: str = "none", scale: float = 1,
+        activation: str = "none",
     ) -> None:  # fmt: skip
-        """out = residual + activation(scale * x . W + b); x, out and residual may be slices of columns."""
-        self._launch(x, linear, out, residual, activation, scale)
+        """out = residual + activation(x . W + b); x, out and residual may be slices of columns."""
+        self._launch(x, linear, out, residual, activation)
 
     def norm_linear(
         self, x: Array, norm: Norm, linear: Linear, epsilon: float, activation: str, normed: Array, out: Array
@@ -114,7 +114,7 @@ class Ops:
             self._launch(x, linear, out, None, activation, epsilon=epsilon)
 
     def _launch(
-        self, x: Array, linear: Linear, out: Array, residual: Array | None, activation: str, scale: float = 1,
+        self, x: Array, linear: Linear, out: Array, residual: Array | None, activation: str,
         epsilon: float | None = None,
     ) -> None:  # fmt: skip
         weight: Packed = linear.weight
@@ -127,9 +127,11 @@ class Ops:
         arguments = (
             x, self._stride(x), weight.memory, weight.columns, np.float32(epsilon or 0), linear.bias,
             residual, np.int32(0) if residual is None else self._stride(residual), out, self._stride(out),
-            *integers(len(x), weight.wide, ACTIVATIONS[activation]), np.float32(scale),
+            *integers(len(x), weight.wide),
         )  # fmt: skip
-        kernels = Kernels("linear.cu", **dict(plan.definitions))
+        fours = linear_launch.in_fours(weight.wide, *map(_rows, (linear.bias, residual, out)))
+        definitions = {"FOURS": int(fours), "ACTIVATION": ACTIVATIONS[activation], **dict(plan.definitions)}
+        kernels = Kernels("linear.cu", **definitions)
         kernels.launch("linear", plan.grid, plan.threads, arguments, plan.shared, plan.cluster)
 
     def _launch_groups(
@@ -141,11 +143,18 @@ class Ops:
         arguments = (
             TensorMap(x, (64, definitions["ROWS"])), weight.grouped, weight.columns, np.float32(epsilon or 0),
             linear.bias, residual, np.int32(0) if residual is None else self._stride(residual),
-            out, self._stride(out), *integers(len(x), weight.wide, ACTIVATIONS[activation]),
+            out, self._stride(out), *integers(len(x), weight.wide),
         )  # fmt: skip
-        kernels = Kernels("warpgroup.cu", **definitions)
+        kernels = Kernels("warpgroup.cu", ACTIVATION=ACTIVATIONS[activation], **definitions)
         kernels.launch("warpgroup_linear", plan.grid, plan.threads, arguments, plan.shared, plan.cluster)
 
     @staticmethod
     def _stride(array: Array) -> np.int32:
         return np.int32(array.strides[0] // array.itemsize)
+
+
+def _rows(array: Array | None) -> tuple[int, int, int] | None:
+    """Address, the size of a number, and how many numbers its rows are apart."""
+    if array is None:
+        return None
+    return array.ctypes.data, array.itemsize, array.strides[0] // array.itemsize if array.ndim > 1 else 0

@@ -10,7 +10,7 @@ import nvrtc
 import pytest
 
 from lightseq_backend.ops import launch, vocabulary_launch, warpgroup_launch
-from lightseq_backend.ops.linear_launch import Device, plan
+from lightseq_backend.ops.linear_launch import Device, Plan, plan
 
 ARCHITECTURES = (70, 75, 80, 86, 89, 90, 100, 120)
 TOOLKIT = nvrtc.find()
@@ -26,8 +26,12 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
     Of each precision where the code in the kernels changes, without fp32 for the GPUs between.
     """
     device = Device(architecture, 132, SHARED[architecture] * 1024)
+
+    def product(norm: bool, made: Plan) -> dict[str, Any]:
+        return {**dict(made.definitions), "ACTIVATION": 1 if norm else 0}
+
     products = [
-        dict(plan(device, rows, inner, wide, half, norm, True).definitions)
+        {**product(norm, plan(device, rows, inner, wide, half, norm, True)), "FOURS": 1}
         for rows, inner, wide, half, norm in (
             (32, 1024, 4096, True, True),
             (32, 4096, 1024, True, False),
@@ -36,15 +40,16 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
             (32, 4096, 1024, False, False),
         )
     ]
+    products.append({**products[0], "FOURS": 0, "ACTIVATION": 3})
     precisions = [{"HALF": 1}, {"HALF": 0}]
     int8 = [
-        dict(plan(device, rows, inner, wide, True, norm, True, int8=True).definitions)
+        {**product(norm, plan(device, rows, inner, wide, True, norm, True, int8=True)), "FOURS": 1}
         for rows, inner, wide, norm in ((32, 1024, 4096, True), (32, 4096, 1024, False), (8, 1600, 4800, True))
     ]
     if architecture not in (75, 80, 90):
         precisions, products = precisions[:1], products[:2]
     groups = [
-        dict(warpgroup_launch.plan(device, rows, inner, wide, norm).definitions)
+        product(norm, warpgroup_launch.plan(device, rows, inner, wide, norm))
         for rows, inner, wide, norm in (
             *((128, 1024, 4096, True), (128, 4096, 1024, False), (64, 1024, 3072, True)),
             *((192, 4096, 1024, False), (192, 1024, 1024, True)),

@@ -479,12 +479,12 @@ class Cuda:
         )
         arguments = (
             x, _stride(x), weight.packed, weight.columns, epsilon or 0.0, linear.bias,
-            residual, 0 if residual is None else _stride(residual),
-            out, _stride(out), len(x), weight.wide, _ACTIVATIONS[activation], 1.0,
+            residual, 0 if residual is None else _stride(residual), out, _stride(out), len(x), weight.wide,
         )  # fmt: skip
+        fours = linear_launch.in_fours(weight.wide, *map(_rows, (linear.bias, residual, out)))
         self._launch(
-            "linear", "linear", plan.grid, plan.threads, arguments,
-            shared=plan.shared, cluster=plan.cluster[0], **dict(plan.definitions),
+            "linear", "linear", plan.grid, plan.threads, arguments, shared=plan.shared, cluster=plan.cluster[0],
+            FOURS=int(fours), ACTIVATION=_ACTIVATIONS[activation], **dict(plan.definitions),
         )  # fmt: skip
 
     def _group_product(
@@ -498,12 +498,11 @@ class Cuda:
         x_map = warpgroup_launch.tensor_map(driver(), x.data.ptr, len(x), weight.inner, _stride(x), plan)
         arguments = (
             x_map, weight.grouped, weight.columns, epsilon or 0.0, linear.bias,
-            residual, 0 if residual is None else _stride(residual),
-            out, _stride(out), len(x), weight.wide, _ACTIVATIONS[activation],
+            residual, 0 if residual is None else _stride(residual), out, _stride(out), len(x), weight.wide,
         )  # fmt: skip
         self._launch(
             "warpgroup", "warpgroup_linear", plan.grid, plan.threads, arguments, shared=plan.shared,
-            cluster=plan.cluster[0], **dict(plan.definitions),
+            cluster=plan.cluster[0], ACTIVATION=_ACTIVATIONS[activation], **dict(plan.definitions),
         )  # fmt: skip
 
     def _large_product(
@@ -634,6 +633,11 @@ def _with_aligned_columns(array: Array, axis: int) -> Array:
 
 def _stride(array: Array) -> int:
     return int(array.strides[0] // array.itemsize)
+
+
+def _rows(array: Array | None) -> tuple[int, int, int] | None:
+    """Address, the size of a number, and how many numbers its rows are apart."""
+    return None if array is None else (array.data.ptr, array.itemsize, _stride(array) if array.ndim > 1 else 0)
 
 
 def _records(copy: np.ndarray) -> np.ndarray:

@@ -95,6 +95,15 @@ def plan(
     return Plan(tuple(definitions.items()), grid, (split, 1, 1), shared)
 
 
+def in_fours(wide: int, *rows: tuple[int, int, int] | None) -> bool:
+    """Whether what a product reads and writes at its end is made of, and begins at, fours.
+
+    wide: columns of the result. rows: of each array its address, the size of a number and how many its rows are apart.
+    """
+    given = (one for one in rows if one is not None)
+    return wide % 4 == 0 and all(start % (4 * size) == 0 and apart % 4 == 0 for start, size, apart in given)
+
+
 def weight_bits(half: bool, int8: bool) -> int:
     """What kernels are compiled with: bits of a weight."""
     return 8 if int8 else 16 if half else 32

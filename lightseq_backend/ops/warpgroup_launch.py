@@ -137,7 +137,7 @@ def _shared(rows: int, split: int, depth: int, norm: bool) -> int:
     stages = depth * (_OUTPUTS + rows) * _STAGE * 2
     row = (_OUTPUTS + 4) * 4
     own, sharers = rows // split, 128 // rows
-    return max(stages, rows * row) + (split - 1) * own * row + norm * split * sharers * own * 8 + 2 * depth * 8
+    return max(stages, rows * row) + (split - 1) * own * row + norm * split * sharers * own * 8 + (2 * depth + 1) * 8
 
 
 def _vocabulary_shared(rows: int, span: int, depth: int) -> int:

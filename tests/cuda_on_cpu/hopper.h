@@ -103,10 +103,11 @@ inline void barrier_wait(Barrier* barrier, int parity, CUDA_ON_CPU_HERE) {
     }
 }
 inline void block_wait(Barrier* barrier, int parity, CUDA_ON_CPU_HERE) { barrier_wait(barrier, parity, file, line); }
-inline void send(unsigned rank, float4* to, const float4& x, Barrier* barrier) {
+template <typename X> void send(unsigned rank, X* to, const X& x, Barrier* barrier) {
+    if ((uintptr_t)to % sizeof(X)) cuda_on_cpu::fail("st.async: not aligned to what is sent");
     *map_shared(to, rank) = x;
     cuda_on_cpu::Phase& phase = cuda_on_cpu::barriers.at(map_shared(barrier, rank));
-    phase.bytes -= 16;
+    phase.bytes -= (long long)sizeof(X);
     cuda_on_cpu::settle(phase);
 }
 inline void copy_bulk(void* to, const void* from, int bytes, Barrier* barrier) {

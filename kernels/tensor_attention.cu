@@ -16,7 +16,7 @@ static_assert(HEAD_SIZE == 64, "a smaller one has no sixteen bytes for a lane, a
 template <int words> __device__ __forceinline__ void load(unsigned (&to)[words], const T* from, bool wanted) {
 #pragma unroll
     for (int i = 0; i < words; i += 4) {
-        const uint4 piece = wanted ? *reinterpret_cast<const uint4*>(from + 2 * i) : make_uint4(0, 0, 0, 0);
+        const uint4 piece = wanted ? load_now(from + 2 * i) : make_uint4(0, 0, 0, 0);
         to[i] = piece.x;
         to[i + 1] = piece.y;
         to[i + 2] = piece.z;
@@ -38,26 +38,31 @@ __device__ __forceinline__ unsigned pair_of(unsigned x, unsigned y, int which) {
     return __byte_perm(x, y, which ? 0x7632 : 0x5410);
 }
 
-// The new token's own key and value, its last step, and where they stay. Null: there is none.
+// The new token's own key and value, its last step, and where they stay. Of attention whose steps were all there before,
+// there is Nothing.
 struct Own {
     const T *key, *value;
     T *kept_key, *kept_value;
+    static constexpr bool THERE = true;
+};
+struct Nothing : Own {
+    static constexpr bool THERE = false;
 };
 
 // out[b] = sum over t < count of softmax(query[b] . key(t) / sqrt(d)) value(t) for up to BEAMS queries. place(t): which
 // row of keys and values, `hidden` numbers apart, a step is; it is asked by all lanes together, for 32 steps from one
-// on, each for its own. With `own` the last step is the token's, which was not there before the kernel in front.
+// on, each for its own. With an Own the last step is the token's, which was not there before the kernel in front.
 // The past is cut by its length alone into chunks of STEPS, and those into parts, at most MOST_PARTS: chunk c belongs to
 // part c % parts. Warps take parts in turn, so that their number changes no result.
 // Keys and values of the past were written before this step began, queries by the kernel in front: a warp requests
 // its first steps before it waits.
-template <int QUERIES, int MOST_PARTS, typename Place>
-__device__ __forceinline__ void attend(const T* query, long long query_stride, int beams, Own own, int count,
+template <int QUERIES, int MOST_PARTS, typename Token, typename Place>
+__device__ __forceinline__ void attend(const T* query, long long query_stride, int beams, Token own, int count,
                                        const T* keys, const T* values, long long hidden, Place place,
                                        Shares<QUERIES, MOST_PARTS>& shares, T* out, long long out_stride) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32, g = lane / 4, t = lane % 4;
     const int chunks = (count + STEPS - 1) / STEPS, parts = most(1, least(MOST_PARTS, chunks));
-    const int past = own.key ? count - 1 : count;
+    const int past = count - Token::THERE;
     if (parts == 1 && warp) return;
     Chunk chunk;
     auto fetch = [&](int first) {
@@ -89,20 +94,24 @@ __device__ __forceinline__ void attend(const T* query, long long query_stride, i
     };
     if (warp < parts) fetch(warp * STEPS);
     wait_for_previous();
-    // The lane's sixteen bytes of what stays, of the key or the value: stored in the end, since a warp that stores what it
-    // has only just asked for does nothing until that has come.
-    uint4 kept = {};
-    const bool keeps = own.key && warp == 0 && lane < HEAD_SIZE / 4, keeps_key = lane < HEAD_SIZE / 8;
-    const int kept_at = lane % (HEAD_SIZE / 8) * 8;
-    if (keeps) kept = load_now((keeps_key ? own.key : own.value) + kept_at);
+    // All that the kernel in front wrote is asked for together.
     unsigned q[KEY_WORDS];
     load(q, query + g * query_stride + t * (HEAD_SIZE / 4), g < beams && warp < parts);
+    if (Token::THERE && warp < parts && (warp + 1) * STEPS >= count) take_own(past - warp * STEPS);
+    // A lane of the first warp keeps sixteen bytes of the key or the value. It stores them in the end, since a warp that
+    // stores what it has only just asked for does nothing until that has come.
+    const bool keeps = Token::THERE && warp == 0 && lane < HEAD_SIZE / 4;
+    const int kept_at = lane % (HEAD_SIZE / 8) * 8;
+    uint4 kept;
+    if (keeps) kept = load_now((lane < HEAD_SIZE / 8 ? own.key : own.value) + kept_at);
     const float scale = LOG2_E * rsqrtf((float)HEAD_SIZE);
     for (int part = warp; part < parts; part += warps) {
         float context[COLUMNS][4] = {}, highest[2] = {LOWEST, LOWEST}, sum[2] = {};  // of queries 2 t and 2 t + 1
         for (int first = part * STEPS; first < count; first += parts * STEPS) {
-            if (first != warp * STEPS) fetch(first);
-            if (own.key && first + STEPS >= count) take_own(past - first);
+            if (first != warp * STEPS) {
+                fetch(first);
+                if (Token::THERE && first + STEPS >= count) take_own(past - first);
+            }
             float scores[STEPS / 16][4] = {};
 #pragma unroll
             for (int k = 0; k < KEY_WORDS; k += 2)
@@ -184,7 +193,7 @@ __device__ __forceinline__ void attend(const T* query, long long query_stride, i
             }
         }
     }
-    if (keeps) *reinterpret_cast<uint4*>((keeps_key ? own.kept_key : own.kept_value) + kept_at) = kept;
+    if (keeps) *reinterpret_cast<uint4*>((lane < HEAD_SIZE / 8 ? own.kept_key : own.kept_value) + kept_at) = kept;
     if (parts == 1) return;
     __syncthreads();
     join(shares, beams, parts, out, out_stride);
@@ -236,6 +245,6 @@ cross_attention_tensor(const T* query, const int* rows, const Slot* slots, const
     if (beam % BEAMS) return;
     if (beam) slot = slots + rows[row - beam];
     const long long memory = (long long)slot->memory * steps * hidden + column;
-    attend<BEAMS, CROSS_WARPS>(query + at, hidden, least(BEAMS, width - beam), Own{}, slot->memory_length, keys + memory,
+    attend<BEAMS, CROSS_WARPS>(query + at, hidden, least(BEAMS, width - beam), Nothing{}, slot->memory_length, keys + memory,
                                values + memory, hidden, [](int step) { return step; }, shares, out + at, hidden);
 }

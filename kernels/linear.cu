@@ -2,7 +2,7 @@
 // cuBLAS for many rows. Compiled with
 //   ROWS     rows a block takes: 8, 16 or 32; blockIdx.y counts such groups
 //   INNER    width of x
-//   OUTPUTS  columns of the result a block takes: 32 or 64
+//   OUTPUTS  columns of the result a block takes: 32, 48 or 64
 //   SPLIT    blocks of a cluster that share the sum over INNER (1 before sm_90)
 //   NORM     1 where x goes through a LayerNorm that is folded into W, else 0
 //   WEIGHT_BITS  8 where W is int8 with a scale per output, which NORM and the sums over INNER do not see
@@ -25,8 +25,8 @@
 #define SLICE up(CHUNKS, SPLIT)  // chunks of a block: chunk c is warp c % WARPS's
 #define SHARE up(SLICE, WARPS)   // chunks of a warp
 #define EVEN (CHUNKS % (SPLIT * WARPS) == 0)
-// Chunks whose weights are under way, in registers.
-#define DEPTH least(SHARE, 16 / WEIGHT_PIECES / TILES)
+// Chunks whose weights are under way, in registers: 64 of them, or 96 where a block has 48 outputs and few rows.
+#define DEPTH least(SHARE, (TILES == 3 && ROWS == 8 ? 24 : 16) / WEIGHT_PIECES / TILES)
 
 // The end of a product: sums over warps and over the cluster, and what is done to the result --------------------------
 

@@ -177,48 +177,55 @@ beam_step(const int* rows, Slot* slots, int* ancestors, int* history, float* det
 
 // Merging what kernels/vocabulary.cu found in each tile of the vocabulary ---------------------------------------------
 
-// The largest logit of a row and the sum of exp(logit - it), from those of the tiles of one warp, as in `merge`.
+// The largest logit of some tiles and the sum of exp(logit - it), from those of one tile a lane; {-inf, 0}: it has none.
+__device__ __forceinline__ float2 total(const float2& own) {
+    const float most = warp_max(own.x);
+    return make_float2(most, warp_sum(own.y == 0 ? 0.f : own.y * expf(own.x - most)));
+}
+
+// The same from any number of tiles a lane.
 __device__ __forceinline__ float2 total(const float2* statistics, int first, int stride, int tiles) {
     float most = -INFINITE, sum = 0;
-    for (int tile = first + threadIdx.x % 32; tile < tiles; tile += stride) most = fmaxf(most, statistics[tile].x);
+    for (int tile = first; tile < tiles; tile += stride) most = fmaxf(most, statistics[tile].x);
     most = warp_max(most);
-    for (int tile = first + threadIdx.x % 32; tile < tiles; tile += stride)
-        sum += statistics[tile].y * expf(statistics[tile].x - most);
+    for (int tile = first; tile < tiles; tile += stride) sum += statistics[tile].y * expf(statistics[tile].x - most);
     return make_float2(most, warp_sum(sum));
 }
 
-// The `wanted` best of a row, best first, from the best of some tiles, sorted, `count` apart; by one warp, whose first
-// lane has tile `first`, `stride` and so on after it. A lane holds out the best of its tiles that is not taken yet;
-// tiles that have one taken offer their next. The first few of a lane's only tile are requested together.
+// The total of some tiles of a row and the `wanted` best of them, best first, from the best of each tile, sorted, `count`
+// apart; by one warp, whose first lane has tile `first`, `stride` and so on after it. take(rank, choice, total) is called
+// for each. A lane holds out the best of its tiles that is not taken yet; tiles that have one taken offer their next.
+// All that is needed of a lane's only tile is asked for at once.
 constexpr int TOGETHER = 4;
 template <typename Take>
-__device__ __forceinline__ void merge(const Choice* choices, int first, int stride, int tiles, int count, int wanted,
-                                      Take take) {
+__device__ __forceinline__ float2 merge(const float2* statistics, const Choice* choices, int first, int stride,
+                                        int tiles, int count, int wanted, Take take) {
     first += threadIdx.x % 32;
-    const Choice* own = choices + (long long)first * count;
-    const bool only = tiles <= stride;
-    Choice ahead[TOGETHER] = {};  // of a lane's only tile
-    Choice mine = 0;
-    int next = 0;
-    if (only) {
+    if (tiles <= stride) {
+        const Choice* own = choices + (long long)first * count;
+        Choice ahead[TOGETHER];
 #pragma unroll
-        for (int i = 0; i < TOGETHER; i++)
-            if (first < tiles && i < wanted) ahead[i] = own[i];
-        mine = ahead[0];
-    } else {
-#pragma unroll 4
-        for (int tile = first; tile < tiles; tile += stride) mine = better(mine, choices[(long long)tile * count]);
-    }
-    for (int rank = 0; rank < wanted; rank++) {
-        Choice taken = warp_best(mine);
-        take(rank, taken);
-        if (mine != taken || !taken || rank + 1 == wanted) continue;
-        if (only) {
+        for (int i = 0; i < TOGETHER; i++) ahead[i] = first < tiles && i < wanted ? own[i] : 0;
+        const float2 sum = total(first < tiles ? statistics[first] : make_float2(-INFINITE, 0.f));
+        int next = 0;
+        for (int rank = 0; rank < wanted; rank++) {
+            const Choice mine = ahead[0], taken = warp_best(mine);
+            take(rank, taken, sum);
+            if (mine != taken || !taken || rank + 1 == wanted) continue;
 #pragma unroll
             for (int i = 1; i < TOGETHER; i++) ahead[i - 1] = ahead[i];
-            mine = ++next < TOGETHER ? ahead[0] : own[next];
-            continue;
+            if (++next >= TOGETHER) ahead[0] = own[next];
         }
+        return sum;
+    }
+    const float2 sum = total(statistics, first, stride, tiles);
+    Choice mine = 0;
+#pragma unroll 4
+    for (int tile = first; tile < tiles; tile += stride) mine = better(mine, choices[(long long)tile * count]);
+    for (int rank = 0; rank < wanted; rank++) {
+        const Choice taken = warp_best(mine);
+        take(rank, taken, sum);
+        if (mine != taken || !taken || rank + 1 == wanted) continue;
         mine = 0;
         for (int tile = first; tile < tiles; tile += stride) {
             const Choice* offered = choices + (long long)tile * count;
@@ -227,6 +234,7 @@ __device__ __forceinline__ void merge(const Choice* choices, int first, int stri
             if (i < wanted) mine = better(mine, offered[i]);
         }
     }
+    return sum;
 }
 
 // vocabulary_beam_step: the best tokens of each searching row, as many as its sequence has beams, then beam_step.
@@ -244,31 +252,29 @@ vocabulary_beam_step(const int* rows, Slot* slots, int* ancestors, int* history,
     __shared__ int parents[MAX_WIDTH], ranks[MAX_WIDTH];
     launch_next();
     const bool searches = begin(rows, slots, sequence);
+    __syncthreads();
+    // Whose tiles a warp has is known before the kernel in front has ended.
+    const int width = searches ? sequence.record.width : 1, share = MERGING_WARPS / width;  // warps of a row
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, beam = warp / share, first = 32 * (warp % share);
+    const long long tile = (long long)(blockIdx.x + beam) * tiles;
     wait_for_previous();
     if (!searches) return;
-    __syncthreads();
-    int width = sequence.record.width, share = MERGING_WARPS / width;  // warps of a row
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, beam = warp / share;
     if (beam < width) {
-        long long row = blockIdx.x + beam;
-        int first = 32 * (warp % share), stride = 32 * share;
-        float2 own = total(statistics + row * tiles, first, stride, tiles);
-        if (lane == 0) totals[warp] = own;
-        merge(choices + row * tiles * count, first, stride, tiles, count, width, [&](int rank, Choice taken) {
+        auto take = [&](int rank, Choice taken, const float2&) {
             if (lane == 0) found[warp][rank] = taken;
-        });
+        };
+        const float2 own =
+            merge(statistics + tile, choices + tile * count, first, 32 * share, tiles, count, width, take);
+        if (lane == 0) totals[warp] = own;
     }
     __syncthreads();
-    if (warp < width) {
-        float2 own = total(totals + warp * share, 0, 32, share);
-        float normalisation = own.x + logf(own.y);
-        merge(found[warp * share], 0, 32, share, MAX_WIDTH, width, [&](int rank, Choice taken) {
-            if (lane == 0) {
-                best.tokens[warp][rank] = taken ? choice_id(taken) : 0;  // no numbers, no choice
-                best.log_probabilities[warp][rank] = choice_score(taken) - normalisation;
-            }
-        });
-    }
+    if (warp < width)
+        merge(totals + warp * share, found[warp * share], 0, 32, share, MAX_WIDTH, width,
+              [&](int rank, Choice taken, const float2& all) {
+                  if (lane > 0) return;
+                  best.tokens[warp][rank] = taken ? choice_id(taken) : 0;  // no numbers, no choice
+                  best.log_probabilities[warp][rank] = choice_score(taken) - (all.x + logf(all.y));
+              });
     __syncthreads();
     advance(sequence, best, parents, ranks, slots, ancestors, history, details, steps);
 }
@@ -290,19 +296,17 @@ best_of_tiles(const int* rows, const Slot* slots, const float2* statistics, cons
     if (!searches) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const long long row = blockIdx.x;
-    const float2 own = total(statistics + row * tiles, 32 * warp, 32 * MERGING_WARPS, tiles);
+    auto take = [&](int rank, Choice taken, const float2&) {
+        if (lane == 0) found[warp][rank] = taken;
+    };
+    const float2 own = merge(statistics + row * tiles, choices + row * tiles * count, 32 * warp, 32 * MERGING_WARPS,
+                             tiles, count, wanted, take);
     if (lane == 0) totals[warp] = own;
-    merge(choices + row * tiles * count, 32 * warp, 32 * MERGING_WARPS, tiles, count, wanted,
-          [&](int rank, Choice taken) {
-              if (lane == 0) found[warp][rank] = taken;
-          });
     __syncthreads();
     if (warp > 0) return;
-    const float2 all = total(totals, 0, 32, MERGING_WARPS);
-    const float normalisation = all.x + logf(all.y);
-    merge(found[0], 0, 32, MERGING_WARPS, MAX_WIDTH, wanted, [&](int rank, Choice taken) {
+    merge(totals, found[0], 0, 32, MERGING_WARPS, MAX_WIDTH, wanted, [&](int rank, Choice taken, const float2& all) {
         if (lane > 0) return;
         ids[row * count + rank] = taken ? choice_id(taken) : 0;  // no numbers, no choice
-        log_probabilities[row * count + rank] = choice_score(taken) - normalisation;
+        log_probabilities[row * count + rank] = choice_score(taken) - (all.x + logf(all.y));
     });
 }

@@ -10,6 +10,7 @@ import numpy as np
 from lightseq_backend.ops.int8 import quantise
 
 _WARPS = 8
+_MIDDLE = (4, 8)  # splits for which blocks of 48 outputs are worth something
 SMALL = 1 << 20  # elements of a weight that is too little for others at up to 128 rows
 
 
@@ -119,11 +120,21 @@ def _shape(device: Device, rows: int, chunks: int, wide: int) -> tuple[int, int,
     split = 1
     if device.capability >= 90:
         split = 8 if chunks > 128 else 4 if chunks > 64 else 2
-        while split > 1 and split * _up(wide, 64) > device.multiprocessors:
+        while split > 1 and split * _up(wide, 64) > _most_blocks(device, split):
             split //= 2
     many = rows > 16
-    wider = split * _up(wide, 32) > device.multiprocessors or (many and split * _up(wide, 64) >= 64)
-    return 64 if wider else 32, split, int(many)
+    if many and split * _up(wide, 64) >= 64:
+        return 64, split, int(many)
+    sizes = (32, 48, 64) if split in _MIDDLE else (32, 64)
+    fitting = (size for size in sizes if split * _up(wide, size) <= _most_blocks(device, split))
+    return next(fitting, 64), split, int(many)
+
+
+def _most_blocks(device: Device, split: int) -> int:
+    """Blocks that begin together, one on each multiprocessor, in clusters of `split`. The parts of the device that
+    clusters may not span have no multiple of eight multiprocessors: of an H200's 132, clusters of four or eight get 120
+    (cuOccupancyMaxActiveClusters), and what is left over begins when others end."""
+    return device.multiprocessors * 10 // 11 if split > 2 else device.multiprocessors
 
 
 def _chunk(half: bool) -> int:

@@ -162,7 +162,7 @@ __device__ __forceinline__ void finish(const float* partial, float4* inbox, Barr
 #if NORM
         const float4 moments = SPLIT > 1 ? over_cluster(own, OUTPUTS) : over_warps(own, OUTPUTS);
         const float mean = moments.x / INNER, variance = fmaxf(moments.y / INNER - mean * mean, 0.f);
-        const float factor = rsqrtf(variance + end.epsilon);
+        const float factor = 1.f / sqrtf(variance + end.epsilon);
         const float4 less = before.sums[turn], more = before.offsets[turn];
         sum = make_float4((sum.x - mean * less.x) * (factor * by.x) + more.x,
                           (sum.y - mean * less.y) * (factor * by.y) + more.y,

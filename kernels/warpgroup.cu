@@ -208,7 +208,7 @@ warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, 
             of_row = make_float2(of_row.x + one.x, of_row.y + one.y);
         }
         const float mean = of_row.x / INNER, variance = fmaxf(of_row.y / INNER - mean * mean, 0.f);
-        const float factor = rsqrtf(variance + epsilon);
+        const float factor = 1.f / sqrtf(variance + epsilon);
         sum = make_float4((sum.x - mean * less.x) * factor + more.x, (sum.y - mean * less.y) * factor + more.y,
                           (sum.z - mean * less.z) * factor + more.z, (sum.w - mean * less.w) * factor + more.w);
 #endif

@@ -35,6 +35,7 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
         for rows, inner, wide, half, norm in (
             (32, 1024, 4096, True, True),
             (32, 4096, 1024, True, False),
+            (8, 4096, 1024, True, False),
             (8, 1600, 4800, True, True),
             (32, 1024, 3072, False, False),
             (32, 4096, 1024, False, False),

@@ -20,6 +20,7 @@ from lightseq_backend.ops.linear_launch import Device
 pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
 
 HOPPER = Device(90, 132, 227 * 1024)  # clusters
+SMALL_HOPPER = Device(90, 12, 227 * 1024)  # of which clusters of four fill ten
 TURING = Device(75, 40, 64 * 1024)  # none, and the least shared memory
 DEVICES = {"hopper": HOPPER, "turing": TURING}
 PRECISIONS = ("float16", "float32")
@@ -60,17 +61,19 @@ def test_one_block_takes_the_whole_sum_before_clusters(name: str, precision: str
 
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("norm", [False, True])
-def test_row_does_not_depend_on_how_many_come_with_it(norm: bool, precision: str) -> None:
-    device, (x, weight, bias, gain, norm_bias) = ops(precision), operands(precision, 40, 520, 96)
+@pytest.mark.parametrize(("device", "inner"), [(HOPPER, 520), (SMALL_HOPPER, 2080)], ids=["hopper", "clusters of four"])
+def test_row_does_not_depend_on_how_many_come_with_it(device: Device, inner: int, norm: bool, precision: str) -> None:
+    """Nor on the shape of a block, which on the small device has 48 outputs for few rows."""
+    kernels, (x, weight, bias, gain, norm_bias) = ops(precision, device), operands(precision, 40, inner, 96)
     own = Norm(gain, norm_bias)
-    linear = Linear(device.matrix(weight, own if norm else None), bias)
+    linear = Linear(kernels.matrix(weight, own if norm else None), bias)
     results = []
     for first, last in ((0, 40), (5, 6), (3, 15), (5, 35)):
-        part, out = x[first:last], np.full((last - first, 96), np.nan, device.FLOAT)
+        part, out = x[first:last], np.full((last - first, 96), np.nan, kernels.FLOAT)
         if norm:
-            device.norm_linear(part, own, linear, 1e-6, "gelu", np.empty_like(part), out)
+            kernels.norm_linear(part, own, linear, 1e-6, "gelu", np.empty_like(part), out)
         else:
-            device.linear(part, linear, out)
+            kernels.linear(part, linear, out)
         results.append(out[5 - first])
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
@@ -107,6 +110,15 @@ def test_slices_of_columns_are_read_and_written_in_place(precision: str) -> None
     np.testing.assert_allclose(out[:, 3:99], 0.5 + np.maximum(product, 0), rtol=tolerance, atol=tolerance)
     assert (out[:, :3] == 7).all()
     assert (out[:, 99:] == 7).all()
+
+
+@pytest.mark.parametrize(("half", "rows"), [(True, 8), (True, 32), (False, 8), (False, 16), (False, 32)])
+def test_all_blocks_of_a_long_sum_begin_together(half: bool, rows: int) -> None:
+    """An H200 holds 30 clusters of four and 15 of eight, with a block on each multiprocessor."""
+    plans = [linear_launch.plan(HOPPER, count, 4096, 1024, half, False, True) for count in (rows, 8)]
+    split = plans[0].cluster[0]
+    assert plans[0].grid[0] // split <= {4: 30, 8: 15}[split]
+    assert plans[1].cluster[0] == split  # the order of a sum
 
 
 def test_half_weights_are_packed_as_fragments_of_the_tensor_core() -> None:

@@ -10,7 +10,6 @@ import numpy as np
 from lightseq_backend.ops.int8 import quantise
 
 _WARPS = 8
-_MIDDLE = (4, 8)  # splits for which blocks of 48 outputs are worth something
 SMALL = 1 << 20  # elements of a weight that is too little for others at up to 128 rows
 
 
@@ -76,7 +75,7 @@ def plan(
     at, and consist of, pieces of sixteen bytes. int8: W is, and half true. The order of a sum over `inner` depends on
     the weight and the device, not on `rows`.
     """
-    outputs, split, late = _shape(device, rows, _up(inner, _chunk(half)), wide)
+    outputs, split, late = _shape(device, rows, _up(inner, _chunk(half)), wide, half)
     for count in (count for count in (32, 16, 8) if count == 8 or count < 2 * rows):
         shared = _shared(count, outputs, split, norm)
         if shared <= device.shared:
@@ -110,12 +109,13 @@ def weight_bits(half: bool, int8: bool) -> int:
     return 8 if int8 else 16 if half else 32
 
 
-def _shape(device: Device, rows: int, chunks: int, wide: int) -> tuple[int, int, int]:
+def _shape(device: Device, rows: int, chunks: int, wide: int, half: bool) -> tuple[int, int, int]:
     """OUTPUTS, SPLIT and whether to launch the next kernel late; all by measurement on an H200.
 
     A sum is split where few blocks would have long ones. Every multiprocessor gets one block at most: a second
     one would be in the place of the next kernel's, which waits there with its weights. With many rows, x (which every
     block reads) is worth wider blocks, and is on its way first before the next kernel's weights crowd the memory.
+    Sixteen rows of halves want blocks of 32 outputs even where they do not all begin together.
     """
     split = 1
     if device.capability >= 90:
@@ -125,9 +125,11 @@ def _shape(device: Device, rows: int, chunks: int, wide: int) -> tuple[int, int,
     many = rows > 16
     if many and split * _up(wide, 64) >= 64:
         return 64, split, int(many)
-    sizes = (32, 48, 64) if split in _MIDDLE else (32, 64)
-    fitting = (size for size in sizes if split * _up(wide, size) <= _most_blocks(device, split))
-    return next(fitting, 64), split, int(many)
+    if split > 2 and (rows <= 8 or not half):
+        sizes, most = (32, 48), _most_blocks(device, split)
+    else:
+        sizes, most = (32,), device.multiprocessors
+    return next((size for size in sizes if split * _up(wide, size) <= most), 64), split, int(many)
 
 
 def _most_blocks(device: Device, split: int) -> int:

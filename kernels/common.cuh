@@ -205,10 +205,17 @@ __device__ __forceinline__ void mma1688(float (&d)[4], const unsigned (&a)[4], c
 #endif
 }
 
-// Weights are never written: they may be requested before the kernels in front have ended, and pass L1 by.
+// Weights are never written: they may be requested before the kernels in front have ended, and pass L1 by. The assembler
+// moves loads of what nobody writes (.nc) to where they are used, behind wait_for_previous, if that saves registers and
+// no cluster's barrier is between: then they must be loads like any other.
+#if defined(SPLIT) && SPLIT == 1
+#define UNWRITTEN ""
+#else
+#define UNWRITTEN ".nc"
+#endif
 __device__ __forceinline__ uint4 load_weight(const uint4* source) {
     uint4 x;
-    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+    asm volatile("ld.global" UNWRITTEN ".L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(source));
     return x;
 }

@@ -120,6 +120,22 @@ def test_hot_kernels_do_not_spill(source: str, architecture: int) -> None:
             assert resources.spilled == 0, (name, definition, resources)
 
 
+def test_products_hold_the_weights_they_ask_for_early() -> None:
+    """The assembler may move loads behind the wait for the kernel in front, and needs fewer registers then."""
+    for definition, kernels in compiled("linear.cu", 90):
+        if "INNER" in definition:
+            assert kernels["linear"].registers >= registers_of_weights_and_sums(definition), definition
+
+
+def registers_of_weights_and_sums(build: dict[str, Any]) -> int:
+    """What kernels/linear.cu has at least: DEPTH chunks of weights, and the sums of a warp."""
+    tiles, pieces = build["OUTPUTS"] // 16, 1 if build["WEIGHT_BITS"] == 8 else 2
+    chunks = -(-build["INNER"] * (2 if build["HALF"] else 4) // 64)
+    share = -(-chunks // build["SPLIT"] // 8)
+    depth = min(share, (24 if tiles == 3 and build["ROWS"] == 8 else 16) // pieces // tiles)
+    return 4 * depth * tiles * pieces + build["ROWS"] // 8 * tiles * 4
+
+
 def test_products_of_warpgroups_keep_sums_in_registers_and_do_not_wait_for_each_other() -> None:
     for source in ("warpgroup.cu", "warpgroup_vocabulary.cu"):
         for definition, kernels in compiled(source, 90):

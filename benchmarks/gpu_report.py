@@ -96,7 +96,7 @@ def markdown(conditions: list[dict[str, Any]], figures: Figures, quoted: Quoted,
         _loading(figures),
         _operations(figures),
     )
-    lines = [f"# Decoding on a GPU: {conditions[0]['gpu']}", "", *_conditions(conditions)]
+    lines = [f"# Decoding on a GPU: {conditions[0]['gpu']}", "", *_conditions(conditions), *_own_notes(figures)]
     if plot:
         lines += ["", f"![Microseconds a decode step of Transformer-big, against the batch]({plot})"]
     for section in sections:
@@ -125,6 +125,15 @@ def _conditions(conditions: list[dict[str, Any]]) -> list[str]:
         "",
         *_table(["program", "date", "on", "measured there"], rows, left=4),
     ]
+
+
+def _own_notes(figures: Figures) -> list[str]:
+    """What a reader must know of our own figures, and which."""
+    found: dict[str, dict[str, None]] = {}
+    for one in figures.of(engine=OURS):
+        if one.note:
+            found.setdefault(one.note, {})[one.what] = None
+    return ["", *(f"- {', '.join(whats)}: {note}." for note, whats in found.items())] if found else []
 
 
 _NO_VERSIONS = ("program", "date", "gpu", "copy_bytes_a_second", "operations_a_second")
@@ -194,7 +203,8 @@ def _served(figures: Figures) -> list[str]:
 
 
 def _notes(figures: Figures, quoted: Quoted) -> list[str]:
-    found = dict.fromkeys((one.engine, one.note) for one in [*figures.of(what=STEP), *quoted.of(what=STEP)] if one.note)
+    steps = [*figures.of(what=STEP), *quoted.of(what=STEP)]
+    found = dict.fromkeys((one.engine, one.note) for one in steps if one.note and one.engine != OURS)
     notes = [f"- {engine}: {note}." for engine, note in found]
     return [f"Quoted: {quoted.provenance} What a step is of the peers:", "", *notes]
 

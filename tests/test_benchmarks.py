@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,18 @@ def test_records_outlive_a_broken_run(tmp_path: Path) -> None:
 def test_a_report_is_of_one_gpu(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="these files are of A, B"):
         gpu_report.write(tmp_path, [{"gpu": "A"}, {"gpu": "B"}], [])
+
+
+def test_a_report_says_what_to_know_of_its_own_figures(tmp_path: Path) -> None:
+    conditions = [{"program": "models", "date": "2026-11-29", "gpu": "A"}]
+    records = [
+        Record("this engine", "big", "fp16", 8, 24, what, 1.0, "ms", floor=0.5, note="on a busy host")
+        for what in ("encoder", "whole requests")
+    ]
+    text = gpu_report.write(tmp_path, conditions, records)[1].read_text()
+    assert "\n- encoder, whole requests: on a busy host.\n" in text
+    plain = gpu_report.write(tmp_path, conditions, [replace(one, note="") for one in records])[1].read_text()
+    assert "busy" not in plain
 
 
 def test_quoted_peers_stand_beside_what_is_measured() -> None:

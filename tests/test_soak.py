@@ -30,7 +30,7 @@ MINUTES = float(os.environ.get("LIGHTSEQ_SOAK_MINUTES", 0.25))
 CALLERS, STREAMS = 12, 4
 # A quarter of a minute tells of leaks of every request alone: allocators and Triton's shared memory still settle.
 GROWTH = 0.02 if MINUTES >= 5 else 0.2
-# Triton's own process keeps something of every request: 29 bytes each, over half an hour of 147,000 (docs/operate.md).
+# Triton's own process keeps something of every request, and more of a stream (docs/operate.md).
 OF_TRITON, OF_A_REQUEST = 8 << 20, 64  # bytes
 # A call whose client gives up is cancelled, in the end as a stream is: see go_on_streaming.
 KINDS = {kind: often for kind, often in Crowd.KINDS.items() if kind != "timeout"}

@@ -143,10 +143,10 @@ def test_a_report_says_what_to_know_of_its_own_figures(tmp_path: Path) -> None:
     conditions = [{"program": "models", "date": "2026-11-29", "gpu": "A"}]
     records = [
         Record("this engine", "big", "fp16", 8, 24, what, 1.0, "ms", floor=0.5, note="on a busy host")
-        for what in ("encoder", "whole requests")
+        for what in ("encoder", "prompts")
     ]
     text = gpu_report.write(tmp_path, conditions, records)[1].read_text()
-    assert "\n- encoder, whole requests: on a busy host.\n" in text
+    assert "\n- encoder, prompts: on a busy host.\n" in text
     plain = gpu_report.write(tmp_path, conditions, [replace(one, note="") for one in records])[1].read_text()
     assert "busy" not in plain
 

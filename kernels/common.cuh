@@ -205,9 +205,9 @@ __device__ __forceinline__ void mma1688(float (&d)[4], const unsigned (&a)[4], c
 #endif
 }
 
-// Weights are never written: they may be requested before the kernels in front have ended, and pass L1 by. The assembler
-// moves loads of what nobody writes (.nc) to where they are used, behind wait_for_previous, if that saves registers and
-// no cluster's barrier is between: then they must be loads like any other.
+// Weights are never written: they may be requested before the kernels in front have ended, and pass L1 by. Loads of
+// what nobody writes (.nc) are moved by the assembler to where they are used, behind wait_for_previous, if that saves
+// registers and no cluster's barrier is between: then they must be loads like any other.
 #if defined(SPLIT) && SPLIT == 1
 #define UNWRITTEN ""
 #else
@@ -272,16 +272,9 @@ template <int pending> __device__ __forceinline__ void copy_async_wait() {
 }
 
 // Clusters: one block before sm_90.
-__device__ __forceinline__ unsigned cluster_rank() {
-    unsigned rank = 0;
-#if __CUDA_ARCH__ >= 900
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-#endif
-    return rank;
-}
 
-// Says that this block has begun, to blocks that cluster_wait: nothing else it has written is there for them but what it
-// published. (Arriving with all that it has written costs a fence of all memory, half a microsecond.)
+// Says that this block has begun, to blocks that cluster_wait: of what it has written, only what it published is there
+// for them. (Arriving with all of it costs a fence of all memory, half a microsecond.)
 __device__ __forceinline__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -293,25 +286,6 @@ __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
 #else
     __syncthreads();
-#endif
-}
-
-__device__ __forceinline__ void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
-#else
-    __syncthreads();
-#endif
-}
-
-// The same variable in the shared memory of block `rank` of the cluster.
-template <typename X> __device__ __forceinline__ X* map_shared(X* address, unsigned rank) {
-#if __CUDA_ARCH__ >= 900
-    X* mapped;
-    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(mapped) : "l"(address), "r"(rank));
-    return mapped;
-#else
-    return address;
 #endif
 }
 

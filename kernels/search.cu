@@ -177,7 +177,7 @@ beam_step(const int* rows, Slot* slots, int* ancestors, int* history, float* det
 
 // Merging what kernels/vocabulary.cu found in each tile of the vocabulary ---------------------------------------------
 
-// The largest logit of some tiles and the sum of exp(logit - it), from those of one tile a lane; {-inf, 0}: it has none.
+// The largest logit of some tiles and the sum of exp(logit - it), from those of a lane's tile; {-inf, 0}: it has none.
 __device__ __forceinline__ float2 total(const float2& own) {
     const float most = warp_max(own.x);
     return make_float2(most, warp_sum(own.y == 0 ? 0.f : own.y * expf(own.x - most)));
@@ -192,9 +192,10 @@ __device__ __forceinline__ float2 total(const float2* statistics, int first, int
     return make_float2(most, warp_sum(sum));
 }
 
-// The total of some tiles of a row and the `wanted` best of them, best first, from the best of each tile, sorted, `count`
-// apart; by one warp, whose first lane has tile `first`, `stride` and so on after it. take(rank, choice, total) is called
-// for each. A lane holds out the best of its tiles that is not taken yet; tiles that have one taken offer their next.
+// The total of some tiles of a row and the `wanted` best of them, best first, from the best of each tile, sorted,
+// `count` apart; by one warp, whose first lane has tile `first`, `stride` and so on after it. take(rank, choice, total)
+// is called for each. A lane holds out the best of its tiles that is not taken yet; tiles that have one taken offer
+// their next.
 // All that is needed of a lane's only tile is asked for at once.
 constexpr int TOGETHER = 4;
 template <typename Take>

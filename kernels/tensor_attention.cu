@@ -98,8 +98,8 @@ __device__ __forceinline__ void attend(const T* query, long long query_stride, i
     unsigned q[KEY_WORDS];
     load(q, query + g * query_stride + t * (HEAD_SIZE / 4), g < beams && warp < parts);
     if (Token::THERE && warp < parts && (warp + 1) * STEPS >= count) take_own(past - warp * STEPS);
-    // A lane of the first warp keeps sixteen bytes of the key or the value. It stores them in the end, since a warp that
-    // stores what it has only just asked for does nothing until that has come.
+    // A lane of the first warp keeps sixteen bytes of the key or the value. It stores them in the end: a warp that stores
+    // what it has only just asked for does nothing until that has come.
     const bool keeps = Token::THERE && warp == 0 && lane < HEAD_SIZE / 4;
     const int kept_at = lane % (HEAD_SIZE / 8) * 8;
     uint4 kept;
@@ -245,6 +245,7 @@ cross_attention_tensor(const T* query, const int* rows, const Slot* slots, const
     if (beam % BEAMS) return;
     if (beam) slot = slots + rows[row - beam];
     const long long memory = (long long)slot->memory * steps * hidden + column;
-    attend<BEAMS, CROSS_WARPS>(query + at, hidden, least(BEAMS, width - beam), Nothing{}, slot->memory_length, keys + memory,
-                               values + memory, hidden, [](int step) { return step; }, shares, out + at, hidden);
+    attend<BEAMS, CROSS_WARPS>(query + at, hidden, least(BEAMS, width - beam), Nothing{}, slot->memory_length,
+                               keys + memory, values + memory, hidden, [](int step) { return step; }, shares, out + at,
+                               hidden);
 }

@@ -127,8 +127,8 @@ def _shape(device: Device, rows: int, chunks: int, wide: int, half: bool) -> tup
         return 64, split, int(many)
     together = split > 2 and (rows <= 8 or not half)
     most = _most_blocks(device, split) if together else device.multiprocessors
-    outputs = next((size for size in (32, 48) if split * _up(wide, size) <= most), 64)
-    return outputs if together or outputs == 32 else 64, split, int(many)
+    sizes = (32, 48) if together else (32,)
+    return next((size for size in sizes if split * _up(wide, size) <= most), 64), split, int(many)
 
 
 def _most_blocks(device: Device, split: int) -> int:

@@ -22,6 +22,8 @@ class Call:
         return self.name
 
     def parameters(self) -> str:
+        if self.name == "unreadable":
+            raise RuntimeError("no parameters")
         return self._parameters
 
 
@@ -107,3 +109,8 @@ def test_request_may_be_stopped_by_one_that_comes_with_it(model: Any, log: list[
 def test_nothing_is_submitted_where_there_is_nothing_to_submit(model: Any, log: list[Any]) -> None:
     model.execute([Call("bad"), Call("stop", '{"deadline_ms": -1}')])
     assert log == ["room", ("refuse", "bad", RequestError), ("refuse", "stop", RequestError)]
+
+
+def test_a_request_whose_parameters_cannot_be_had_is_refused_alone(model: Any, log: list[Any]) -> None:
+    model.execute([Call("first"), Call("unreadable"), Call("last")])
+    assert log == ["room", ("refuse", "unreadable", RuntimeError), ("submit", ["first"], ["last"])]

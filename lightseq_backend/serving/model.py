@@ -87,8 +87,9 @@ class TritonPythonModel:
         self._replies.wait_for_room()
         calls, stops = [], []
         for request in requests:
-            sender, parameters = request.get_response_sender(), request.parameters()
+            sender = request.get_response_sender()
             try:
+                parameters = request.parameters()
                 control = read_control(parameters)
                 if control.cancel is not None:
                     stops.append((control.cancel, sender))

@@ -280,6 +280,7 @@ def test_interrupted_run_keeps_what_was_answered_and_can_be_gone_on_with(tmp_pat
     process = start(
         "translate", TRANSLATOR, "-", "--output", tmp_path / "out", "--window", 4,
         stdin=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # what a shell starts behind it ignores it
     )  # fmt: skip
     process.stdin.write(text(FRENCH * 4).encode())
     process.stdin.flush()  # and no end: it waits for more

@@ -661,6 +661,9 @@ def test_model_on_a_failed_device_answers_internal_with_the_cuda_error_and_unloa
                 assert ended in (GOOD["rows"][0]["ids"], (internal, ILLEGAL))
         later = failure(lambda: ask(client, "failing", "source_ids", GOOD["source_ids"]))
         assert later == (internal, f"RuntimeError: GPU 0 has failed: {ILLEGAL}")
+        deadline = time.monotonic() + 20
+        while "READY False" not in server.log and time.monotonic() < deadline:  # an answer may be faster than the log
+            assert failure(lambda: ask(client, "failing", "source_ids", GOOD["source_ids"])) == later
         assert "READY False" in server.log
         other = ask(client, "other", "source_ids", GOOD["source_ids"])
         assert other["target_ids"].tolist() == [GOOD["rows"][0]["ids"]]

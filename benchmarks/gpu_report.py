@@ -132,8 +132,8 @@ def _own_notes(figures: Figures) -> list[str]:
     found: dict[str, dict[str, None]] = {}
     for one in figures.of(engine=OURS):
         if one.note:
-            found.setdefault(one.note, {})[one.what] = None
-    return ["", *(f"- {', '.join(whats)}: {note}." for note, whats in found.items())] if found else []
+            found.setdefault(one.note, {})[one.what.partition(":")[0]] = None  # of parts, the whole
+    return ["", *(f"- {'; '.join(whats)}: {note}." for note, whats in found.items())] if found else []
 
 
 _NO_VERSIONS = ("program", "date", "gpu", "copy_bytes_a_second", "operations_a_second")

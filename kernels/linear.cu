@@ -25,7 +25,7 @@
 #define SLICE up(CHUNKS, SPLIT)  // chunks of a block: chunk c is warp c % WARPS's
 #define SHARE up(SLICE, WARPS)   // chunks of a warp
 #define EVEN (CHUNKS % (SPLIT * WARPS) == 0)
-// Chunks whose weights are under way, in registers: 64 of them, or 96 where a block has 48 outputs and few rows.
+// Chunks whose weights are under way, in up to 64 registers, or 96 where a block has 48 outputs of eight rows.
 #define DEPTH least(SHARE, (TILES == 3 && ROWS == 8 ? 24 : 16) / WEIGHT_PIECES / TILES)
 
 // The end of a product: sums over warps and over the cluster, and what is done to the result --------------------------

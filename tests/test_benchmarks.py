@@ -146,7 +146,7 @@ def test_a_report_says_what_to_know_of_its_own_figures(tmp_path: Path) -> None:
         for what in ("encoder", "prompts")
     ]
     text = gpu_report.write(tmp_path, conditions, records)[1].read_text()
-    assert "\n- encoder, prompts: on a busy host.\n" in text
+    assert "\n- encoder; prompts: on a busy host.\n" in text
     plain = gpu_report.write(tmp_path, conditions, [replace(one, note="") for one in records])[1].read_text()
     assert "busy" not in plain
 

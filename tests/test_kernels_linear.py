@@ -20,7 +20,7 @@ from lightseq_backend.ops.linear_launch import Device
 pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
 
 HOPPER = Device(90, 132, 227 * 1024)  # clusters
-SMALL_HOPPER = Device(90, 12, 227 * 1024)  # of which clusters of four fill ten
+SMALL_HOPPER = Device(90, 12, 227 * 1024)  # ten of which are taken to be filled by clusters of four
 TURING = Device(75, 40, 64 * 1024)  # none, and the least shared memory
 DEVICES = {"hopper": HOPPER, "turing": TURING}
 PRECISIONS = ("float16", "float32")

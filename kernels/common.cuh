@@ -247,6 +247,14 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(unsigned (&to)[4], const 
 #endif
 }
 
+// Sixteen bytes of shared memory; in the order of the program.
+__device__ __forceinline__ uint4 load_shared(const uint4* source) {
+    uint4 x;
+    asm volatile("ld.shared.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(shared_address(source)) : "memory");
+    return x;
+}
+
 // Sixteen bytes to shared memory, zeros after the first `bytes`; there once its group has been waited for.
 __device__ __forceinline__ void copy_async16(void* to, const void* from, int bytes = 16) {
 #if __CUDA_ARCH__ >= 800

@@ -9,6 +9,8 @@
 //   ALIGNED  1 where rows of x begin at multiples of 16 bytes and INNER is made of such pieces
 //   FOURS    1 where `wide` is made of fours, and so do rows of residual and out begin, and bias
 //   ACTIVATION  common.cuh Activation: a switch in the end of a product would be jumped through by every result
+//   AHEAD    chunks of a warp, behind those in registers, that are under way to shared memory before x is there; 0 where
+//            W is int8
 //   LATE     1 where the next kernel may begin once x is on its way, 0 where it may begin at once
 // The order of a sum depends on INNER and SPLIT alone, never on the rows: a row's result is the same whatever other
 // rows come with it.
@@ -27,6 +29,8 @@
 #define EVEN (CHUNKS % (SPLIT * WARPS) == 0)
 // Chunks whose weights are under way, in up to 64 registers, or 96 where a block has 48 outputs of eight rows.
 #define DEPTH least(SHARE, (TILES == 3 && ROWS == 8 ? 24 : 16) / WEIGHT_PIECES / TILES)
+static_assert(DEPTH + AHEAD <= SHARE, "as many as there are");
+#define AHEAD_PIECES (TILES * WEIGHT_PIECES * THREADS)  // of sixteen bytes, in a chunk of every warp
 
 // The end of a product: sums over warps and over the cluster, and what is done to the result --------------------------
 
@@ -220,6 +224,24 @@ struct Source {
             load_chunk(weights.tile[m], packed + (m * CHUNKS + share * WARPS) * (32 * WEIGHT_PIECES),
                        has(share) && tile + m < tiles);
     }
+    // The same by way of shared memory, where a lane reads what it has copied itself.
+    __device__ __forceinline__ void copy(uint4* to, int share) const {
+#pragma unroll
+        for (int m = 0; m < TILES; m++)
+#pragma unroll
+            for (int i = 0; i < WEIGHT_PIECES; i++) {
+                const bool inside = has(share) && tile + m < tiles;
+                const int at = (m * CHUNKS + share * WARPS) * WEIGHT_PIECES + i;
+                copy_async16(to + (m * WEIGHT_PIECES + i) * THREADS, packed + (inside ? at * 32 : 0), inside ? 16 : 0);
+            }
+    }
+    __device__ __forceinline__ static void fetch(Weights& weights, const uint4* from) {
+#pragma unroll
+        for (int m = 0; m < TILES; m++)
+#pragma unroll
+            for (int i = 0; i < WEIGHT_PIECES; i++)
+                weights.tile[m].piece[i] = load_shared(from + (m * WEIGHT_PIECES + i) * THREADS);
+    }
 };
 
 typedef float Sums[TILES][ROW_TILES][4];
@@ -265,9 +287,11 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 linear(const T* x, int x_stride, const Stored* weight, const float* columns, float epsilon, const T* bias,
        const T* residual, int residual_stride, T* out, int out_stride, int rows, int wide) {
     extern __shared__ __align__(128) char memory[];
-    float* partial = reinterpret_cast<float*>(memory);
-    float4* inbox = reinterpret_cast<float4*>(memory + WARPS * ROWS * PARTIAL_STRIDE * 4);
-    Barrier* arrived = reinterpret_cast<Barrier*>(memory + WARPS * ROWS * PARTIAL_STRIDE * 4 + INBOX_BYTES);
+    uint4* ahead = reinterpret_cast<uint4*>(memory) + threadIdx.x;
+    float* partial = reinterpret_cast<float*>(memory);  // once all weights have been read
+    char* behind = memory + most(AHEAD * AHEAD_PIECES * 16, WARPS * ROWS * PARTIAL_STRIDE * 4);
+    float4* inbox = reinterpret_cast<float4*>(behind);
+    Barrier* arrived = reinterpret_cast<Barrier*>(behind + INBOX_BYTES);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
 #if !LATE
     launch_next();
@@ -285,6 +309,11 @@ linear(const T* x, int x_stride, const Stored* weight, const float* columns, flo
     Weights weights[DEPTH];
 #pragma unroll
     for (int i = 0; i < DEPTH; i++) source.load(weights[i], i);
+#pragma unroll
+    for (int i = 0; i < AHEAD; i++) {
+        source.copy(ahead + i * AHEAD_PIECES, DEPTH + i);
+        copy_async_commit();
+    }
 
     const Epilogue end = {bias, residual, columns, out, residual_stride, out_stride, rows, wide, epsilon};
     Before before;
@@ -325,6 +354,17 @@ linear(const T* x, int x_stride, const Stored* weight, const float* columns, flo
     launch_next();
 #endif
 
+    auto next_weights = [&](Weights& to, int share) {
+#if AHEAD
+        uint4* from = ahead + (share - DEPTH) % AHEAD * AHEAD_PIECES;
+        copy_async_wait<AHEAD - 1>();
+        source.fetch(to, from);
+        if (share + AHEAD < SHARE) source.copy(from, share + AHEAD);
+        copy_async_commit();
+#else
+        source.load(to, share);
+#endif
+    };
     Sums sums = {};
     float moments[ROW_TILES][4] = {};
 #pragma unroll
@@ -333,9 +373,10 @@ linear(const T* x, int x_stride, const Stored* weight, const float* columns, flo
 #pragma unroll
         for (int n = 0; n < ROW_TILES; n++)
             if (NORM) add_moments(moments[n], pieces[i % STAGES][n]);
-        if (i + DEPTH < SHARE) source.load(weights[i % DEPTH], i + DEPTH);
+        if (i + DEPTH < SHARE) next_weights(weights[i % DEPTH], i + DEPTH);
         if (i + STAGES < SHARE) load_x(i + STAGES);
     }
+    if (AHEAD) __syncthreads();
     float* own = partial + warp * ROWS * PARTIAL_STRIDE;
     hand_over(own, sums);
 #pragma unroll

@@ -87,6 +87,14 @@ extern "C" __global__ void copy(const int4* from, int4* out, int wait) {
     __syncthreads();
     out[threadIdx.x] = held[threadIdx.x ^ 1];
 }
+extern "C" __global__ void write_where_others_read(int* out) {  // a barrier of the block is missing between the two
+    __shared__ int held[64];
+    held[threadIdx.x] = threadIdx.x;
+    __syncthreads();
+    out[threadIdx.x] = held[threadIdx.x];
+    __syncwarp();
+    held[63 - threadIdx.x] = -1;
+}
 extern "C" __global__ void overrun(int* x, int n) { x[n] = 1; }
 """
 KERNELS = Kernels("test", text=SOURCE)
@@ -111,6 +119,14 @@ def test_missing_barrier_is_found() -> None:
     x, out = np.arange(64, dtype=np.int32), np.zeros(64, np.int32)
     with pytest.raises(LaunchError, match="order of threads"):
         KERNELS.launch("reverse_without_barrier", 1, 64, (x, out))
+
+
+def test_missing_barrier_is_found_where_warps_side_by_side_would_not_need_it() -> None:
+    out = np.zeros(64, np.int32)
+    KERNELS.launch("write_where_others_read", 1, 64, (out,), orders=[0])
+    np.testing.assert_array_equal(out, np.arange(64))
+    with pytest.raises(LaunchError, match="order of threads"):
+        KERNELS.launch("write_where_others_read", 1, 64, (out,))
 
 
 @pytest.mark.parametrize("name", ["barrier_for_some", "barriers_apart", "shuffle_for_some"])

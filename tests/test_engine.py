@@ -601,6 +601,7 @@ def test_engines_arrays_do_not_overlap() -> None:
 def test_buckets_cover_every_number_of_rows(slots: int) -> None:
     counts = buckets(slots)
     assert counts == sorted(set(counts))
+    assert counts[0] == 1
     assert counts[-1] >= slots
     for rows in range(1, slots + 1):
         assert next(count for count in counts if count >= rows) - rows < (8 if rows <= 64 else 32)

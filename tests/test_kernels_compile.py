@@ -37,6 +37,7 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
             (32, 4096, 1024, True, False),
             (8, 4096, 1024, True, False),
             (8, 1600, 4800, True, True),
+            (8, 6400, 1600, True, False),
             (32, 1024, 3072, False, False),
             (32, 4096, 1024, False, False),
         )
@@ -125,6 +126,13 @@ def test_products_hold_the_weights_they_ask_for_early() -> None:
     for definition, kernels in compiled("linear.cu", 90):
         if "INNER" in definition:
             assert kernels["linear"].registers >= registers_of_weights_and_sums(definition), definition
+
+
+def test_products_with_weights_in_shared_memory_leave_registers_for_the_next_ones() -> None:
+    built = [(build, kernels["linear"]) for build, kernels in compiled("linear.cu", 90) if build.get("AHEAD")]
+    assert len(built) == 2
+    for build, resources in built:
+        assert 2 * 256 * resources.registers <= 65536, build
 
 
 def registers_of_weights_and_sums(build: dict[str, Any]) -> int:

@@ -79,6 +79,24 @@ def test_row_does_not_depend_on_how_many_come_with_it(device: Device, inner: int
         np.testing.assert_array_equal(result, results[0])
 
 
+@pytest.mark.parametrize(("rows", "inner", "wide"), [(5, 3300, 150), (5, 1600, 90)])
+def test_weights_by_way_of_shared_memory_change_no_result(rows: int, inner: int, wide: int) -> None:
+    """More of them than go there at once, and warps without a last chunk."""
+    precision = "float16"
+    x, weight, bias, gain, norm_bias = operands(precision, rows, inner, wide)
+    results = []
+    for device in (Device(90, 2, 227 * 1024), Device(89, 2, 227 * 1024)):
+        plan = linear_launch.plan(device, rows, inner, wide, True, True, True)
+        assert plan.holds_weights == (device.capability == 90)
+        assert plan.cluster[0] == 1
+        kernels = ops(precision, device)
+        norm, out = Norm(gain, norm_bias), np.full((rows, wide), np.nan, precision)
+        linear = Linear(kernels.matrix(weight, norm), bias)
+        kernels.norm_linear(x, norm, linear, 1e-6, "none", np.full_like(x, np.nan), out)
+        results.append(out)
+    np.testing.assert_array_equal(*results)
+
+
 @pytest.mark.parametrize("device", DEVICES.values(), ids=DEVICES)
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize(
@@ -192,6 +210,15 @@ def test_kernel_is_chosen_where_it_is_faster(
     capability: int, rows: int, inner: int, wide: int, half: bool, wanted: bool
 ) -> None:
     assert linear_launch.pays(Device(capability, 132, 96 * 1024), rows, inner, wide, half) == wanted
+
+
+def test_two_blocks_of_a_product_fit_a_multiprocessor() -> None:
+    """The next kernel's waits beside this one's, both with weights in shared memory; a block has a KiB more of it."""
+    for rows in (8, 16, 32):
+        for inner, wide in ((1600, 4800), (1600, 6400), (6400, 1600)):
+            plan = linear_launch.plan(HOPPER, rows, inner, wide, True, inner < wide, True)
+            assert plan.holds_weights == (rows == 8)
+            assert plan.shared + 1024 <= 228 * 1024 // 2
 
 
 def test_plan_takes_fewer_rows_where_shared_memory_is_short() -> None:

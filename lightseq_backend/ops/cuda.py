@@ -41,6 +41,10 @@ _RESERVE = 128 << 20  # bytes; graphs, the kernels' code and work space are made
 _QUERIES = 64  # queries that one block of packed_attention takes
 _TENSOR_HEAD = 64  # the head size that kernels/tensor_attention.cu is for
 _REACH = 32  # steps that a warp of decode_attention looks at together
+# Per cent of a multiprocessor's memory that are shared memory, the same for all kernels, since one that must be set up
+# anew cannot begin a kernel beside the last; the rest is L1, through which weights come. All of it where products keep
+# weights there, otherwise half of it for fp16, and for the others what the driver chooses. By whole steps on an H200.
+_MOST_CARVEOUT, _HALF_CARVEOUT, _DRIVERS_CARVEOUT = 100, 50, -1
 # Warps of a multiprocessor that attend, by whether on tensor cores; the other registers are for the kernel that comes
 # next. By whole steps on an H200.
 _ATTENDING_WARPS = {True: 4, False: 8}
@@ -113,6 +117,7 @@ class Cuda:
         self._cublas = Cublas(self._stream.ptr, self._workspace.ptr)
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         self._rooms: dict[str, Array] = {}
+        self._carveout = _HALF_CARVEOUT if precision == "fp16" else _DRIVERS_CARVEOUT
 
     # Memory and transfer ----------------------------------------------------------------------------------------------
 
@@ -477,6 +482,8 @@ class Cuda:
         plan = linear_launch.plan(
             self._limits, len(x), weight.inner, weight.wide, self._half, norm, aligned, weight.int8
         )
+        if plan.holds_weights:
+            self._carveout = _MOST_CARVEOUT
         arguments = (
             x, _stride(x), weight.packed, weight.columns, epsilon or 0.0, linear.bias,
             residual, 0 if residual is None else _stride(residual), out, _stride(out), len(x), weight.wide,
@@ -611,8 +618,9 @@ class Cuda:
         if key not in self._kernels:
             self._kernels[key] = Kernel(family, name, constants, _ARCHITECTURES.get(family))
         self._kernels[key](
-            grid, block, arguments, stream=self._stream.ptr, shared=shared, cluster=cluster, early=self._early
-        )
+            grid, block, arguments, stream=self._stream.ptr, shared=shared, cluster=cluster, early=self._early,
+            carveout=self._carveout,
+        )  # fmt: skip
 
     def _room(self, name: str, shape: tuple[int, ...], dtype: Any) -> Array:
         """Work space of the object's own, zeroed when it is first taken; graphs keep its address, so it never moves."""

@@ -16,6 +16,7 @@ from typing import Any
 
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_*
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_SHARED_MEMORY_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_*
 _MOST_ARGUMENTS = 24
 _INCLUDE = re.compile(r'^#include "(\w+\.cuh)"$', re.MULTILINE)
 _FLOAT, _FLOAT_BYTES = struct.Struct("<I"), struct.Struct("<f")
@@ -47,7 +48,7 @@ class Kernel:
         options = (*target, "-std=c++17", *(f"-D{key}={value}" for key, value in defines))
         self.name = name
         self._kernel = cupy.RawKernel(source(family), name, options=options)
-        self._shared = 48 * 1024
+        self._shared, self._carveout = 48 * 1024, -1
         # Written anew for every launch, made once: a prefill pass makes hundreds of launches.
         self._values = (ctypes.c_uint64 * _MOST_ARGUMENTS)()
         address, size = ctypes.addressof(self._values), ctypes.sizeof(ctypes.c_uint64)
@@ -66,6 +67,7 @@ class Kernel:
         shared: int = 0,
         cluster: int = 1,
         early: bool = False,
+        carveout: int = -1,
     ) -> None:
         """Queues the kernel. One thread at a time.
 
@@ -73,7 +75,14 @@ class Kernel:
         stream     cudaStream_t
         cluster    blocks in x that form a cluster (sm_90 and later)
         early      may begin before the kernel in front has ended: it waits for it itself (sm_90 and later)
+        carveout   per cent of a multiprocessor's memory that are to be shared memory, the rest is L1; -1: as the driver
+                   thinks. It stays with the kernel.
         """
+        if carveout != self._carveout:
+            status = driver().cuFuncSetAttribute(self._handle, _SHARED_MEMORY_CARVEOUT, carveout)
+            if status:
+                raise RuntimeError(f"{self.name} cannot have {carveout} % shared memory: {_explained(status)}")
+            self._carveout = carveout
         if shared > self._shared:
             self._kernel.max_dynamic_shared_size_bytes = self._shared = shared
         values = self._values

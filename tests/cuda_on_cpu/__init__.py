@@ -5,8 +5,8 @@
 
 Arrays are device memory (float16 where HALF=1): what the kernel writes is in them afterwards. A view stands for its
 address, so a slice of columns goes with a leading dimension, and one array given twice is one memory. Numbers are
-NumPy scalars of exactly the parameter's type. Every launch runs twice, with the threads and blocks in ascending and
-in descending order: a difference means a barrier is missing.
+NumPy scalars of exactly the parameter's type. Every launch runs twice: threads and blocks in ascending order, all warps
+side by side, and in descending order, a warp far ahead of the others. A difference means a barrier is missing.
 
 With LIGHTSEQ_SANITIZE=1 in the environment kernels are compiled with the address and undefined-behaviour sanitizers;
 `sanitized` gives a process the environment for that.

@@ -2,9 +2,10 @@
 //
 // Blocks run one after another, the blocks of a cluster together. Shared memory is filled with 0xFF (NaN, -1) before
 // a block begins and after it ends. A barrier that not all threads reach, or that they reach at different lines, ends
-// the launch with a message that says who waits where. Fibers can be run in ascending or descending order: a result
-// that depends on it shows a missing barrier. Not modelled: the memory model, bank conflicts, caches, alignment of
-// vector accesses (the undefined-behaviour sanitizer has that).
+// the launch with a message that says who waits where. Fibers can be run in ascending order, all warps side by side, or
+// in descending order, a warp far ahead of the others: a result that depends on it shows a missing barrier. Not
+// modelled: the memory model, bank conflicts, caches, alignment of vector accesses (the undefined-behaviour sanitizer
+// has that).
 //
 // `shared` declarations are rewritten by __init__.py into calls of cuda_on_cpu::shared. Wrappers of inline PTX that
 // kernels use (mma, ldmatrix, cp.async, clusters) are defined at the end; common.cuh has the real ones.
@@ -339,19 +340,30 @@ inline void free_shared(Block& block) {
 
 // Launching -----------------------------------------------------------------------------------------------------------
 
+// Whether the fiber could run; it has, until it must wait.
+inline bool run_one(Fiber* fiber) {
+    if (fiber->state != READY || !fault.empty()) return false;
+    current = fiber;
+    change_to(fiber, &scheduler);
+    return true;
+}
+
+// Ascending, every thread goes one wait further; descending, every warp as far as it can go without the others.
 inline bool run_some(bool descending) {
     bool ran = false;
-    size_t threads = block_size.count();
-    for (size_t i = 0; i < cluster.size() * threads; i++) {
-        size_t k = descending ? cluster.size() * threads - 1 - i : i;
-        Fiber* fiber = cluster[k / threads].threads[k % threads];
-        if (fiber->state != READY) continue;
-        ran = true;
-        current = fiber;
-        change_to(fiber, &scheduler);
-        if (!fault.empty()) return false;
+    for (size_t b = 0; b < cluster.size(); b++) {
+        std::vector<Fiber*>& threads = cluster[descending ? cluster.size() - 1 - b : b].threads;
+        for (size_t i = 0; !descending && i < threads.size(); i++) ran |= run_one(threads[i]);
+        for (size_t end = threads.size(); descending && end > 0;) {
+            size_t begin = (end - 1) / 32 * 32;
+            for (bool again = true; again; ran |= again) {
+                again = false;
+                for (size_t i = end; i > begin; i--) again |= run_one(threads[i - 1]);
+            }
+            end = begin;
+        }
     }
-    return ran;
+    return ran && fault.empty();
 }
 
 inline void run_cluster(bool descending) {

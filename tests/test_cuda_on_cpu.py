@@ -93,6 +93,7 @@ extern "C" __global__ void write_where_others_read(int* out) {  // a barrier of 
     __syncthreads();
     out[threadIdx.x] = held[threadIdx.x];
     __syncwarp();
+    __syncwarp();
     held[63 - threadIdx.x] = -1;
 }
 extern "C" __global__ void overrun(int* x, int n) { x[n] = 1; }

@@ -43,8 +43,9 @@ _TENSOR_HEAD = 64  # the head size that kernels/tensor_attention.cu is for
 _REACH = 32  # steps that a warp of decode_attention looks at together
 # Per cent of a multiprocessor's memory that are shared memory, the same for all kernels, since one that must be set up
 # anew cannot begin a kernel beside the last; the rest is L1, through which weights come. All of it where products keep
-# weights there, otherwise half of it for fp16, and for the others what the driver chooses. By whole steps on an H200.
-_MOST_CARVEOUT, _HALF_CARVEOUT, _DRIVERS_CARVEOUT = 100, 50, -1
+# weights there, otherwise half of it for fp16, and what the driver chooses for the others and for older GPUs. By whole
+# steps on an H200.
+_MOST_CARVEOUT, _FP16_CARVEOUT, _DRIVERS_CARVEOUT = 100, 50, -1
 # Warps of a multiprocessor that attend, by whether on tensor cores; the other registers are for the kernel that comes
 # next. By whole steps on an H200.
 _ATTENDING_WARPS = {True: 4, False: 8}
@@ -117,7 +118,7 @@ class Cuda:
         self._cublas = Cublas(self._stream.ptr, self._workspace.ptr)
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         self._rooms: dict[str, Array] = {}
-        self._carveout = _HALF_CARVEOUT if precision == "fp16" else _DRIVERS_CARVEOUT
+        self._carveout = _FP16_CARVEOUT if precision == "fp16" and capability >= 90 else _DRIVERS_CARVEOUT
 
     # Memory and transfer ----------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""More work than there is room for, and steps that never end: who waits, who is refused, and that all are answered."""
+"""More work than there is room for: who waits, who is refused, and that all are answered."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from lightseq_backend.engine.scheduler import GIVES_WAY, Scheduler
 from lightseq_backend.errors import Overloaded, RequestError
 from lightseq_backend.ops import cpu
 from lightseq_backend.request import HIGH, LOW, NORMAL, PRIORITIES, SCORE, Output, Request, Sequence
-from lightseq_backend.serving.watch import Watch
 from lightseq_backend.serving.wire import priority_of
 
 CONFIG, _ = small_models.gpt(max_positions=1000)
@@ -200,7 +199,7 @@ def test_unknown_priority_is_refused(value: str) -> None:
         priority_of(f'{{"queue_priority": {value}}}')
 
 
-# The watch -----------------------------------------------------------------------------------------------------------
+# What waits too long --------------------------------------------------------------------------------------------------
 
 
 class Held:
@@ -227,82 +226,6 @@ class Held:
         self._goes_on.set()
 
 
-@pytest.fixture
-def held(monkeypatch: pytest.MonkeyPatch) -> Any:
-    made = Held(monkeypatch)
-    yield made
-    made.go_on()
-    made.engine.stop(5)
-
-
-def test_hung_step_fails_all_requests_with_the_reason_and_takes_no_more(held: Held) -> None:
-    held.submit(5)  # one decodes, four wait
-    held.engine.start()
-    assert held.stands.wait(30)
-    watch = Watch(held.engine, limit=0.0, update=lambda: None)
-    watch.look()
-    reason = r"a step has taken \d+\.\d s; the limit is 0 s \(step_seconds\); the model must be loaded again"
-    assert len(held.results) == 5
-    for result in held.results:
-        with pytest.raises(RuntimeError, match=reason):
-            raise result
-    assert not held.engine.ready
-    with pytest.raises(RuntimeError, match=reason):
-        held.submit(1)
-    held.go_on()
-    held.engine.stop(5)
-    assert (len(held.results), held.engine.alive, held.engine.slots_in_use) == (5, False, 0)
-    assert held.engine.fault is not None  # the step's return does not heal it
-
-
-def test_request_that_came_while_the_engine_was_given_up_is_answered_at_the_next_look(held: Held) -> None:
-    held.submit(1)
-    held.engine.start()
-    assert held.stands.wait(30)
-    watch = Watch(held.engine, limit=0.0, update=lambda: None)
-    watch.look()
-    fault, held.engine.fault = held.engine.fault, None  # as `submit` saw it just before
-    held.submit(1)
-    held.engine.fault = fault
-    watch.look()
-    assert [str(result) for result in held.results] == [fault] * 2
-
-
-def test_step_within_the_limit_is_left_alone(held: Held) -> None:
-    held.submit(1)
-    held.engine.start()
-    assert held.stands.wait(30)
-    Watch(held.engine, limit=60.0, update=lambda: None).look()
-    assert (held.engine.ready, held.results) == (True, [])
-
-
-def test_engine_that_does_nothing_is_not_given_up() -> None:
-    engine = small_models.engine(*small_models.transformer())
-    engine.start()
-    engine.answer([[3]])
-    Watch(engine, limit=0.0, update=lambda: None).look()
-    assert engine.ready
-    engine.stop()
-    Watch(engine, limit=0.0, update=lambda: None).look()
-    assert engine.fault is None
-
-
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_dead_thread_fails_what_waits() -> None:
-    engine, results = small_models.engine(*small_models.transformer()), []
-
-    def die() -> None:
-        raise SystemExit
-
-    engine.step = die  # type: ignore[method-assign]
-    engine.submit([Request(np.array([3]), engine.options(), results.append)])
-    engine.start()
-    assert engine._thread is not None
-    engine._thread.join(30)
-    Watch(engine, limit=60.0, update=lambda: None).look()
-    assert [str(result) for result in results] == ["the engine has ended; the model must be loaded again"]
-
-
 def test_what_waits_too_long_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
     held = Held(monkeypatch, queue_seconds=5)
     held.submit(1)
@@ -311,30 +234,12 @@ def test_what_waits_too_long_is_answered(monkeypatch: pytest.MonkeyPatch) -> Non
     held.submit(3)
     later = time.monotonic() + 6
     monkeypatch.setattr(held.engine._scheduler, "_clock", lambda: later)
-    Watch(held.engine, limit=60.0, update=lambda: None).look()
+    held.engine.expire()
     assert [type(result) for result in held.results] == [Overloaded] * 3
     assert "has waited for 5 s, the limit; come again later" in str(held.results[0])
     held.go_on()
     held.engine.stop(30)
     assert isinstance(held.results[3], Output)
-
-
-def test_look_that_fails_is_not_the_last() -> None:
-    engine, seen, updates = small_models.engine(*small_models.transformer()), threading.Event(), []
-
-    def update() -> None:
-        updates.append(1)
-        if len(updates) == 3:
-            seen.set()
-        raise OSError("the server does not answer")
-
-    engine.start()
-    watch = Watch(engine, limit=60.0, update=update, period=0.001)
-    watch.start()
-    assert seen.wait(30)
-    watch.close()
-    engine.stop()
-    assert not watch.alive
 
 
 # What is told of it ---------------------------------------------------------------------------------------------------

@@ -585,6 +585,39 @@ def test_hung_round_is_given_up_with_the_reason_and_its_process_ended(start: Cal
         os.kill(engine.process, 0)
 
 
+def test_engine_is_left_alone_that_has_nothing_to_do_or_whose_step_is_within_the_limit(
+    start: Callable[..., RemoteEngine],
+) -> None:
+    engine = start(HANGS)
+    watch = Watch(engine, limit=0.3, update=lambda: None)
+    for _ in range(5):
+        watch.look()
+        time.sleep(0.1)
+    assert engine.ready
+    asked = Asked(engine, [ROW])
+    patient = Watch(engine, limit=60.0, update=lambda: None)
+    for _ in range(5):
+        patient.look()
+    assert engine.round_seconds > 0.3
+    assert (engine.ready, asked.results) == (True, [[]])
+
+
+def test_look_that_fails_is_not_the_last(engine: RemoteEngine) -> None:
+    seen, updates = threading.Event(), []
+
+    def update() -> None:
+        updates.append(1)
+        if len(updates) == 3:
+            seen.set()
+        raise OSError("the server does not answer")
+
+    watch = Watch(engine, limit=60.0, update=update, period=0.001)
+    watch.start()
+    assert seen.wait(30)
+    watch.close()
+    assert not watch.alive
+
+
 @pytest.mark.parametrize("stops", [False, True], ids=["watch", "stop"])
 def test_hung_round_holds_nobody_up_though_nothing_more_can_be_sent(
     start: Callable[..., RemoteEngine], monkeypatch: pytest.MonkeyPatch, stops: bool

@@ -89,7 +89,6 @@ class Engine:
         self.counts: Counter[str] = Counter()
         self.step_seconds = 0.0  # that decode steps took, up to the host's look at them
         self.timings: deque[Timing] = deque(maxlen=TIMINGS)  # of what was answered; for one reader, who takes them out
-        self._began: float | None = None  # the round under way
         log.info("engine memory: %d bytes for %d slots", self._buffers.size, config.slots)
 
     # What other threads call ------------------------------------------------------------------------------------------
@@ -132,12 +131,6 @@ class Engine:
     def ready(self) -> bool:
         """Whether answers can be expected."""
         return self.alive and self.fault is None
-
-    @property
-    def round_seconds(self) -> float:
-        """How long the round under way has taken; 0 where none is."""
-        began = self._began
-        return 0.0 if began is None else time.monotonic() - began
 
     def options(self, changes: dict[str, object] | None = None) -> DecodingOptions:
         """The model's defaults with a request's own settings; RequestError names each bad one."""
@@ -236,14 +229,6 @@ class Engine:
             limit = self.config.queue_seconds
             self._retire(sequence, Overloaded(f"the request has waited for {limit:g} s, the limit; come again later"))
 
-    def give_up(self, reason: str) -> None:
-        """Answers all there is with an error and takes no more, whatever the engine's thread is doing. From any
-        thread, as often as needed: what came in between is answered then."""
-        self.fault = self.fault or reason
-        for sequence in self._scheduler.remove():
-            self._admitted[id(sequence)] = sequence
-        self._fail(RuntimeError(self.fault))
-
     def start(self) -> None:
         """Starts the engine's thread."""
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -283,13 +268,11 @@ class Engine:
     def step(self) -> None:
         """One round. An error of ours fails what is in flight, with the reason, and nothing that comes after, unless
         the device itself has failed: then `fault` says so and nothing more is taken."""
-        self._began = time.monotonic()
         moved = self._dismiss()
         admitted = self._scheduler.admit()
         self._admitted.update((id(one), one) for one in admitted)
         if self.fault:  # what still waited when the device failed
             self._fail(RuntimeError(self.fault))
-            self._began = None
             return
         try:
             self._score([one for one in admitted if one.request.kind == SCORE])
@@ -302,7 +285,6 @@ class Engine:
             log.exception("a step failed")
             self.fault = self.fault or self._ops.fault()
             self._fail(error)
-        self._began = None
 
     def _dismiss(self) -> bool:
         """Answers those who leave early, and takes their slots back; whether the device works on fewer rows now."""

@@ -6,7 +6,6 @@ import logging
 import threading
 from collections.abc import Callable
 
-from lightseq_backend.engine.engine import Engine
 from lightseq_backend.serving.notice import seconds_left
 from lightseq_backend.serving.remote import RemoteEngine
 
@@ -16,12 +15,12 @@ PERIOD = 1.0  # seconds
 
 
 class Watch:
-    """Gives an engine up, with the reason, when a round takes longer than `limit` seconds or it has ended;
-    answers what has waited for too long; stops it when the server is about to end; calls `update`. Triton 24.10 asks no
-    model whether it is ready: this does.
+    """Gives an engine up, with the reason, when a round takes longer than `limit` seconds; has it answer what has
+    waited for too long; stops it when the server is about to end; calls `update`. Triton 24.10 asks no model whether it
+    is ready: this does.
     """
 
-    def __init__(self, engine: Engine | RemoteEngine, limit: float, update: Callable[[], None], period: float = PERIOD):
+    def __init__(self, engine: RemoteEngine, limit: float, update: Callable[[], None], period: float = PERIOD):
         self._engine, self._limit, self._update, self._period = engine, limit, update, period
         self._ending = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="watch", daemon=True)
@@ -42,19 +41,15 @@ class Watch:
         """One look at the engine."""
         engine, taken = self._engine, self._engine.round_seconds
         if taken > self._limit:
-            self._give_up(f"a step has taken {taken:.1f} s; the limit is {self._limit:g} s (step_seconds)")
-        elif not engine.alive and not self._ending.is_set() and not engine.stopping:
-            self._give_up("the engine has ended")
+            reason = f"a step has taken {taken:.1f} s; the limit is {self._limit:g} s (step_seconds)"
+            if engine.fault is None:
+                log.error("%s: this model answers nothing more; load it again", reason)
+            engine.give_up(f"{reason}; the model must be loaded again")
         elif not engine.stopping and (left := seconds_left()) is not None:
             log.info("the server is stopping: %g s for what is under way", left)
             engine.stop(left)
         else:
             engine.expire()
-
-    def _give_up(self, reason: str) -> None:
-        if self._engine.fault is None:
-            log.error("%s: this model answers nothing more; load it again", reason)
-        self._engine.give_up(f"{reason}; the model must be loaded again")
 
     def _loop(self) -> None:
         while not self._ending.wait(self._period):

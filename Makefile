@@ -52,7 +52,7 @@ test: setup ## Run all tests that need no GPU
 test-faults: setup ## Run the tests of overload and faults at full length, the last for MINUTES
 	@LIGHTSEQ_FAULT_REQUESTS=10000 LIGHTSEQ_FAULT_FILES=5000 LIGHTSEQ_FAULT_EXAMPLES=2000 \
 	    LIGHTSEQ_SOAK_MINUTES=$(MINUTES) $(python) -m pytest --durations=5 -rP \
-	    tests/test_overload.py tests/test_operations.py tests/test_damaged_files.py tests/test_soak.py
+	    tests/test_overload.py tests/test_remote.py tests/test_operations.py tests/test_damaged_files.py tests/test_soak.py
 
 .PHONY: test-gpu
 test-gpu: setup ## Run the tests that need a GPU (install CuPy first: .venv/bin/pip install -e '.[cuda12]')

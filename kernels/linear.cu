@@ -9,8 +9,8 @@
 //   ALIGNED  1 where rows of x begin at multiples of 16 bytes and INNER is made of such pieces
 //   FOURS    1 where `wide` is made of fours, and so do rows of residual and out begin, and bias
 //   ACTIVATION  common.cuh Activation: a switch in the end of a product would be jumped through by every result
-//   AHEAD    chunks of a warp, behind those in registers, that are under way to shared memory before x is there; 0 where
-//            W is int8
+//   DEPTH    chunks of a warp whose weights are under way in registers
+//   AHEAD    chunks behind those that are under way to shared memory before x is there; 0 where W is int8
 //   LATE     1 where the next kernel may begin once x is on its way, 0 where it may begin at once
 // The order of a sum depends on INNER and SPLIT alone, never on the rows: a row's result is the same whatever other
 // rows come with it.
@@ -27,8 +27,6 @@
 #define SLICE up(CHUNKS, SPLIT)  // chunks of a block: chunk c is warp c % WARPS's
 #define SHARE up(SLICE, WARPS)   // chunks of a warp
 #define EVEN (CHUNKS % (SPLIT * WARPS) == 0)
-// Chunks whose weights are under way, in up to 64 registers, or 96 where a block has 48 outputs of eight rows.
-#define DEPTH least(SHARE, (TILES == 3 && ROWS == 8 ? 24 : 16) / WEIGHT_PIECES / TILES)
 static_assert(DEPTH + AHEAD <= SHARE, "as many as there are");
 #define AHEAD_PIECES (TILES * WEIGHT_PIECES * THREADS)  // of sixteen bytes, in a chunk of every warp
 

@@ -80,12 +80,16 @@ def plan(
     at, and consist of, pieces of sixteen bytes. int8: W is, and half true. The order of a sum over `inner` depends on
     the weight and the device, not on `rows`.
     """
-    outputs, split, late = _shape(device, rows, _up(inner, _chunk(half)), wide, half)
+    chunks = _up(inner, _chunk(half))
+    outputs, split, late = _shape(device, rows, chunks, wide, half)
+    share = _up(_up(chunks, split), _WARPS)  # chunks of a warp
     for count in (count for count in (32, 16, 8) if count == 8 or count < 2 * rows):
         shared = _shared(count, outputs, split, norm)
         if shared <= device.shared:
             break
-    ahead = _ahead(device, count, outputs, split, inner, norm) if half and not int8 else 0
+    # Up to 64 registers of weights, or 96 where a block has 48 outputs of eight rows.
+    depth = min(share, (24 if outputs == 48 and count == 8 else 16) // (1 if int8 else 2) // (outputs // 16))
+    ahead = _ahead(device, count, outputs, split, norm, share - depth) if half and not int8 else 0
     if ahead:
         shared = _shared(count, outputs, split, norm, ahead)
     definitions = {
@@ -95,6 +99,7 @@ def plan(
         "INNER": inner,
         "OUTPUTS": outputs,
         "SPLIT": split,
+        "DEPTH": depth,
         "AHEAD": ahead,
         "LATE": late,
         "ALIGNED": int(aligned),
@@ -136,12 +141,12 @@ def _shape(device: Device, rows: int, chunks: int, wide: int, half: bool) -> tup
     many = rows > 16
     if many and split * _up(wide, 64) >= 64:
         return 64, split, int(many)
-    if device.capability >= 90 and split == 1 and half and rows <= 8 and device.multiprocessors < _up(wide, 32):
-        return 48 if _up(wide, 48) <= device.multiprocessors * 21 // 20 else 64, split, int(many)
-    together = split > 2 and (rows <= 8 or not half)
-    most = _most_blocks(device, split) if together else device.multiprocessors
-    sizes = (32, 48) if together else (32,)
-    return next((size for size in sizes if split * _up(wide, size) <= most), 64), split, int(many)
+    most = {32: device.multiprocessors}  # blocks, by their outputs
+    if split > 2 and (rows <= 8 or not half):
+        most = dict.fromkeys((32, 48), _most_blocks(device, split))
+    elif device.capability >= 90 and split == 1 and half and rows <= 8:
+        most[48] = device.multiprocessors * 21 // 20
+    return next((size for size, blocks in most.items() if split * _up(wide, size) <= blocks), 64), split, int(many)
 
 
 def _most_blocks(device: Device, split: int) -> int:
@@ -151,14 +156,12 @@ def _most_blocks(device: Device, split: int) -> int:
     return device.multiprocessors * 10 // 11 if split > 2 else device.multiprocessors
 
 
-def _ahead(device: Device, rows: int, outputs: int, split: int, inner: int, norm: bool) -> int:
-    """AHEAD: so many that all weights of a warp are under way, as far as the shared memory of two blocks allows: the
-    next kernel's waits beside this one's. GPT-2 XL 1190 -> 1070 us a step of one row on an H200; for 32 rows, and in
-    float, it was slower (Transformer-big 183 -> 195, 225 -> 240)."""
+def _ahead(device: Device, rows: int, outputs: int, split: int, norm: bool, most: int) -> int:
+    """AHEAD: `most`, which is all that registers do not hold, or what the shared memory of two blocks allows: the next
+    kernel's waits beside this one's. GPT-2 XL 1190 -> 1070 us a step of one row on an H200; for 32 rows, and in float,
+    it was slower (Transformer-big 183 -> 195, 225 -> 240)."""
     if device.capability < 90 or rows > 8:
         return 0
-    in_registers = (24 if outputs == 48 else 16) // 2 // (outputs // 16)  # kernels/linear.cu DEPTH
-    most = _up(_up(_up(inner, _chunk(True)), split), _WARPS) - in_registers
     fitting = (n for n in range(most, 0, -1) if _shared(rows, outputs, split, norm, n) <= device.shared // 2)
     return next(fitting, 0)
 

@@ -602,6 +602,13 @@ def test_engine_is_left_alone_that_has_nothing_to_do_or_whose_step_is_within_the
     assert (engine.ready, asked.results) == (True, [[]])
 
 
+def test_engine_that_was_stopped_is_not_given_up(start: Callable[..., RemoteEngine]) -> None:
+    engine = start()
+    engine.stop(5)
+    Watch(engine, limit=0.3, update=lambda: None).look()
+    assert (engine.alive, engine.fault) == (False, None)
+
+
 def test_look_that_fails_is_not_the_last(engine: RemoteEngine) -> None:
     seen, updates = threading.Event(), []
 

@@ -124,10 +124,6 @@ class Engine:
         return self._thread is not None and self._thread.is_alive()
 
     @property
-    def stopping(self) -> bool:
-        return self._stopping
-
-    @property
     def ready(self) -> bool:
         """Whether answers can be expected."""
         return self.alive and self.fault is None
@@ -445,7 +441,7 @@ class Engine:
     def _retire(self, sequence: Sequence, result: Output | Exception) -> None:
         """Answers, exactly once: whoever is not in _admitted any more has had an answer.
 
-        From another thread come here only those who have lost patience: with a step that hangs, or with the queue.
+        From another thread come here only those who have waited for too long, and what `stop` leaves.
         """
         if self._admitted.pop(id(sequence), None) is None:
             return

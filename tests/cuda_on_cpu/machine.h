@@ -348,21 +348,30 @@ inline bool run_one(Fiber* fiber) {
     return true;
 }
 
-// Ascending, every thread goes one wait further; descending, every warp as far as it can go without the others.
-inline bool run_some(bool descending) {
+// Every thread goes one wait further.
+inline bool run_side_by_side(Block& block) {
     bool ran = false;
-    for (size_t b = 0; b < cluster.size(); b++) {
-        std::vector<Fiber*>& threads = cluster[descending ? cluster.size() - 1 - b : b].threads;
-        for (size_t i = 0; !descending && i < threads.size(); i++) ran |= run_one(threads[i]);
-        for (size_t end = threads.size(); descending && end > 0;) {
-            size_t begin = (end - 1) / 32 * 32;
-            for (bool again = true; again; ran |= again) {
-                again = false;
-                for (size_t i = end; i > begin; i--) again |= run_one(threads[i - 1]);
-            }
-            end = begin;
+    for (Fiber* fiber : block.threads) ran |= run_one(fiber);
+    return ran;
+}
+
+// Every warp, the last one first, goes as far as it can without the others.
+inline bool run_far_ahead(Block& block) {
+    bool ran = false;
+    for (size_t end = block.threads.size(), begin; end > 0; end = begin) {
+        begin = (end - 1) / 32 * 32;
+        for (bool again = true; again; ran |= again) {
+            again = false;
+            for (size_t i = end; i > begin; i--) again |= run_one(block.threads[i - 1]);
         }
     }
+    return ran;
+}
+
+inline bool run_some(bool descending) {
+    bool ran = false;
+    for (size_t i = 0; i < cluster.size(); i++)
+        ran |= descending ? run_far_ahead(cluster[cluster.size() - 1 - i]) : run_side_by_side(cluster[i]);
     return ran && fault.empty();
 }
 

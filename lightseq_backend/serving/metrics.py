@@ -8,13 +8,11 @@ from typing import Any
 
 import triton_python_backend_utils as pb_utils
 
-from lightseq_backend.engine.engine import Engine
 from lightseq_backend.serving.remote import RemoteEngine
 
-AnyEngine = Engine | RemoteEngine
 log = logging.getLogger(__name__)
 
-GAUGES: dict[str, tuple[str, Callable[[AnyEngine], float]]] = {
+GAUGES: dict[str, tuple[str, Callable[[RemoteEngine], float]]] = {
     "lightseq_ready": ("1 while answers can be expected", lambda engine: int(engine.ready)),
     "lightseq_slots": ("Rows that can decode at the same time", lambda engine: engine.config.slots),
     "lightseq_slots_in_use": ("Rows that hold a slot", lambda engine: engine.slots_in_use),
@@ -24,7 +22,7 @@ GAUGES: dict[str, tuple[str, Callable[[AnyEngine], float]]] = {
     "lightseq_queue_age_seconds": ("Wait so far of the longest waiting", lambda engine: engine.waiting_seconds),
     "lightseq_engine_bytes": ("Memory of the engine, weights not included", lambda engine: engine.memory),
 }
-COUNTERS: dict[str, tuple[str, Callable[[AnyEngine], float]]] = {
+COUNTERS: dict[str, tuple[str, Callable[[RemoteEngine], float]]] = {
     "lightseq_prompt_tokens_total": ("Source and prompt tokens read", lambda engine: engine.counts["prompt_tokens"]),
     "lightseq_generated_tokens_total": (
         "Tokens of the hypotheses that were returned",
@@ -55,7 +53,7 @@ class Metrics:
     labels    tell this instance from others
     """
 
-    def __init__(self, engine: AnyEngine, outcomes: Mapping[str, int], labels: Mapping[str, str]):
+    def __init__(self, engine: RemoteEngine, outcomes: Mapping[str, int], labels: Mapping[str, str]):
         self._engine, self._outcomes, self._labels = engine, outcomes, dict(labels)
         self._metrics: dict[str, Any] = {}
         self._histograms: dict[str, Any] = {}  # by field of Timing

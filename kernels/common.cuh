@@ -213,10 +213,19 @@ __device__ __forceinline__ void mma1688(float (&d)[4], const unsigned (&a)[4], c
 #else
 #define UNWRITTEN ".nc"
 #endif
+// Where a step has so many weights that some wait in shared memory (AHEAD), L2 is for what is read again: keys and
+// values, activations, code. Elsewhere it is slower.
 __device__ __forceinline__ uint4 load_weight(const uint4* source) {
     uint4 x;
+#if defined(AHEAD) && AHEAD > 0 && __CUDA_ARCH__ >= 800
+    unsigned long long once;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+    asm volatile("ld.global" UNWRITTEN ".L1::no_allocate.L2::cache_hint.v4.u32 {%0,%1,%2,%3}, [%4], %5;"
+                 : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(source), "l"(once));
+#else
     asm volatile("ld.global" UNWRITTEN ".L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                  : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(source));
+#endif
     return x;
 }
 
@@ -225,6 +234,13 @@ __device__ __forceinline__ uint4 load_now(const void* source) {
     uint4 x;
     asm volatile("ld.global.cg.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(source)
                  : "memory");
+    return x;
+}
+
+// The same of four bytes.
+__device__ __forceinline__ unsigned load_word_now(const void* source) {
+    unsigned x;
+    asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(x) : "l"(source) : "memory");
     return x;
 }
 

@@ -4,8 +4,8 @@ constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LOWEST = -3e38f;  // below any score, and unlike -inf its difference to itself is a number
 
 // What the parts of a past leave for each other: the running softmax of each over its steps.
-template <int BEAMS, int MOST_PARTS> struct Shares {
-    float most[BEAMS][MOST_PARTS], sum[BEAMS][MOST_PARTS], context[BEAMS][MOST_PARTS][HEAD_SIZE];
+template <int BEAMS, int MOST_PARTS> struct __align__(16) Shares {
+    float context[BEAMS][MOST_PARTS][HEAD_SIZE], most[BEAMS][MOST_PARTS], sum[BEAMS][MOST_PARTS];
 };
 
 // out[b] = the parts' contexts as one, by the whole block, after a barrier; parts are added in order.

@@ -284,6 +284,42 @@ def test_attention_of_nobody_is_zero_and_touches_no_lane(case: Case, precision: 
     assert np.array_equal(arguments["keys"][-1], keys[-1])
 
 
+def in_use(case: Case, arguments: Arguments) -> Array:
+    """[lanes, steps]: whether a row attends to that step of a lane."""
+    used = np.zeros(arguments["keys"].shape[:2], bool)
+    for row in arguments["rows"]:
+        slot = arguments["slots"][row]
+        if case.op == "cross_attention":
+            used[slot["memory"], : slot["memory_length"]] |= slot["width"] > 0
+        else:
+            steps = np.arange(slot["length"])
+            used[arguments["ancestors"][row, steps], steps] = True
+    return used
+
+
+LEFT = [case for case in CASES if case.op in STEP_OPERATIONS and not case.name.startswith("targets")]
+
+
+@pytest.mark.parametrize(("case", "precision", "tensor"), on(WAYS, LEFT))
+def test_attention_heeds_nothing_that_an_earlier_sequence_left_behind(
+    case: Case, precision: str, tensor: bool
+) -> None:
+    """Not even numbers that are none: a model that overflowed once must not go on in the texts that come after."""
+    results = []
+    for left in (0, np.nan):
+        arguments = placed(case.build(), precision)
+        if case.op == "decode_attention":
+            arguments = without_races(arguments)
+        unused = ~in_use(case, arguments)
+        assert unused.any()
+        arguments["keys"][unused], arguments["values"][unused] = left, left
+        globals()[case.op](precision, **arguments, tensor=tensor)
+        live = arguments["slots"]["width"][arguments["rows"]] > 0
+        results.append(arguments["out"][live])
+    assert not np.isnan(results[0]).any()
+    assert np.array_equal(results[0], results[1])
+
+
 BEYOND = [case for case in CROSS if case.name in ("3x99+5x1+1x40 1000/8", "9x33+17x64+1x200 128/2")]
 
 

@@ -90,6 +90,7 @@ inline void mma1688(float (&d)[4], const unsigned (&a)[4], const unsigned (&b)[2
 inline uint4 load_weight(const uint4* source) { return *source; }
 inline uint4 load_shared(const uint4* source) { return *source; }
 inline uint4 load_now(const void* source) { return *(const uint4*)source; }
+inline unsigned load_word_now(const void* source) { return *(const unsigned*)source; }
 
 inline void ldmatrix_x4(unsigned (&to)[4], const void* row, CUDA_ON_CPU_HERE) {
     cuda_on_cpu::load_matrix(to, row, 4, false, file, line);

@@ -301,9 +301,7 @@ LEFT = [case for case in CASES if case.op in STEP_OPERATIONS and not case.name.s
 
 
 @pytest.mark.parametrize(("case", "precision", "tensor"), on(WAYS, LEFT))
-def test_attention_heeds_nothing_that_an_earlier_sequence_left_behind(
-    case: Case, precision: str, tensor: bool
-) -> None:
+def test_attention_heeds_nothing_that_an_earlier_sequence_left_behind(case: Case, precision: str, tensor: bool) -> None:
     """Not even numbers that are none: a model that overflowed once must not go on in the texts that come after."""
     results = []
     for left in (0, np.nan):

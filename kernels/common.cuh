@@ -156,18 +156,6 @@ __device__ __forceinline__ unsigned shared_address(const void* pointer) {
     return static_cast<unsigned>(__cvta_generic_to_shared(pointer));
 }
 
-// Eight rows of eight halves become columns: lane 4 g + t gives numbers 2 t and 2 t + 1 of row g, and gets of row g of
-// the result.
-__device__ __forceinline__ unsigned transpose(unsigned pair) {
-    unsigned other = 0;
-#if __CUDA_ARCH__ >= 750
-    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(other) : "r"(pair));
-#else
-    __trap();
-#endif
-    return other;
-}
-
 // 2 ** x; 0 for what is smaller than a normal number, whose digits would cost three times as many instructions.
 __device__ __forceinline__ float power_of_two(float x) {
     float power;

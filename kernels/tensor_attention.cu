@@ -224,7 +224,7 @@ decode_attention_tensor(const T* qkv, const int* rows, const Slot* slots, int* a
 }
 
 // cross_attention_tensor: attention.cu cross_attention, but for up to BEAMS beams at a time.
-//   static shared memory 8.3 KiB
+//   static shared memory 4.1 KiB
 constexpr int CROSS_WARPS = 4;
 extern "C" __global__ void __launch_bounds__(32 * CROSS_WARPS, 4)
 cross_attention_tensor(const T* query, const int* rows, const Slot* slots, T* keys, T* values, T* out, int heads,

@@ -99,15 +99,6 @@ inline void ldmatrix_x4_transposed(unsigned (&to)[4], const void* row, CUDA_ON_C
     cuda_on_cpu::load_matrix(to, row, 4, true, file, line);
 }
 
-inline unsigned transpose(unsigned pair) {
-    int lane = cuda_on_cpu::lane(), g = lane / 4, t = lane % 4;
-    unsigned result = 0;
-    for (int i = 0; i < 2; i++) {
-        unsigned held = __shfl_sync(0xffffffffu, pair, 4 * (2 * t + i) + g / 2);
-        result |= (held >> 16 * (g % 2) & 0xffff) << 16 * i;
-    }
-    return result;
-}
 inline float power_of_two(float x) {
     float power = exp2f(x);
     return power < 1.17549435e-38f ? 0 : power;

@@ -105,9 +105,9 @@ def markdown(conditions: list[dict[str, Any]], figures: Figures, quoted: Quoted,
 
 
 def _conditions(conditions: list[dict[str, Any]]) -> list[str]:
-    """What each program of the run ran on; the last run of it."""
+    """What each program of the run ran on, for each precision; the last run of it."""
     rows = []
-    for one in {one["program"]: one for one in conditions}.values():
+    for one in {(one["program"], *one.get("operations_a_second", ())): one for one in conditions}.values():
         rates = [f"copy {one['copy_bytes_a_second'] / 1e12:.2f} TB/s"] if "copy_bytes_a_second" in one else []
         products = one.get("operations_a_second", {})
         rates += [f"{precision} product {rate / 1e12:.0f} TFLOP/s" for precision, rate in products.items()]

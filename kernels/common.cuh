@@ -201,8 +201,9 @@ __device__ __forceinline__ void mma1688(float (&d)[4], const unsigned (&a)[4], c
 #else
 #define UNWRITTEN ".nc"
 #endif
-// Where a step has so many weights that some wait in shared memory (AHEAD), L2 is for what is read again: keys and
-// values, activations, code. Elsewhere it is slower.
+// Where a step has so many weights that some wait in shared memory (AHEAD), those for registers are the first to leave
+// L2, which is for what is read again: keys and values, activations, code. Elsewhere that is slower, and no faster with
+// the others doing so, too.
 __device__ __forceinline__ uint4 load_weight(const uint4* source) {
     uint4 x;
 #if defined(AHEAD) && AHEAD > 0 && __CUDA_ARCH__ >= 800

@@ -1,7 +1,7 @@
 // tensor_attention: what decode_attention and cross_attention of attention.cu do, on the tensor cores, in few
 // instructions. Half precision, -DHEAD_SIZE=64. For scores, products have eight keys on the left and the queries (one,
 // or up to BEAMS) on the right; for results, sixteen columns of values and the queries' shares. Keys are where products
-// want them in registers as they come from memory. There are few branches and everything is in the code once: a
+// want them in registers as they come from memory. There are few branches and little is in the code twice: a
 // layer's kernels share the multiprocessor's cache of instructions, and what it has no room for is waited for.
 // A result depends on its own row, head and length alone: never on the other rows.
 

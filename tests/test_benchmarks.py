@@ -151,6 +151,17 @@ def test_a_report_says_what_to_know_of_its_own_figures(tmp_path: Path) -> None:
     assert "busy" not in plain
 
 
+def test_a_report_says_of_each_precision_when_it_was_measured(tmp_path: Path) -> None:
+    runs = (("2026-11-27", "fp16"), ("2026-11-29", "fp32"), ("2026-11-30", "fp16"))
+    conditions = [
+        {"program": "models", "date": date, "gpu": "A", "operations_a_second": {precision: 1e12}}
+        for date, precision in runs
+    ]
+    text = gpu_report.write(tmp_path, conditions, [])[1].read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| models |")]
+    assert [("2026-11-30" in row, "fp32" in row) for row in rows] == [(True, False), (False, True)]
+
+
 def test_quoted_peers_stand_beside_what_is_measured() -> None:
     quoted = gpu_report.Quoted()
     assert "not in the run" in quoted.provenance

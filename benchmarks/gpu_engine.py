@@ -18,7 +18,7 @@ from benchmarks.gpu_timing import device_seconds
 from lightseq_backend import ops
 from lightseq_backend.config import Config, EngineConfig, TransformerConfig
 from lightseq_backend.engine import Engine
-from lightseq_backend.engine.graphs import SEARCHING
+from lightseq_backend.engine.graphs import SEARCHING, _step
 from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.ops.cpu import Folded
@@ -75,9 +75,8 @@ class Decoding:
         self.generated = int(self._records["generated"].max())
         self._start = int(self._records["length"].max()) - (self.generated - 1)  # tokens before the first new one
         self.bucket = engine._steps.bucket(self.rows)
-        numbers = np.full(self.bucket, engine.config.slots, np.int32)  # that of nobody's lane
-        numbers[: self.rows] = np.arange(self.rows)
-        self._backend.put(state.rows[: self.bucket], numbers)
+        self._lanes = np.full(self.bucket, engine.config.slots, np.int32)  # that of nobody
+        self._lanes[: self.rows] = np.arange(self.rows)
 
     def rewind(self, generated: int, **fields: object) -> None:
         """The next step is the one that generates token number `generated`, from 0. fields: of SLOT, to overwrite."""
@@ -87,11 +86,19 @@ class Decoding:
         records["limit"] = self.engine.model.config.max_positions
         for name, value in fields.items():
             records[name] = value
-        self._backend.put(self.engine._buffers.state.slots[: self.rows], records)
+        state = self.engine._buffers.state
+        self._backend.put(state.rows[: self.bucket], self._lanes)
+        self._backend.put(state.slots[: self.rows], records)
 
     def step(self) -> None:
         """Queues the captured step."""
         self.engine._steps.run(self.bucket, SEARCHING)
+
+    def capture_anew(self) -> None:
+        """With what the engine would launch now. RuntimeError: a kernel cannot be launched."""
+        engine, key = self.engine, (self.bucket, SEARCHING)
+        run = _step(engine.model, engine._buffers, self.bucket, SEARCHING, self._backend)
+        engine._steps._graphs[key] = self._backend.capture(run)
 
     def history_entries(self, steps: int) -> int:
         """Different entries of one layer's cache that a step reads whose rows have `steps` steps behind them."""

@@ -4,6 +4,7 @@
 //   INNER    width of x
 //   OUTPUTS  columns of the result a block takes: 32, 48 or 64
 //   SPLIT    blocks of a cluster that share the sum over INNER (1 before sm_90)
+//   WARPS    of a block, 8 unless it is given
 //   NORM     1 where x goes through a LayerNorm that is folded into W, else 0
 //   WEIGHT_BITS  8 where W is int8 with a scale per output, which NORM and the sums over INNER do not see
 //   ALIGNED  1 where rows of x begin at multiples of 16 bytes and INNER is made of such pieces
@@ -12,15 +13,17 @@
 //   DEPTH    chunks of a warp whose weights are under way in registers
 //   AHEAD    chunks behind those that are under way to shared memory before x is there; 0 where W is int8
 //   LATE     1 where the next kernel may begin once x is on its way, 0 where it may begin at once
-// The order of a sum depends on INNER and SPLIT alone, never on the rows: a row's result is the same whatever other
-// rows come with it.
+// The order of a sum depends on INNER, SPLIT and WARPS alone, never on the rows: a row's result is the same whatever
+// other rows come with it.
 
+#ifndef WARPS
 #define WARPS 8
+#endif
 #define THREADS (32 * WARPS)
 
 #ifdef INNER
 
-// Every warp has all results of a block, and of the sum every eighth chunk.
+// Every warp has all results of a block, and of the sum one chunk in WARPS.
 #define TILES (OUTPUTS / 16)  // sixteen outputs
 #define ROW_TILES (ROWS / 8)  // eight rows
 #define CHUNKS up(INNER, CHUNK)
@@ -276,7 +279,7 @@ __device__ __forceinline__ void hand_over(float* own, const Sums& sums) {
 //   NORM: W has each row times its gain, columns float [2][wide] the sums of W's columns and (bias of the norm) . W:
 //   layer_norm(x) . W = (x . W - mean * columns[0]) / deviation + columns[1]; the moments of x come with the product
 //   W int8: number * scale of its column, float [wide] behind those columns; x . W and columns[0] are without the scale
-//   grid (SPLIT * ceil(wide / OUTPUTS), ceil(rows / ROWS)), cluster (SPLIT), block 256, shared memory as
+//   grid (SPLIT * ceil(wide / OUTPUTS), ceil(rows / ROWS)), cluster (SPLIT), block 32 * WARPS, shared memory as
 //   linear_launch.py says; moves the weights once, x wide / OUTPUTS times (from L2); needs sm_75 where HALF, else sm_80
 // Chunks of x under way, in registers.
 #define STAGES least(SHARE, most(1, (SHARE > 4 ? 8 : 16) / ROW_TILES))

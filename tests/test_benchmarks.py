@@ -21,6 +21,7 @@ from benchmarks import (  # noqa: E402
     gpu_models,
     gpu_ops,
     gpu_report,
+    gpu_tune,
     server,
     server_engine,
     server_models,
@@ -28,6 +29,9 @@ from benchmarks import (  # noqa: E402
 )
 from benchmarks.gpu_models import MODELS, TINY  # noqa: E402
 from benchmarks.gpu_records import Record, Recorder, read  # noqa: E402
+from lightseq_backend.ops import linear_launch  # noqa: E402
+from lightseq_backend.ops.linear_launch import Device  # noqa: E402
+from lightseq_backend.ops.linear_shapes import BY_DEVICE  # noqa: E402
 
 
 def run(program: object, monkeypatch: pytest.MonkeyPatch, records: Path, *options: str) -> list[Record]:
@@ -95,6 +99,49 @@ def test_shared_history_counts_once() -> None:
     assert decoding.history_entries(3) == 2 + 2 + 3
     # Two layers, keys and values of 32 floats; sources of six tokens.
     assert decoding.cache_bytes(3) == 2 * 2 * 32 * 4 * (7 + 2 * 6)
+
+
+def test_tuning_finds_what_makes_steps_shortest() -> None:
+    """Planted: orders and late launches that are faster, one of which is of no use since it cannot be launched."""
+    device, table = Device(90, 132, 227 * 1024), gpu_tune.Table()
+    good = {(1024, 3072, True): (2, 4), (4096, 1024, False): (8, 8)}
+
+    def seconds(rows: int) -> float:
+        taken = 1.0
+        for inner, wide, norm in (part.product for part in found):
+            made = linear_launch.plan(device, rows, inner, wide, True, norm, True)
+            shape = dict(made.definitions)
+            order = shape["SPLIT"], shape["WARPS"]
+            if order == (4, 8) and (inner, wide) == (1024, 3072):
+                return float("inf") if shape["OUTPUTS"] == 32 else taken
+            taken -= 0.1 * (good.get((inner, wide, norm)) == order)
+            taken -= 0.01 * (shape["LATE"] == (rows > 8)) + 0.01 * (shape["OUTPUTS"] == 48)
+        return taken
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(BY_DEVICE, (90, 132), table)
+        found = list(gpu_tune.parts(MODELS["big"]))
+        search = gpu_tune.Search(found, device, table, (4, 8, 32, 128), seconds)
+        rounds = 0
+        while search.round():
+            rounds += 1
+            assert rounds < 5
+    for product, order in good.items():
+        assert {(shape.split, shape.warps) for shape in table[product].values()} == {order}
+    for product, shapes in table.items():
+        assert {most: shape.late for most, shape in shapes.items()} == {most: most > 8 for most in shapes}
+        assert {shape.outputs for shape in shapes.values()} == {48}
+        assert set(shapes) == ({8, 32, 128} if product[0] * product[1] <= linear_launch.SMALL else {8, 32})
+
+
+def test_what_tuning_compiles_is_what_it_launches() -> None:
+    device = Device(90, 132, 227 * 1024)
+    search = gpu_tune.Search(gpu_tune.parts(MODELS["gpt2"]), device, {}, (1, 32), lambda rows: 1.0)
+    builds = search.builds()
+    assert len(builds) == len(set(builds)) > 100
+    assert {dict(build)["ACTIVATION"] for build in builds} == {0, 2}
+    assert {dict(build)["ROWS"] for build in builds} == {8, 32}
+    assert not search.round()  # nothing is better: nothing changes
 
 
 def tiny_engine() -> gpu_engine.Engine:

@@ -36,6 +36,8 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
             (32, 1024, 4096, True, True),
             (32, 4096, 1024, True, False),
             (8, 4096, 1024, True, False),
+            (32, 1024, 1024, True, False),
+            (8, 768, 3072, True, True),
             (8, 1600, 4800, True, True),
             (8, 6400, 1600, True, False),
             (32, 1024, 3072, False, False),
@@ -138,10 +140,7 @@ def test_products_with_weights_in_shared_memory_leave_registers_for_the_next_one
 def registers_of_weights_and_sums(build: dict[str, Any]) -> int:
     """What kernels/linear.cu has at least: DEPTH chunks of weights, and the sums of a warp."""
     tiles, pieces = build["OUTPUTS"] // 16, 1 if build["WEIGHT_BITS"] == 8 else 2
-    chunks = -(-build["INNER"] * (2 if build["HALF"] else 4) // 64)
-    share = -(-chunks // build["SPLIT"] // 8)
-    depth = min(share, (24 if tiles == 3 and build["ROWS"] == 8 else 16) // pieces // tiles)
-    return 4 * depth * tiles * pieces + build["ROWS"] // 8 * tiles * 4
+    return 4 * build["DEPTH"] * tiles * pieces + build["ROWS"] // 8 * tiles * 4
 
 
 def test_products_of_warpgroups_keep_sums_in_registers_and_do_not_wait_for_each_other() -> None:

@@ -16,6 +16,7 @@ from op_cases import Case
 from lightseq_backend.models.layers import Linear, Norm
 from lightseq_backend.ops import cpu, linear_launch
 from lightseq_backend.ops.linear_launch import Device
+from lightseq_backend.ops.linear_shapes import BY_DEVICE, H200, MOST_ROWS, Shape
 
 pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
 
@@ -77,6 +78,42 @@ def test_row_does_not_depend_on_how_many_come_with_it(device: Device, inner: int
         results.append(out[5 - first])
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize(("split", "warps"), [(1, 4), (2, 4), (4, 4), (1, 8)])
+def test_shapes_that_were_measured_give_the_same_rows(
+    split: int, warps: int, norm: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the shape for so many rows: outputs, weights in registers, and when the next kernel begins."""
+    device, inner, wide, precision = Device(90, 5, 227 * 1024), 520, 99, "float16"
+    shapes = {
+        8: Shape(48, split, warps, 1, True),
+        16: Shape(32, split, warps, 2, False),
+        32: Shape(64, split, warps, 1, True),
+    }
+    monkeypatch.setitem(BY_DEVICE, (90, 5), {(inner, wide, norm): shapes})
+    kernels, (x, weight, bias, gain, norm_bias) = ops(precision, device), operands(precision, 70, inner, wide)
+    own = Norm(gain, norm_bias)
+    linear = Linear(kernels.matrix(weight, own if norm else None), bias)
+    results = []
+    for first, last in ((0, 70), (5, 6), (3, 15), (5, 35)):
+        part, out = x[first:last], np.full((last - first, wide), np.nan, precision)
+        plan = linear_launch.plan(device, last - first, inner, wide, True, norm, True)
+        assert (plan.cluster[0], plan.threads) == (split, 32 * warps)
+        if norm:
+            kernels.norm_linear(part, own, linear, 1e-6, "none", np.empty_like(part), out)
+        else:
+            kernels.linear(part, linear, out)
+        results.append(out[5 - first])
+    for result in results[1:]:
+        np.testing.assert_array_equal(result, results[0])
+    row = x[5].astype(np.float64)
+    if norm:
+        row = reference.layer_norm(row[None], gain.astype(np.float64), norm_bias.astype(np.float64), 1e-6)[0]
+    expected = row @ weight.astype(np.float64) + bias
+    tolerance = op_cases.TOLERANCE[precision]
+    np.testing.assert_allclose(results[0], expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize(("rows", "inner", "wide"), [(5, 3300, 150), (5, 1600, 90)])
@@ -185,9 +222,40 @@ def test_sum_is_split_alike_for_any_number_of_rows(norm: bool, half: bool) -> No
         assert len({plan.cluster for plan in plans}) == 1
 
 
+@pytest.mark.parametrize("product", H200, ids=str)
+def test_measured_shapes_can_be_launched_and_keep_the_order_of_a_sum(product: tuple[int, int, bool]) -> None:
+    """Also for numbers of rows that were not measured."""
+    inner, wide, norm = product
+    shapes = H200[product]
+    assert set(shapes) <= set(MOST_ROWS)
+    for most, shape in shapes.items():
+        plan = linear_launch.plan(HOPPER, most, inner, wide, True, norm, True)
+        definitions = dict(plan.definitions)
+        assert definitions["OUTPUTS"] == shape.outputs
+        assert definitions["DEPTH"] <= linear_launch.share(shape, inner, True)
+        assert plan.grid[0] == shape.split * -(-wide // shape.outputs)
+        assert plan.shared + 1024 <= 228 * 1024 // 2  # beside the next kernel's
+    plans = [linear_launch.plan(HOPPER, rows, inner, wide, True, norm, True) for rows in (1, 9, 17, 33, 129)]
+    assert len({(plan.cluster, plan.threads) for plan in plans}) == 1
+
+
+def test_shapes_are_of_the_device_and_the_precision_they_were_measured_with() -> None:
+    product = (1024, 1024, False)
+    measured = H200[product][8]
+    assert measured.warps == 4
+    for device, half, int8, wanted in (
+        (HOPPER, True, False, 128),
+        (Device(90, 114, 227 * 1024), True, False, 256),
+        (Device(100, 132, 227 * 1024), True, False, 256),
+        (HOPPER, False, False, 256),
+        (HOPPER, True, True, 256),
+    ):
+        assert linear_launch.plan(device, 8, *product[:2], half, product[2], True, int8).threads == wanted
+
+
 def test_plan_fills_the_device_in_one_wave() -> None:
     for half in (True, False):
-        for inner, wide in ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024), (1600, 6400)):
+        for inner, wide in ((1088, 3264), (1088, 1088), (1088, 4352), (4352, 1088), (1600, 6400)):
             blocks = linear_launch.plan(HOPPER, 32, inner, wide, half, False, True).grid[0]
             assert 64 <= blocks <= 132
 

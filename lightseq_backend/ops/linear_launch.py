@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from lightseq_backend.ops.int8 import quantise
+from lightseq_backend.ops.linear_shapes import Shape, measured
 
-_WARPS = 8
+_WARPS = 8  # of a block, where none were measured
 SMALL = 1 << 20  # elements of a weight that is too little for others at up to 128 rows
 
 
@@ -80,33 +81,40 @@ def plan(
     at, and consist of, pieces of sixteen bytes. int8: W is, and half true. The order of a sum over `inner` depends on
     the weight and the device, not on `rows`.
     """
-    chunks = _up(inner, _chunk(half))
-    outputs, split, late = _shape(device, rows, chunks, wide, half)
-    share = _up(_up(chunks, split), _WARPS)  # chunks of a warp
-    for count in (count for count in (32, 16, 8) if count == 8 or count < 2 * rows):
-        shared = _shared(count, outputs, split, norm)
-        if shared <= device.shared:
-            break
-    # Up to 64 registers of weights, or 96 where a block has 48 outputs of eight rows.
-    depth = min(share, (24 if outputs == 48 and count == 8 else 16) // (1 if int8 else 2) // (outputs // 16))
-    ahead = _ahead(device, count, outputs, split, norm, share - depth) if half and not int8 else 0
-    if ahead:
-        shared = _shared(count, outputs, split, norm, ahead)
+    known = measured(device.capability, device.multiprocessors, (inner, wide, norm)) if half and not int8 else {}
+    shape = next((known[most] for most in sorted(known) if rows <= most), None)
+    if shape is None:
+        order = next(((one.split, one.warps) for one in known.values()), None)
+        shape = _rule(device, rows, inner, wide, half, norm, int8, order)
+    return build(device, shape, rows, inner, wide, half, norm, aligned, int8)
+
+
+def build(
+    device: Device, shape: Shape, rows: int, inner: int, wide: int, half: bool, norm: bool, aligned: bool, int8: bool
+) -> Plan:
+    """The launch of that shape; other arguments are those of `plan`."""
+    count = _rows(device, shape, rows, norm)
     definitions = {
         "HALF": int(half),
         "NORM": int(norm),
         "ROWS": count,
         "INNER": inner,
-        "OUTPUTS": outputs,
-        "SPLIT": split,
-        "DEPTH": depth,
-        "AHEAD": ahead,
-        "LATE": late,
+        "OUTPUTS": shape.outputs,
+        "SPLIT": shape.split,
+        "WARPS": shape.warps,
+        "DEPTH": shape.depth,
+        "AHEAD": shape.ahead,
+        "LATE": int(shape.late),
         "ALIGNED": int(aligned),
         "WEIGHT_BITS": weight_bits(half, int8),
     }
-    grid = (split * _up(wide, outputs), _up(rows, count), 1)
-    return Plan(tuple(definitions.items()), grid, (split, 1, 1), shared)
+    grid = (shape.split * _up(wide, shape.outputs), _up(rows, count), 1)
+    return Plan(tuple(definitions.items()), grid, (shape.split, 1, 1), _shared(shape, count, norm), 32 * shape.warps)
+
+
+def share(shape: Shape, inner: int, half: bool) -> int:
+    """Chunks of the sum that a warp has."""
+    return _up(_up(_up(inner, _chunk(half)), shape.split), shape.warps)
 
 
 def in_fours(wide: int, *rows: tuple[int, int, int] | None) -> bool:
@@ -123,30 +131,46 @@ def weight_bits(half: bool, int8: bool) -> int:
     return 8 if int8 else 16 if half else 32
 
 
-def _shape(device: Device, rows: int, chunks: int, wide: int, half: bool) -> tuple[int, int, int]:
-    """OUTPUTS, SPLIT and whether to launch the next kernel late; all by measurement on an H200.
+def _rule(
+    device: Device, rows: int, inner: int, wide: int, half: bool, norm: bool, int8: bool,
+    order: tuple[int, int] | None,
+) -> Shape:  # fmt: skip
+    """By measurement on an H200, for products of any shape. order: split and warps, where they are given."""
+    split, warps = order or (_split(device, _up(inner, _chunk(half)), wide), _WARPS)
+    outputs = _outputs(device, rows, wide, half, split)
+    shape = Shape(outputs, split, warps, 0, rows > 16)
+    count, each = _rows(device, shape, rows, norm), share(shape, inner, half)
+    # Up to 64 registers of weights, or 96 where a block has 48 outputs of eight rows.
+    depth = min(each, (24 if outputs == 48 and count == 8 else 16) // (1 if int8 else 2) // (outputs // 16))
+    ahead = _ahead(device, shape, count, norm, each - depth) if half and not int8 else 0
+    return shape._replace(depth=depth, ahead=ahead)
 
-    A sum is split where few blocks would have long ones. Every multiprocessor gets one block at most: a second
-    one would be in the place of the next kernel's, which waits there with its weights. With many rows, x (which every
-    block reads) is worth wider blocks, and is on its way first before the next kernel's weights crowd the memory.
-    Sixteen rows of halves want blocks of 32 outputs even where they do not all begin together. Where sums are whole,
-    blocks of 48 have all of a sum of 1600 under way at once; a few more blocks than multiprocessors still begin
-    together, beside those of the kernel in front.
+
+def _split(device: Device, chunks: int, wide: int) -> int:
+    """A sum is split where few blocks would have long ones."""
+    if device.capability < 90:
+        return 1
+    split = 8 if chunks > 128 else 4 if chunks > 64 else 2
+    while split > 1 and split * _up(wide, 64) > _most_blocks(device, split):
+        split //= 2
+    return split
+
+
+def _outputs(device: Device, rows: int, wide: int, half: bool, split: int) -> int:
+    """Every multiprocessor gets one block at most: a second one would be in the place of the next kernel's, which waits
+    there with its weights. With many rows, x (which every block reads) is worth wider blocks, and is on its way first
+    before the next kernel's weights crowd the memory. Sixteen rows of halves want blocks of 32 outputs even where they
+    do not all begin together. Where sums are whole, blocks of 48 have all of a sum of 1600 under way at once; a few
+    more blocks than multiprocessors still begin together, beside those of the kernel in front.
     """
-    split = 1
-    if device.capability >= 90:
-        split = 8 if chunks > 128 else 4 if chunks > 64 else 2
-        while split > 1 and split * _up(wide, 64) > _most_blocks(device, split):
-            split //= 2
-    many = rows > 16
-    if many and split * _up(wide, 64) >= 64:
-        return 64, split, int(many)
+    if rows > 16 and split * _up(wide, 64) >= 64:
+        return 64
     most = {32: device.multiprocessors}  # blocks, by their outputs
     if split > 2 and (rows <= 8 or not half):
         most = dict.fromkeys((32, 48), _most_blocks(device, split))
     elif device.capability >= 90 and split == 1 and half and rows <= 8:
         most[48] = device.multiprocessors * 21 // 20
-    return next((size for size, blocks in most.items() if split * _up(wide, size) <= blocks), 64), split, int(many)
+    return next((size for size, blocks in most.items() if split * _up(wide, size) <= blocks), 64)
 
 
 def _most_blocks(device: Device, split: int) -> int:
@@ -156,14 +180,22 @@ def _most_blocks(device: Device, split: int) -> int:
     return device.multiprocessors * 10 // 11 if split > 2 else device.multiprocessors
 
 
-def _ahead(device: Device, rows: int, outputs: int, split: int, norm: bool, most: int) -> int:
-    """AHEAD: `most`, which is all that registers do not hold, or what the shared memory of two blocks allows: the next
+def _ahead(device: Device, shape: Shape, rows: int, norm: bool, most: int) -> int:
+    """`most`, which is all that registers do not hold, or what the shared memory of two blocks allows: the next
     kernel's waits beside this one's. GPT-2 XL 1190 -> 1070 us a step of one row on an H200; for 32 rows, and in float,
     it was slower (Transformer-big 183 -> 195, 225 -> 240)."""
     if device.capability < 90 or rows > 8:
         return 0
-    fitting = (n for n in range(most, 0, -1) if _shared(rows, outputs, split, norm, n) <= device.shared // 2)
+    fitting = (n for n in range(most, 0, -1) if _shared(shape._replace(ahead=n), rows, norm) <= device.shared // 2)
     return next(fitting, 0)
+
+
+def _rows(device: Device, shape: Shape, rows: int, norm: bool) -> int:
+    """Rows of a block: as many as there are, up to 32, where shared memory has room for them."""
+    for count in (count for count in (32, 16, 8) if count == 8 or count < 2 * rows):
+        if _shared(shape._replace(ahead=0), count, norm) <= device.shared:
+            break
+    return count
 
 
 def _chunk(half: bool) -> int:
@@ -171,11 +203,12 @@ def _chunk(half: bool) -> int:
     return 32 if half else 16
 
 
-def _shared(rows: int, outputs: int, split: int, norm: bool, ahead: int = 0) -> int:
-    """Bytes, region by region as the kernel lays them out. ahead: chunks of every warp, two pieces of sixteen bytes for
-    each lane and sixteen outputs; their place is that of the sums later."""
-    weights = ahead * _WARPS * 32 * 2 * 16 * (outputs // 16)
-    partial = _WARPS * rows * (outputs + 4) * 4
+def _shared(shape: Shape, rows: int, norm: bool) -> int:
+    """Bytes, region by region as the kernel lays them out: two pieces of sixteen bytes for each lane and sixteen
+    outputs of a chunk that is ahead, in the place of the sums later."""
+    outputs, split, warps = shape.outputs, shape.split, shape.warps
+    weights = shape.ahead * warps * 32 * 2 * 16 * (outputs // 16)
+    partial = warps * rows * (outputs + 4) * 4
     inbox = split * _up(rows, split) * (outputs // 4 + norm) * 16 + 8 if split > 1 else 0  # and its barrier
     return max(weights, partial) + inbox
 

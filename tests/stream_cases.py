@@ -24,7 +24,7 @@ from weight_files import golden
 
 from lightseq_backend import weights
 from lightseq_backend.serving.embedded import EmbeddedServer
-from lightseq_client.stream import stop_stream
+from lightseq_client.stream import end_stream
 
 DECOUPLED = "model_transaction_policy { decoupled: true }"
 LONGEST = 4000  # tokens of a text that takes seconds
@@ -62,6 +62,7 @@ class Stream:
         self._lent = not isinstance(where, str)
         self.client = where if self._lent else grpc(where)
         self._arrived: queue.Queue[Any] = queue.Queue()
+        self._under_way = 0
 
         def arrives(result: Any, error: Any) -> None:
             time.sleep(slow)
@@ -73,16 +74,23 @@ class Stream:
         return self
 
     def __exit__(self, *error: object) -> None:
-        stop_stream(self.client)
+        end_stream(self.client, ended=not self._under_way)
         if not self._lent:
             self.client.close()
 
     def send(self, model: str, name: str, ids: Any, request_id: str = "", **options: Any) -> None:
         given = [tensor(tritonclient.grpc, name, ids)]
+        self._under_way += 1
         self.client.async_stream_infer(model, given, request_id=request_id, parameters=options or None)
 
-    def next(self) -> dict[str, np.ndarray]:
+    def _get(self) -> Any:
         arrived = self._arrived.get(timeout=TIMEOUT)
+        error = isinstance(arrived, InferenceServerException)
+        self._under_way -= error or arrived.get_response().parameters["triton_final_response"].bool_param
+        return arrived
+
+    def next(self) -> dict[str, np.ndarray]:
+        arrived = self._get()
         if isinstance(arrived, Exception):
             raise arrived
         response = arrived.get_response()
@@ -99,7 +107,7 @@ class Stream:
         """Reads to the final responses of so many requests; the errors among them."""
         errors: set[str] = set()
         while count:
-            arrived = self._arrived.get(timeout=TIMEOUT)
+            arrived = self._get()
             if isinstance(arrived, InferenceServerException):
                 errors.add(arrived.message())
                 count -= 1

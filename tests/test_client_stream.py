@@ -6,12 +6,15 @@ import json
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import stream_cases
 from test_instances import until
 from test_serving import metrics_of
 
+import lightseq_client.stream
 from lightseq_backend.serving.embedded import EmbeddedServer
 from lightseq_client import GENERATE, TRANSLATE, Client, ModelError, RequestFailed, RowError, ServerText
 from lightseq_client.__main__ import main
@@ -106,7 +109,7 @@ def test_command_streams_json(server: EmbeddedServer, capfd: pytest.CaptureFixtu
 
 
 def test_streams_leave_no_threads_behind(client: Client) -> None:
-    """Read to the end or not: in either case tritonclient closes a stream by cancelling it."""
+    """Read to the end or not."""
 
     def stream(parts: int) -> None:
         running = client.stream(GENERATE, PROMPT, codec=ServerText(), **LONG)
@@ -124,3 +127,49 @@ def test_streams_leave_no_threads_behind(client: Client) -> None:
 
 def threads() -> int:
     return len(os.listdir("/proc/self/task"))
+
+
+def test_triton_ends_at_once_behind_streams_that_were_read_left_or_refused(tmp_path: Path) -> None:
+    """It takes all the time it has where a stream was cancelled, and keeps some memory of each."""
+    stream_cases.write_models(tmp_path)
+    limit = 20.0
+    with EmbeddedServer(tmp_path, device="cpu", models=["long_stream"], stop_timeout=limit) as server:
+        with Client(server.grpc) as client:
+
+            def stream(**options: Any) -> Iterator[Any]:
+                return client.stream(GENERATE, [5, 6, 7], model="long_stream", **options)
+
+            for number in range(200):
+                *_, last = stream(sampling_method="greedy", max_new_tokens=4)
+                assert last.answer is not None
+                if number % 20:
+                    continue
+                left = stream(**stream_cases.LONG)
+                next(left)
+                left.close()
+                with pytest.raises(RequestFailed, match="temperature is -1"):
+                    list(stream(temperature=-1.0))
+            assert until(lambda: metrics_of(server, "long_stream")['requests_total{outcome="cancelled"}'] == 10)
+        begun = time.monotonic()
+        server.stop()
+        assert time.monotonic() - begun < limit / 2
+
+
+def test_stream_is_cancelled_where_the_server_does_not_stop_it(
+    server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where another instance of the model is asked to."""
+    outcome = 'requests_total{outcome="cancelled"}'
+    stopped = lightseq_client.stream._stopped
+    monkeypatch.setattr(lightseq_client.stream, "_PATIENCE", 0.1)
+
+    def stop_another(client: Any, model: str, given: Any, request_id: str, arrived: Any) -> bool:
+        return stopped(client, model, given, f"not {request_id}", arrived)
+
+    monkeypatch.setattr(lightseq_client.stream, "_stopped", stop_another)
+    before = metrics_of(server, "gpt_stream").get(outcome, 0)
+    with Client(server.grpc) as client:
+        stream = client.stream(GENERATE, [107, 12, 105], **{**LONG, "num_hypotheses": 8})
+        next(stream)
+        stream.close()
+    assert until(lambda: metrics_of(server, "gpt_stream").get(outcome, 0) > before)

@@ -31,8 +31,6 @@ MINUTES = float(os.environ.get("LIGHTSEQ_SOAK_MINUTES", 0.25))
 CALLERS, STREAMS = 12, 4
 # A quarter of a minute tells of leaks of every request alone: allocators and Triton's shared memory still settle.
 GROWTH = 0.02 if MINUTES >= 5 else 0.2
-# Of a gRPC stream that is opened and closed Triton's own process keeps something for good (docs/operate.md).
-OF_TRITON, OF_A_REQUEST = 8 << 20, 64  # bytes
 # A call whose client gives up is cancelled, in the end as a stream is: see go_on_streaming.
 KINDS = {kind: often for kind, often in Crowd.KINDS.items() if kind != "timeout"}
 NOT_UNDER_WAY = "no request with the id '{}' is under way here"  # of one that ended just before
@@ -101,15 +99,11 @@ def test_memory_is_flat_and_answers_stay_right(tmp_path: Path, texts: int) -> No
             task.result()
         for name in MODELS:
             wait_until_idle(server, name)
-    requests = sum(crowd.outcomes.values()) + len(streams)
-    print(f"\n{requests - len(streams)} requests and {len(streams)} streamed texts in {MINUTES:g} minutes")
+    print(f"\n{sum(crowd.outcomes.values())} requests and {len(streams)} streamed texts in {MINUTES:g} minutes")
     assert crowd.wrong == []
     assert crowd.unexpected() == []
     for name, samples in memory.items():
         print(f"{name}, MiB by fifths: " + ", ".join(f"{each / 2**20:.2f}" for each in fifths(samples)))
-    assert fifths(memory["triton"])[4] - fifths(memory["triton"])[1] < OF_TRITON + OF_A_REQUEST * requests
-    if texts == 1:
-        del memory["triton"]
     grown = {name: growth(samples) for name, samples in memory.items()}
     assert {name: share for name, share in grown.items() if share > GROWTH} == {}
 

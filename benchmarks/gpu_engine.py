@@ -53,6 +53,11 @@ def another(engine: Engine, **room: int) -> Engine:
     return Engine(engine.model, EngineConfig(**{"burst": engine.config.burst, **room}), engine._ops)
 
 
+def limits(engine: Engine) -> Any:
+    """The linear_launch.Device that launches are planned for."""
+    return engine._ops._limits
+
+
 # A decode step --------------------------------------------------------------------------------------------------------
 
 

@@ -90,7 +90,7 @@ class Search:
                     found.add(tuple(sorted(made.items())))
         return sorted(found)
 
-    def round(self) -> bool:
+    def go_round(self) -> bool:
         """Tries every shape of every product; whether one became better."""
         improved = [self._improve(part) for part in self.parts]
         return any(improved)
@@ -111,8 +111,17 @@ class Search:
             total = sum(costs[most][shape] for most, shape in chosen.items())
             if total < limit:
                 best, limit = chosen, total
-        self._set(part, best)
-        return best != before
+        return best != before and self._confirmed(part, best)
+
+    def _confirmed(self, part: Part, shapes: Shapes) -> bool:
+        """Sets them if they are better once more: the least of dozens of times may be so by chance."""
+        before, classes = dict(self._table.get(part.product, {})), self._classes(part)
+        now = sum(self._cost(most) for most in classes)
+        self._set(part, shapes)
+        if sum(self._cost(most) for most in classes) < (1 - GAIN) * now:
+            return True
+        self._set(part, before)
+        return False
 
     def _cost(self, most: int, part: Part | None = None, shape: Shape | None = None) -> float:
         """Time of that class's steps, in parts of what they took at first; with another shape of a product."""
@@ -153,7 +162,8 @@ class Search:
         yield from (Shape(*one, late) for one in sorted(found) for late in (False, True))
 
     def _fitting(self, part: Part, most: int) -> list[Shape]:
-        """As far as can be said without compiling: registers, and shared memory beside that of another block."""
+        """As far as can be said without compiling: registers (those of weights, sums and x, and some 60; compilers
+        manage with a little fewer, of 255 at most) and shared memory beside that of another block."""
         rows = min(most, 32)
 
         def fits(shape: Shape) -> bool:
@@ -180,7 +190,7 @@ def _tune(model: Model, pool: ProcessPoolExecutor, seconds: float) -> None:
     changes = {"max_new_tokens": length, **({"beam_size": gpu_models.BEAMS} if model.translates else {})}
     room = {"slots": most, "max_beam_size": gpu_models.BEAMS, "prompt_tokens": most * length}
     engine = gpu_engine.load(*gpu_models.build(model), "cuda", "fp16", **room).engine
-    clock, device = gpu_device.clock(engine), engine._ops._limits
+    clock, device = gpu_device.clock(engine), gpu_engine.limits(engine)
     steps = {count: Decoding(engine, gpu_models.rows(model, count // model.beams, length), changes) for count in counts}
 
     def taken(rows: int, samples: int = _SAMPLES) -> float:
@@ -197,19 +207,19 @@ def _tune(model: Model, pool: ProcessPoolExecutor, seconds: float) -> None:
         times = "".join(f"  {count} rows {taken(count, 20) * 1e6:.1f} us" for count in counts)
         print(f"{time.monotonic() - begun:6.1f} s  {model.title}, {what}:{times}", flush=True)
 
-    table = BY_DEVICE[device.capability, device.multiprocessors]
+    table = BY_DEVICE.setdefault((device.capability, device.multiprocessors), {})
     search = Search(parts(model), device, table, counts, taken)
     say("as it is")
     builds = search.builds()
     list(pool.map(_compile, builds, chunksize=4))
     print(f"{time.monotonic() - begun:6.1f} s  {len(builds)} kernels compiled", flush=True)
-    while search.round() and time.monotonic() - begun < seconds:
+    while search.go_round() and time.monotonic() - begun < seconds:
         say("after a round")
     say("at last")
     for part in search.parts:
         print(f"    {part.product}: {{  # {model.title}: {part.name}")
         for rows, shape in table.get(part.product, {}).items():
-            print(f"        {rows}: Shape{tuple(shape[:5])},")
+            print(f"        {rows}: Shape{tuple(shape if shape.ahead else shape[:-1])},")
         print("    },", flush=True)
 
 

@@ -211,8 +211,8 @@ class Client:
         """The answer to one row in parts, as they come; the last one holds the whole answer.
 
         Closed early, or dropped, it has the server stop; over HTTP only where there is a request_id, which should be
-        hard to guess. The time limit is that between two parts. Other parameters are those of `answers`; nothing is
-        tried again.
+        hard to guess, and of no other request: a stop is for all that have it. The time limit is that between two
+        parts. Other parameters are those of `answers`; nothing is tried again.
         """
         name = DEFAULT_STREAMS[task] if model is None else model
         call = call_of(task, name, self._signature(task, name), codec or Ids(), options, streams=True)

@@ -31,6 +31,7 @@ from lightseq_client.signature import DETAILS, FINAL, FIRST_TOKEN, GENERATE, TEX
 
 _SIDE_BY_SIDE = ("topk", "topp", "sample", "topk_greedy")  # methods whose texts stream each by itself
 _PATIENCE = 1.0  # seconds for the server to end a stream by itself
+_NOT_HERE = "no request with the id"  # what it says of a stop that finds none
 _TYPES = {FINAL: np.bool_, FIRST_TOKEN: np.float32, DETAILS: np.float32, TEXT_OUTPUT: np.object_}
 
 
@@ -117,23 +118,29 @@ def _grpc(url: str, call: Call, rows: np.ndarray, request_id: str, timeout: floa
     except InferenceServerException as error:
         raise RequestFailed(INTERNAL, error.message() or "no reason given") from None
     finally:
-        end_stream(client, ended or _stopped(client, call.model, given, request_id, arrived))
-        client.close()
+        try:
+            ended = ended or _stopped(client, call.model, given, request_id, arrived, min(timeout, _PATIENCE))
+        finally:  # whatever becomes of that, a second Ctrl-C too: tritonclient's thread would keep the process
+            end_stream(client, ended)
+            client.close()
 
 
-def _stopped(client: Any, model: str, given: list[Any], request_id: str, arrived: _Arrived) -> bool:
-    """Asks the server to stop that request; whether it has, soon."""
+def _stopped(client: Any, model: str, given: list[Any], request_id: str, arrived: _Arrived, patience: float) -> bool:
+    """Asks the server to stop that request; whether it has, within so many seconds. Not where the server has given this
+    to another instance of the model than the request, which does not know the id."""
     from tritonclient.utils import InferenceServerException
 
     try:
         client.async_stream_infer(model, given, parameters={"cancel_request_id": request_id})
     except InferenceServerException:  # the stream never began, or is broken
         return False
-    under_way, end = 2, time.monotonic() + _PATIENCE
+    under_way, end = 2, time.monotonic() + patience
     while under_way:
         try:
             result, error = arrived.get(timeout=max(0.0, end - time.monotonic()))
         except queue.Empty:
+            return False
+        if error is not None and under_way == 2 and _NOT_HERE in (error.message() or ""):
             return False
         under_way -= error is not None or result.get_response().parameters["triton_final_response"].bool_param
     return True
@@ -148,12 +155,15 @@ def end_stream(client: Any, ended: bool) -> None:
     """
     stream = getattr(client, "_stream", None)
     requests, reader = getattr(stream, "_request_queue", None), getattr(stream, "_handler", None)
-    if ended and requests is not None and reader is not None:
+    if ended and requests is not None:
         requests.put(None)
-        reader.join(_PATIENCE)
-    client.stop_stream(cancel_requests=True)  # of no effect on one that has ended
-    if not ended and requests is not None:
-        requests.put(None)
+    try:
+        if ended and reader is not None:
+            reader.join(_PATIENCE)
+    finally:
+        client.stop_stream(cancel_requests=True)  # of no effect on one that has ended
+        if not ended and requests is not None:
+            requests.put(None)
 
 
 def _http(url: str, call: Call, rows: np.ndarray, request_id: str, timeout: float) -> Generator[Outputs, None, None]:

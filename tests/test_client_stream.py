@@ -129,47 +129,84 @@ def threads() -> int:
     return len(os.listdir("/proc/self/task"))
 
 
-def test_triton_ends_at_once_behind_streams_that_were_read_left_or_refused(tmp_path: Path) -> None:
-    """It takes all the time it has where a stream was cancelled, and keeps some memory of each."""
+@pytest.fixture
+def long_texts(tmp_path: Path) -> Iterator[EmbeddedServer]:
+    """Of a model whose texts take a second or more."""
     stream_cases.write_models(tmp_path)
-    limit = 20.0
-    with EmbeddedServer(tmp_path, device="cpu", models=["long_stream"], stop_timeout=limit) as server:
-        with Client(server.grpc) as client:
+    with EmbeddedServer(tmp_path, device="cpu", models=["long_stream"], stop_timeout=20) as running:
+        yield running
 
-            def stream(**options: Any) -> Iterator[Any]:
-                return client.stream(GENERATE, [5, 6, 7], model="long_stream", **options)
 
-            for number in range(200):
-                *_, last = stream(sampling_method="greedy", max_new_tokens=4)
-                assert last.answer is not None
-                if number % 20:
-                    continue
-                left = stream(**stream_cases.LONG)
+def cancelled(server: EmbeddedServer) -> float:
+    return metrics_of(server, "long_stream").get('requests_total{outcome="cancelled"}', 0)
+
+
+def long_text(client: Client, **options: Any) -> Iterator[Any]:
+    return client.stream(GENERATE, [5, 6, 7], model="long_stream", **{**stream_cases.LONG, **options})
+
+
+def test_triton_ends_at_once_behind_streams_that_were_read_left_or_refused(
+    long_texts: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes all the time it has where streams were cancelled, and keeps some memory of each."""
+    ended: list[bool] = []
+    end_stream = lightseq_client.stream.end_stream
+
+    def end(client: Any, by_itself: bool) -> None:
+        ended.append(by_itself)
+        end_stream(client, by_itself)
+
+    monkeypatch.setattr(lightseq_client.stream, "end_stream", end)
+    with Client(long_texts.grpc) as client:
+        for number in range(200):
+            *_, last = client.stream(GENERATE, [5], model="long_stream", sampling_method="greedy", max_new_tokens=4)
+            assert last.answer is not None
+            if number % 20 == 0:
+                left = long_text(client, request_id="mine" if number else "")
                 next(left)
                 left.close()
                 with pytest.raises(RequestFailed, match="temperature is -1"):
-                    list(stream(temperature=-1.0))
-            assert until(lambda: metrics_of(server, "long_stream")['requests_total{outcome="cancelled"}'] == 10)
-        begun = time.monotonic()
-        server.stop()
-        assert time.monotonic() - begun < limit / 2
+                    list(long_text(client, temperature=-1.0))
+        assert until(lambda: cancelled(long_texts) == 10)
+    assert ended == [True] * 220
+    begun = time.monotonic()
+    long_texts.stop()
+    assert time.monotonic() - begun < 10  # half of what it has
 
 
 def test_stream_is_cancelled_where_the_server_does_not_stop_it(
-    server: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+    long_texts: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where another instance of the model is asked to."""
-    outcome = 'requests_total{outcome="cancelled"}'
+    """At once, where another instance of the model was asked, which does not know the request."""
     stopped = lightseq_client.stream._stopped
-    monkeypatch.setattr(lightseq_client.stream, "_PATIENCE", 0.1)
+    monkeypatch.setattr(lightseq_client.stream, "_PATIENCE", 60)
 
-    def stop_another(client: Any, model: str, given: Any, request_id: str, arrived: Any) -> bool:
-        return stopped(client, model, given, f"not {request_id}", arrived)
+    def stop_another(client: Any, model: str, given: Any, request_id: str, *rest: Any) -> bool:
+        return stopped(client, model, given, f"not {request_id}", *rest)
 
     monkeypatch.setattr(lightseq_client.stream, "_stopped", stop_another)
-    before = metrics_of(server, "gpt_stream").get(outcome, 0)
-    with Client(server.grpc) as client:
-        stream = client.stream(GENERATE, [107, 12, 105], **{**LONG, "num_hypotheses": 8})
+    with Client(long_texts.grpc) as client:
+        stream = long_text(client)
         next(stream)
         stream.close()
-    assert until(lambda: metrics_of(server, "gpt_stream").get(outcome, 0) > before)
+        assert until(lambda: cancelled(long_texts) == 1)
+
+
+def test_stream_is_closed_though_its_end_is_interrupted(
+    long_texts: EmbeddedServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a second Ctrl-C: tritonclient's thread would keep the process."""
+
+    def interrupted(*arguments: Any) -> bool:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(lightseq_client.stream, "_stopped", interrupted)
+    with Client(long_texts.grpc) as client:
+        list(long_text(client, min_new_tokens=1, max_new_tokens=1))
+        before = threads()
+        stream = long_text(client)
+        next(stream)
+        with pytest.raises(KeyboardInterrupt):
+            stream.close()
+        assert until(lambda: threads() <= before)
+        assert until(lambda: cancelled(long_texts) == 1)

@@ -111,8 +111,9 @@ def candidates(shape: Any, beams: int, ops: ModuleType) -> int:
 
 
 def buckets(slots: int) -> list[int]:
-    """Row counts that a step exists for: a step over n rows runs as the next larger one. A lone text of a greedy search
-    or of samples is one row, of a search with LightSeq's beams four, and a twentieth faster than as eight."""
+    """Row counts that a step exists for: a step over n rows runs as the next larger one. One and four rows (a lone text
+    of a greedy search or of a sample, and of a search with LightSeq's four beams) are a twentieth faster than as eight.
+    """
     counts = [1, 4, *range(8, min(slots, 64), 8), *range(64, slots, 32)]
     return [*counts, -(-slots // 8) * 8]
 

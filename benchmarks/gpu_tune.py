@@ -97,12 +97,15 @@ class Search:
 
     def _improve(self, part: Part) -> bool:
         """The best order of a sum and, for each number of rows, the best shape with it."""
-        before, classes = dict(self._table.get(part.product, {})), self._classes(part)
-        limit = (1 - GAIN) * sum(self._cost(most) for most in classes)
-        costs = {
-            most: {shape: self._cost(most, part, shape) for shape in self._fitting(part, most)} for most in classes
-        }
-        best: Shapes = before
+        before, classes = self._table.get(part.product, {}), self._classes(part)
+        limit = (1 - GAIN) * self._cost(classes)
+        costs: dict[int, dict[Shape, float]] = {most: {} for most in classes}
+        for most in classes:
+            for shape in self._fitting(part, most):
+                self._set(part, {**before, most: shape})
+                costs[most][shape] = self._cost([most])
+        self._set(part, before)
+        best = before
         for order in {_order(shape) for shape in self.parts[part]}:
             fitting = {most: [shape for shape in costs[most] if _order(shape) == order] for most in classes}
             if not all(fitting.values()):
@@ -111,29 +114,19 @@ class Search:
             total = sum(costs[most][shape] for most, shape in chosen.items())
             if total < limit:
                 best, limit = chosen, total
-        return best != before and self._confirmed(part, best)
-
-    def _confirmed(self, part: Part, shapes: Shapes) -> bool:
-        """Sets them if they are better once more: the least of dozens of times may be so by chance."""
-        before, classes = dict(self._table.get(part.product, {})), self._classes(part)
-        now = sum(self._cost(most) for most in classes)
-        self._set(part, shapes)
-        if sum(self._cost(most) for most in classes) < (1 - GAIN) * now:
+        if best == before:
+            return False
+        limit = (1 - GAIN) * self._cost(classes)
+        self._set(part, best)
+        if self._cost(classes) < limit:  # once more: the least of dozens of times may be so by chance
             return True
         self._set(part, before)
         return False
 
-    def _cost(self, most: int, part: Part | None = None, shape: Shape | None = None) -> float:
-        """Time of that class's steps, in parts of what they took at first; with another shape of a product."""
-        if part is None or shape is None:
-            counts = self._rows(most)
-            return sum(self._seconds(count) / self._first[count] for count in counts) / len(counts)
-        before = dict(self._table.get(part.product, {}))
-        self._set(part, {**before, most: shape})
-        try:
-            return self._cost(most)
-        finally:
-            self._set(part, before)
+    def _cost(self, classes: Iterable[int]) -> float:
+        """Time of those classes' steps, each in parts of what it took at first."""
+        counts = [self._rows(most) for most in classes]
+        return sum(sum(self._seconds(count) / self._first[count] for count in of) / len(of) for of in counts)
 
     def _set(self, part: Part, shapes: Shapes) -> None:
         self._table.pop(part.product, None)

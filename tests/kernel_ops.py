@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,3 +159,19 @@ def _rows(array: Array | None) -> tuple[int, int, int] | None:
     if array is None:
         return None
     return array.ctypes.data, array.itemsize, array.strides[0] // array.itemsize if array.ndim > 1 else 0
+
+
+def row_in_company(
+    ops: Ops, x: Array, own: Norm, linear: Linear, activation: str, companies: Sequence[tuple[int, int]]
+) -> list[Array]:
+    """What becomes of row 5 of x in each company of rows, the first and the one after the last; through `own` and
+    `activation` where the weight has a LayerNorm folded in."""
+    results = []
+    for first, last in companies:
+        part, out = x[first:last], np.full((last - first, linear.weight.wide), np.nan, ops.FLOAT)
+        if linear.weight.folded:
+            ops.norm_linear(part, own, linear, 1e-6, activation, np.empty_like(part), out)
+        else:
+            ops.linear(part, linear, out)
+        results.append(out[5 - first])
+    return results

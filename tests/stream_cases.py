@@ -106,13 +106,11 @@ class Stream:
     def ends(self, count: int) -> set[str]:
         """Reads to the final responses of so many requests; the errors among them."""
         errors: set[str] = set()
-        while count:
+        left = self._under_way - count
+        while self._under_way > left:
             arrived = self._get()
             if isinstance(arrived, InferenceServerException):
                 errors.add(arrived.message())
-                count -= 1
-            else:
-                count -= arrived.get_response().parameters["triton_final_response"].bool_param
         return errors
 
     def all(self, model: str, name: str, ids: Any, **options: Any) -> list[dict[str, np.ndarray]]:

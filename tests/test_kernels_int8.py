@@ -8,7 +8,7 @@ import cuda_on_cpu
 import numpy as np
 import pytest
 import reference
-from kernel_ops import Array, Ops
+from kernel_ops import Array, Ops, row_in_company
 from test_kernels_linear import DEVICES, HOPPER, TURING, operands
 
 from lightseq_backend.models.layers import Linear, Norm
@@ -91,14 +91,7 @@ def test_weight_that_is_rounded_already_stays_as_it_is(device: Device) -> None:
 @pytest.mark.parametrize("norm", [False, True])
 def test_row_does_not_depend_on_how_many_come_with_it(norm: bool) -> None:
     ops, x, own, linear, _ = placed(40, 520, 96, norm, HOPPER)
-    results = []
-    for first, last in ((0, 40), (5, 6), (3, 15)):
-        part, out = x[first:last], np.full((last - first, 96), np.nan, np.float16)
-        if norm:
-            ops.norm_linear(part, own, linear, 1e-6, "none", np.empty_like(part), out)
-        else:
-            ops.linear(part, linear, out)
-        results.append(out[5 - first])
+    results = row_in_company(ops, x, own, linear, "none", ((0, 40), (5, 6), (3, 15)))
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
 

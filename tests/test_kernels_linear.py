@@ -10,7 +10,7 @@ import numpy as np
 import op_cases
 import pytest
 import reference
-from kernel_ops import Array, Ops, integers
+from kernel_ops import Array, Ops, integers, row_in_company
 from op_cases import Case
 
 from lightseq_backend.models.layers import Linear, Norm
@@ -68,14 +68,7 @@ def test_row_does_not_depend_on_how_many_come_with_it(device: Device, inner: int
     kernels, (x, weight, bias, gain, norm_bias) = ops(precision, device), operands(precision, 40, inner, 96)
     own = Norm(gain, norm_bias)
     linear = Linear(kernels.matrix(weight, own if norm else None), bias)
-    results = []
-    for first, last in ((0, 40), (5, 6), (3, 15), (5, 35)):
-        part, out = x[first:last], np.full((last - first, 96), np.nan, kernels.FLOAT)
-        if norm:
-            kernels.norm_linear(part, own, linear, 1e-6, "gelu", np.empty_like(part), out)
-        else:
-            kernels.linear(part, linear, out)
-        results.append(out[5 - first])
+    results = row_in_company(kernels, x, own, linear, "gelu", ((0, 40), (5, 6), (3, 15), (5, 35)))
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
 
@@ -96,16 +89,11 @@ def test_shapes_that_were_measured_give_the_same_rows(
     kernels, (x, weight, bias, gain, norm_bias) = ops(precision, device), operands(precision, 70, inner, wide)
     own = Norm(gain, norm_bias)
     linear = Linear(kernels.matrix(weight, own if norm else None), bias)
-    results = []
-    for first, last in ((0, 70), (5, 6), (3, 15), (5, 35)):
-        part, out = x[first:last], np.full((last - first, wide), np.nan, precision)
+    companies = ((0, 70), (5, 6), (3, 15), (5, 35))
+    for first, last in companies:
         plan = linear_launch.plan(device, last - first, inner, wide, True, norm, True)
         assert (plan.cluster[0], plan.threads) == (split, 32 * warps)
-        if norm:
-            kernels.norm_linear(part, own, linear, 1e-6, "none", np.empty_like(part), out)
-        else:
-            kernels.linear(part, linear, out)
-        results.append(out[5 - first])
+    results = row_in_company(kernels, x, own, linear, "none", companies)
     for result in results[1:]:
         np.testing.assert_array_equal(result, results[0])
     row = x[5].astype(np.float64)

@@ -19,6 +19,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +34,7 @@ LOOPBACK = "127.0.0.1"
 TRITON_VARIABLE = "LIGHTSEQ_TRITON"  # names the directory of the Triton to use
 ADMIN_KEY_VARIABLE = "LIGHTSEQ_ADMIN_KEY"
 MARGIN = 4.0  # seconds before the end of stop_timeout
+GOING = 10.0  # seconds that a killed process may take to give its memory back, a GPU's too
 LOG_LEVELS = ("error", "warning", "info", "verbose")
 RESTRICTED_APIS = "model-repository,shared-memory,trace,logging"  # what changes the server, for those with the key
 # Ctrl-C comes to us alone, and `_end` finds all. No session of its own where that can be had without: Linux gives each
@@ -518,11 +520,24 @@ def _has_exited(pid: int) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes], patience: float) -> None:
-    """SIGTERM, wait, then SIGKILL the server and every stub of its process group."""
+    """SIGTERM, wait, then SIGKILL the server and every stub of its process group. None of them is left then."""
     if not _has_exited(process.pid):
         process.send_signal(signal.SIGTERM)
     deadline = time.monotonic() + patience
     while not _has_exited(process.pid) and time.monotonic() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGKILL)
+    deadline = time.monotonic() + GOING
+    while _group_lives(process.pid) and time.monotonic() < deadline:
+        time.sleep(0.02)
     process.wait()
+
+
+def _group_lives(leader: int) -> bool:
+    """Whether any process of that group runs. Those that have ended and wait for their parent do not."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            state, _, group = path.read_text().rpartition(") ")[2].split()[:3]
+            if int(group) == leader and state not in "ZX":
+                return True
+    return False

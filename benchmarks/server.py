@@ -19,14 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_device, perf, server_models, server_report
+from benchmarks.awake import cores_awake
 from benchmarks.server_engine import EngineAlone
 from benchmarks.server_models import NOOP, NOOP_LATER, SERVED, SHORT, STATIC, STREAM
+from benchmarks.server_report import AWAKE, ENGINE
 from benchmarks.server_run import Run, TooShort, middle, read_export
 from lightseq_backend.serving.device import DEVICES, choose_device
 from lightseq_backend.serving.embedded import EmbeddedServer, usable_cpus
 
 ROOT = Path(__file__).resolve().parents[1]
-ENGINE = "engine alone"
 WINDOWS = 3  # of perf_analyzer's, all of which count
 INTERVAL, QUICK_INTERVAL = 3.0, 0.5  # seconds of a window
 LONGEST_INTERVAL = 10.0  # that is made longer where nothing was answered
@@ -52,6 +53,7 @@ def main() -> None:
             "seconds": WINDOWS * bench.interval,  # at least
             "runs": [{"concurrency": each, **_json(ways)} for each, ways in runs],
             "short": _json(alone),
+            "awake": bench.awake,
         }
     for path in server_report.write(options.results, report):
         print(f"written: {path}")
@@ -66,11 +68,11 @@ def middled(measure: Callable[[], dict[str, Run]], repeats: int) -> dict[str, Ru
 
 
 class Bench:
-    """A server, an engine beside it, and requests for both."""
+    """A server, an engine beside it, and requests for both. awake: how cores were kept from sleeping."""
 
     def __init__(self, device: str, interval: float):
         self.device, self.interval, self._opened = device, interval, ExitStack()
-        self._load = server_models.LOADS[device]
+        self._load, self.awake = server_models.LOADS[device], ""
 
     def __enter__(self) -> Bench:
         folder = Path(self._opened.enter_context(tempfile.TemporaryDirectory(prefix="lightseq-bench-")))
@@ -124,7 +126,13 @@ class Bench:
         return found
 
     def short(self) -> dict[str, Run]:
-        """One source again and again, one request at a time: what is added to it shows."""
+        """One source again and again, one request at a time: what is added to it shows. As the machine is, then with
+        cores that do not fall asleep between two requests."""
+        found = self._in_turn()
+        with cores_awake() as self.awake:
+            return found | {name + AWAKE: run for name, run in self._in_turn().items()}
+
+    def _in_turn(self) -> dict[str, Run]:
         found = {ENGINE: self._engine.measure(self._short, 1, WINDOWS * self.interval)}
         for name in (SERVED, NOOP, NOOP_LATER):
             found[name] = self._served(name, self._short, 1, 0.0)

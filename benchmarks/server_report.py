@@ -10,7 +10,7 @@ from benchmarks import machine
 from benchmarks.server_models import LATER, NOOP, NOOP_LATER, SERVED, STATIC, STREAM
 
 ENGINE_SHARE, GAIN, ADDED_MS = 0.9, 1.5, 0.5  # aims: of the engine's tokens/s, over static batches, beyond the no-op
-ENGINE = "engine alone"
+ENGINE, AWAKE = "engine alone", ", cores awake"
 
 
 def write(folder: Path, report: dict[str, Any]) -> list[Path]:
@@ -80,21 +80,28 @@ def _verdicts(report: dict[str, Any]) -> list[str]:
     busiest = max(report["runs"], key=lambda run: float(run[ENGINE]["tokens"]))
     share = busiest[SERVED]["tokens"] / busiest[ENGINE]["tokens"]
     gain = busiest[SERVED]["tokens"] / busiest[STATIC]["tokens"]
-    engine, served, noop, later = (
-        report["short"][name]["latency"]["p50"] for name in (ENGINE, SERVED, NOOP, NOOP_LATER)
-    )
-    pause = LATER * 1e3
-    added, triton = served - engine, later - pause
-    return [
+    verdicts = [
         f"- At {busiest['concurrency']} under way the server gives {share:.0%} of the engine's tokens "
         f"(aim: {ENGINE_SHARE:.0%}; {_met(share >= ENGINE_SHARE)}).",
         f"- There it gives {gain:.2f} times what static batches do (aim: {GAIN}; {_met(gain >= GAIN)}).",
-        f"- One short request at a time takes {served:.2f} ms, the engine alone {engine:.2f}, a no-op {noop:.2f}: "
-        f"{added:.2f} ms are added, {added - noop:.2f} beyond the no-op (aim: {ADDED_MS}; "
-        f"{_met(added <= noop + ADDED_MS)}). To a no-op that answers {pause:g} ms later, as models that take others "
-        f"meanwhile do, Triton adds {triton:.2f}; beyond that it is {added - triton:.2f} "
-        f"({_met(added <= triton + ADDED_MS)}).",
+        _added(report["short"], "", "One short request at a time"),
     ]
+    if how := report.get("awake"):
+        verdicts.append(_added(report["short"], AWAKE, f"With cores kept awake ({how}) it"))
+    return verdicts
+
+
+def _added(short: dict[str, Any], how: str, title: str) -> str:
+    """What serving adds to a lone request."""
+    engine, served, noop, later = (short[name + how]["latency"]["p50"] for name in (ENGINE, SERVED, NOOP, NOOP_LATER))
+    pause = LATER * 1e3
+    added, triton = served - engine, later - pause
+    return (
+        f"- {title} takes {served:.2f} ms, the engine alone {engine:.2f}, a no-op {noop:.2f}: {added:.2f} ms are "
+        f"added, {added - noop:.2f} beyond the no-op (aim: {ADDED_MS}; {_met(added <= noop + ADDED_MS)}). To a no-op "
+        f"that answers {pause:g} ms later, as models that take others meanwhile do, Triton adds {triton:.2f}; beyond "
+        f"that it is {added - triton:.2f} ({_met(added <= triton + ADDED_MS)})."
+    )
 
 
 def _met(holds: bool) -> str:

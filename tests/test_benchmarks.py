@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import (  # noqa: E402
+    awake,
     gpu,
     gpu_engine,
     gpu_load,
@@ -26,6 +29,7 @@ from benchmarks import (  # noqa: E402
     server,
     server_engine,
     server_models,
+    server_report,
     server_run,
 )
 from benchmarks.gpu_models import MODELS, TINY  # noqa: E402
@@ -299,4 +303,46 @@ def test_server_is_measured_and_reported(tmp_path: Path, monkeypatch: pytest.Mon
     assert run["stream"]["first"]["p50"] < run["stream"]["latency"]["p50"]
     assert run["noop"]["latency"]["p50"] < run["served"]["latency"]["p50"]
     (text,) = (path.read_text() for path in tmp_path.glob("server-*.md"))
-    assert text.count("(aim: ") == 3
+    assert text.count("(aim: ") == 4
+    assert report["awake"] in text
+
+
+def test_report_without_cores_kept_awake_has_no_verdict_on_them() -> None:
+    path = next((ROOT / "benchmarks" / "results").glob("server-*.json"))
+    report = json.loads(path.read_text())
+    report.pop("awake", None)
+    assert server_report.markdown(report).count("(aim: ") == 3
+
+
+def test_cores_are_kept_awake_while_the_file_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "latency"
+    file.touch()
+    monkeypatch.setattr(awake, "LATENCY", file)
+    with awake.cores_awake() as how:
+        assert file.read_bytes() == bytes(4)
+        assert any(os.path.samefile(one, file) for one in Path("/proc/self/fd").iterdir() if one.exists())
+    assert how == f"a 0 held in {file}"
+    assert not any(os.path.samefile(one, file) for one in Path("/proc/self/fd").iterdir() if one.exists())
+
+
+def test_cores_are_kept_awake_by_processes_where_that_file_cannot_be_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(awake, "LATENCY", tmp_path / "none")
+    with awake.cores_awake() as how:
+        deadline = time.monotonic() + 20
+        while [os.sched_getscheduler(one) for one in children()] != [os.SCHED_IDLE] * len(os.sched_getaffinity(0)):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert "SCHED_IDLE" in how
+    assert not children()
+
+
+def children() -> list[int]:
+    """Processes of ours that spin."""
+    found = []
+    for task in Path("/proc/self/task").iterdir():
+        for one in map(int, (task / "children").read_text().split()):
+            if b"SCHED_IDLE" in Path(f"/proc/{one}/cmdline").read_bytes():
+                found.append(one)
+    return found

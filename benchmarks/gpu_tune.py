@@ -1,6 +1,6 @@
 """Shapes of the products of few rows of a model: which make a whole decode step shortest.
 
-    python -m benchmarks.gpu_tune [--models big,base,gpt2] [--processes 8] [--seconds 600]
+    python -m benchmarks.gpu_tune [--models big,base,gpt2] [--precision fp16] [--processes 8] [--seconds 600]
 
 One product after the other is given every shape there is while the others keep theirs, until none is better: how a
 kernel does by itself says little, since the next one's weights come while it runs. Split and warps, which make the
@@ -24,14 +24,28 @@ from benchmarks.gpu_models import MODELS, Model
 from benchmarks.gpu_timing import device_seconds
 from lightseq_backend.ops import linear_launch
 from lightseq_backend.ops.linear_launch import Device, Plan
-from lightseq_backend.ops.linear_shapes import BY_DEVICE, MOST_ROWS, Product, Shape, Shapes
+from lightseq_backend.ops.linear_shapes import BY_DEVICE, MOST_ROWS, Product, Shape, Shapes, Table
 
 ROWS = (1, 4, 8, 16, 32, 128)  # that steps are measured with, where a model has such batches
 GAIN = 0.001  # of a step; what is less is none
-Table = dict[Product, Shapes]
 Seconds = Callable[[int], float]  # that a step of so many rows takes; inf where it cannot be launched
 _REGISTERS = 64 * 1024  # of a multiprocessor
 _REPLAYS, _SAMPLES = 8, 6
+
+
+class Numbers(NamedTuple):
+    """What a product computes with. registers: of a lane, for the weights of a chunk and sixteen outputs."""
+
+    half: bool
+    int8: bool
+    registers: int
+
+    @property
+    def bits(self) -> int:
+        return linear_launch.weight_bits(self.half, self.int8)
+
+
+PRECISIONS = {"fp16": Numbers(True, False, 8), "fp32": Numbers(False, False, 8), "int8": Numbers(True, True, 4)}
 
 
 class Part(NamedTuple):
@@ -46,13 +60,14 @@ def main() -> None:
     made = argparse.ArgumentParser("python -m benchmarks.gpu_tune", description=__doc__)
     made.formatter_class = argparse.RawTextHelpFormatter
     made.add_argument("--models", default="big,base,gpt2", help="names with commas between")
+    made.add_argument("--precision", choices=PRECISIONS, default="fp16")
     made.add_argument("--processes", type=int, default=8, help="that compile")
     made.add_argument("--seconds", type=float, default=600, help="after which a model has no further round")
     options = made.parse_args()
     gpu_device.require("cuda")
     with ProcessPoolExecutor(options.processes, multiprocessing.get_context("spawn")) as pool:
         for name in options.models.split(","):
-            _tune(MODELS[name], pool, options.seconds)
+            _tune(MODELS[name], options.precision, pool, options.seconds)
             gpu_device.release("cuda")
 
 
@@ -70,9 +85,13 @@ def parts(model: Model) -> Iterator[Part]:
 class Search:
     """The shapes of `table` that make steps shortest."""
 
-    def __init__(self, found: Iterable[Part], device: Device, table: Table, rows: Iterable[int], seconds: Seconds):
+    def __init__(
+        self, found: Iterable[Part], device: Device, numbers: Numbers, table: Table, rows: Iterable[int],
+        seconds: Seconds,
+    ):  # fmt: skip
         """rows: what steps are measured with, by `seconds`, which heeds what the table has."""
-        self._device, self._table, self._counts, self._seconds = device, table, list(rows), seconds
+        self._device, self._numbers, self._table = device, numbers, table
+        self._counts, self._seconds = list(rows), seconds
         self.parts = {part: list(self._shapes(part)) for part in found}
         self._first = {count: seconds(count) for count in self._counts}
 
@@ -137,7 +156,10 @@ class Search:
         """Those of linear_shapes.MOST_ROWS in which a step is measured and this product is linear.cu's."""
         inner, wide, _ = part.product
         measured = [most for most in MOST_ROWS if self._rows(most)]
-        return [most for most in measured if linear_launch.pays(self._device, self._rows(most)[-1], inner, wide, True)]
+        if self._numbers.int8:  # for which there is no other kernel
+            return measured
+        half = self._numbers.half
+        return [most for most in measured if linear_launch.pays(self._device, self._rows(most)[-1], inner, wide, half)]
 
     def _rows(self, most: int) -> list[int]:
         least = max((other for other in MOST_ROWS if other < most), default=0)
@@ -145,13 +167,14 @@ class Search:
 
     def _shapes(self, part: Part) -> Iterator[Shape]:
         inner, wide, _ = part.product
-        chunks, found = inner // 32, set()
+        half, each = self._numbers.half, self._numbers.registers
+        chunks, found = linear_launch.chunks(inner, half), set()
         for outputs, split, warps, registers in combinations((32, 48, 64), (1, 2, 4, 8), (4, 8), (64, 96, 128)):
             blocks = split * -(-wide // outputs)
             if chunks % split or chunks < split * warps or not 30 <= blocks <= 2 * self._device.multiprocessors:
                 continue
-            all_of_it = linear_launch.share(Shape(outputs, split, warps, 0, False), inner, True)
-            found.add((outputs, split, warps, min(all_of_it, registers // 8 // (outputs // 16))))
+            all_of_it = linear_launch.share(Shape(outputs, split, warps, 0, False), inner, half)
+            found.add((outputs, split, warps, min(all_of_it, registers // each // (outputs // 16))))
         yield from (Shape(*one, late) for one in sorted(found) for late in (False, True))
 
     def _fitting(self, part: Part, most: int) -> list[Shape]:
@@ -161,7 +184,8 @@ class Search:
 
         def fits(shape: Shape) -> bool:
             tiles = shape.outputs // 16
-            registers = 60 + 8 * shape.depth * tiles + tiles * rows // 2 + (32 if rows == 32 else 8)
+            weights = self._numbers.registers * shape.depth * tiles
+            registers = 60 + weights + tiles * rows // 2 + (32 if rows == 32 else 8)
             room = self._plan(part, rows, shape).shared <= self._device.shared // 2
             return room and registers <= min(280, _REGISTERS // (32 * shape.warps))
 
@@ -169,20 +193,21 @@ class Search:
 
     def _plan(self, part: Part, rows: int, shape: Shape) -> Plan:
         inner, wide, norm = part.product
-        return linear_launch.build(self._device, shape, rows, inner, wide, True, norm, True, False)
+        half, int8, _ = self._numbers
+        return linear_launch.build(self._device, shape, rows, inner, wide, half, norm, True, int8)
 
 
 def _order(shape: Shape) -> tuple[int, int]:
     return shape.split, shape.warps
 
 
-def _tune(model: Model, pool: ProcessPoolExecutor, seconds: float) -> None:
-    begun, most = time.monotonic(), 128 if model.translates else 32
+def _tune(model: Model, precision: str, pool: ProcessPoolExecutor, seconds: float) -> None:
+    begun, most, numbers = time.monotonic(), 128 if model.translates else 32, PRECISIONS[precision]
     counts = [count for count in ROWS if count % model.beams == 0 and count <= most]
     length = 24 if model.translates else gpu_models.PROMPT
     changes = {"max_new_tokens": length, **({"beam_size": gpu_models.BEAMS} if model.translates else {})}
     room = {"slots": most, "max_beam_size": gpu_models.BEAMS, "prompt_tokens": most * length}
-    engine = gpu_engine.load(*gpu_models.build(model), "cuda", "fp16", **room).engine
+    engine = gpu_engine.load(*gpu_models.build(model), "cuda", precision, **room).engine
     clock, device = gpu_device.clock(engine), gpu_engine.limits(engine)
     steps = {count: Decoding(engine, gpu_models.rows(model, count // model.beams, length), changes) for count in counts}
 
@@ -198,10 +223,10 @@ def _tune(model: Model, pool: ProcessPoolExecutor, seconds: float) -> None:
 
     def say(what: str) -> None:
         times = "".join(f"  {count} rows {taken(count, 20) * 1e6:.1f} us" for count in counts)
-        print(f"{time.monotonic() - begun:6.1f} s  {model.title}, {what}:{times}", flush=True)
+        print(f"{time.monotonic() - begun:6.1f} s  {model.title}, {precision}, {what}:{times}", flush=True)
 
-    table = BY_DEVICE.setdefault((device.capability, device.multiprocessors), {})
-    search = Search(parts(model), device, table, counts, taken)
+    table = BY_DEVICE.setdefault((device.capability, device.multiprocessors), {}).setdefault(numbers.bits, {})
+    search = Search(parts(model), device, numbers, table, counts, taken)
     say("as it is")
     builds = search.builds()
     list(pool.map(_compile, builds, chunksize=4))

@@ -36,7 +36,7 @@ from benchmarks.gpu_models import MODELS, TINY  # noqa: E402
 from benchmarks.gpu_records import Record, Recorder, read  # noqa: E402
 from lightseq_backend.ops import linear_launch  # noqa: E402
 from lightseq_backend.ops.linear_launch import Device  # noqa: E402
-from lightseq_backend.ops.linear_shapes import BY_DEVICE, H200  # noqa: E402
+from lightseq_backend.ops.linear_shapes import BY_DEVICE  # noqa: E402
 
 
 def run(program: object, monkeypatch: pytest.MonkeyPatch, records: Path, *options: str) -> list[Record]:
@@ -126,9 +126,9 @@ def test_tuning_finds_what_makes_steps_shortest() -> None:
         return taken
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(BY_DEVICE, (90, 132), table)
+        patch.setitem(BY_DEVICE, (90, 132), {16: table})
         found = list(gpu_tune.parts(MODELS["big"]))
-        search = gpu_tune.Search(found, device, table, (4, 8, 32, 128), seconds)
+        search = gpu_tune.Search(found, device, gpu_tune.PRECISIONS["fp16"], table, (4, 8, 32, 128), seconds)
         rounds = 0
         while search.go_round():
             rounds += 1
@@ -141,20 +141,42 @@ def test_tuning_finds_what_makes_steps_shortest() -> None:
         assert set(shapes) == ({8, 32, 128} if product[0] * product[1] <= linear_launch.SMALL else {8, 32})
 
 
-def test_tuning_compiles_what_the_engine_launches() -> None:
+@pytest.mark.parametrize("precision", gpu_tune.PRECISIONS)
+def test_tuning_compiles_what_the_engine_launches(precision: str) -> None:
     """The definitions of ops/cuda.py _small_product, whose end is made of fours."""
-    device = Device(90, 132, 227 * 1024)
-    search = gpu_tune.Search(gpu_tune.parts(MODELS["gpt2"]), device, {}, (1, 32), lambda rows: 1.0)
+    device, numbers = Device(90, 132, 227 * 1024), gpu_tune.PRECISIONS[precision]
+    table: gpu_tune.Table = {}
+    search = gpu_tune.Search(gpu_tune.parts(MODELS["gpt2"]), device, numbers, table, (1, 32), lambda rows: 1.0)
     builds = search.builds()
     assert len(builds) == len(set(builds)) > 100
-    shapes = H200[768, 3072, True]
+    size = 2 if numbers.half else 4
+    fours = linear_launch.in_fours(3072, (1 << 20, size, 0), (1 << 21, size, 3072))
+    (shapes,) = (tried for part, tried in search.parts.items() if part.product == (768, 3072, True))
     for rows in (8, 32):
-        made = linear_launch.plan(device, rows, 768, 3072, True, True, True)
-        assert dict(made.definitions)["DEPTH"] == shapes[rows].depth
-        fours = linear_launch.in_fours(3072, (1 << 20, 2, 0), (1 << 21, 2, 3072))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(BY_DEVICE, (90, 132), {numbers.bits: {(768, 3072, True): {rows: shapes[0]}}})
+            made = linear_launch.plan(device, rows, 768, 3072, numbers.half, True, True, numbers.int8)
+        assert dict(made.definitions)["DEPTH"] == shapes[0].depth
         wanted = {**dict(made.definitions), "FOURS": int(fours), "ACTIVATION": ACTIVATIONS["gelu"]}
         assert tuple(sorted(wanted.items())) in builds
     assert not search.go_round()  # nothing is better: nothing changes
+    assert not table
+
+
+@pytest.mark.parametrize(("precision", "most"), [("fp16", {8, 32, 128}), ("fp32", {8, 32}), ("int8", {8, 32, 128})])
+def test_tuning_is_for_rows_that_its_kernel_gets(precision: str, most: set[int]) -> None:
+    device, numbers = Device(90, 132, 227 * 1024), gpu_tune.PRECISIONS[precision]
+    asked: list[int] = []
+
+    def seconds(rows: int) -> float:
+        asked.append(rows)
+        return 1.0 - 0.1 * any(table.values())  # any shape is better than the rules'
+
+    table: gpu_tune.Table = {}
+    (part,) = (part for part in gpu_tune.parts(MODELS["big"]) if part.name == "output of attention")
+    assert gpu_tune.Search([part], device, numbers, table, (4, 8, 32, 128), seconds).go_round()
+    assert set(table[part.product]) == most
+    assert all(shape.depth > 0 for shape in table[part.product].values())
 
 
 def tiny_engine() -> gpu_engine.Engine:

@@ -16,7 +16,7 @@ from op_cases import Case
 from lightseq_backend.models.layers import Linear, Norm
 from lightseq_backend.ops import cpu, linear_launch
 from lightseq_backend.ops.linear_launch import Device
-from lightseq_backend.ops.linear_shapes import BY_DEVICE, H200, MOST_ROWS, Shape
+from lightseq_backend.ops.linear_shapes import BY_DEVICE, H200_FP16, MOST_ROWS, Shape
 
 pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
 
@@ -73,25 +73,31 @@ def test_row_does_not_depend_on_how_many_come_with_it(device: Device, inner: int
         np.testing.assert_array_equal(result, results[0])
 
 
+# Bits of a weight, the numbers it is multiplied with, and how far a result may be off.
+WEIGHTS = [(16, "float16", op_cases.TOLERANCE["float16"]), (32, "float32", op_cases.TOLERANCE["float32"]),
+           (8, "float16", 0.05)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("bits", "precision", "tolerance"), WEIGHTS, ids=["fp16", "fp32", "int8"])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("split", "warps"), [(1, 4), (2, 4), (4, 4), (1, 8)])
 def test_shapes_that_were_measured_give_the_same_rows(
-    split: int, warps: int, norm: bool, monkeypatch: pytest.MonkeyPatch
+    split: int, warps: int, norm: bool, bits: int, precision: str, tolerance: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the shape for so many rows: outputs, weights in registers, and when the next kernel begins."""
-    device, inner, wide, precision = Device(90, 5, 227 * 1024), 520, 99, "float16"
+    device, inner, wide, int8 = Device(90, 5, 227 * 1024), 520, 99, bits == 8
     shapes = {
         8: Shape(48, split, warps, 1, True),
         16: Shape(32, split, warps, 2, False),
         32: Shape(64, split, warps, 1, True),
     }
-    monkeypatch.setitem(BY_DEVICE, (90, 5), {(inner, wide, norm): shapes})
-    kernels, (x, weight, bias, gain, norm_bias) = ops(precision, device), operands(precision, 70, inner, wide)
+    monkeypatch.setitem(BY_DEVICE, (90, 5), {bits: {(inner, wide, norm): shapes}})
+    kernels, (x, weight, bias, gain, norm_bias) = Ops(bits < 32, device, int8), operands(precision, 70, inner, wide)
     own = Norm(gain, norm_bias)
     linear = Linear(kernels.matrix(weight, own if norm else None), bias)
     companies = ((0, 70), (5, 6), (3, 15), (5, 35))
     for first, last in companies:
-        plan = linear_launch.plan(device, last - first, inner, wide, True, norm, True)
+        plan = linear_launch.plan(device, last - first, inner, wide, bits < 32, norm, True, int8)
         assert (plan.cluster[0], plan.threads) == (split, 32 * warps)
     results = row_in_company(kernels, x, own, linear, "none", companies)
     for result in results[1:]:
@@ -100,7 +106,6 @@ def test_shapes_that_were_measured_give_the_same_rows(
     if norm:
         row = reference.layer_norm(row[None], gain.astype(np.float64), norm_bias.astype(np.float64), 1e-6)[0]
     expected = row @ weight.astype(np.float64) + bias
-    tolerance = op_cases.TOLERANCE[precision]
     np.testing.assert_allclose(results[0], expected, rtol=tolerance, atol=tolerance)
 
 
@@ -210,11 +215,11 @@ def test_sum_is_split_alike_for_any_number_of_rows(norm: bool, half: bool) -> No
         assert len({plan.cluster for plan in plans}) == 1
 
 
-@pytest.mark.parametrize("product", H200, ids=str)
+@pytest.mark.parametrize("product", H200_FP16, ids=str)
 def test_measured_shapes_can_be_launched_and_keep_the_order_of_a_sum(product: tuple[int, int, bool]) -> None:
     """Also for numbers of rows that were not measured."""
     inner, wide, norm = product
-    shapes = H200[product]
+    shapes = H200_FP16[product]
     assert set(shapes) <= set(MOST_ROWS)
     for most, shape in shapes.items():
         plan = linear_launch.plan(HOPPER, most, inner, wide, True, norm, True)
@@ -229,7 +234,7 @@ def test_measured_shapes_can_be_launched_and_keep_the_order_of_a_sum(product: tu
 
 def test_shapes_are_of_the_device_and_the_precision_they_were_measured_with() -> None:
     product = (1024, 1024, False)
-    measured = H200[product][8]
+    measured = H200_FP16[product][8]
     assert measured.warps == 4
     for device, half, int8, wanted in (
         (HOPPER, True, False, 128),

@@ -81,7 +81,8 @@ def plan(
     at, and consist of, pieces of sixteen bytes. int8: W is, and half true. The order of a sum over `inner` depends on
     the weight and the device, not on `rows`.
     """
-    known = measured(device.capability, device.multiprocessors, (inner, wide, norm)) if half and not int8 else {}
+    bits = weight_bits(half, int8)
+    known = measured(device.capability, device.multiprocessors, bits, (inner, wide, norm))
     shape = next((known[most] for most in sorted(known) if rows <= most), None)
     if shape is None:
         order = next(((one.split, one.warps) for one in known.values()), None)
@@ -112,9 +113,14 @@ def build(
     return Plan(tuple(definitions.items()), grid, (shape.split, 1, 1), _shared(shape, count, norm), 32 * shape.warps)
 
 
+def chunks(inner: int, half: bool) -> int:
+    """Of a sum."""
+    return _up(inner, _chunk(half))
+
+
 def share(shape: Shape, inner: int, half: bool) -> int:
     """Chunks of the sum that a warp has."""
-    return _up(_up(_up(inner, _chunk(half)), shape.split), shape.warps)
+    return _up(_up(chunks(inner, half), shape.split), shape.warps)
 
 
 def in_fours(wide: int, *rows: tuple[int, int, int] | None) -> bool:
@@ -136,7 +142,7 @@ def _rule(
     order: tuple[int, int] | None,
 ) -> Shape:  # fmt: skip
     """By measurement on an H200, for products of any shape. order: split and warps, where they are given."""
-    split, warps = order or (_split(device, _up(inner, _chunk(half)), wide), _WARPS)
+    split, warps = order or (_split(device, chunks(inner, half), wide), _WARPS)
     outputs = _outputs(device, rows, wide, half, split)
     shape = Shape(outputs, split, warps, 0, rows > 16)
     count, each = _rows(device, shape, rows, norm), share(shape, inner, half)

@@ -1,5 +1,5 @@
-"""Shapes of kernels/linear.cu's blocks that were measured: by whole steps of the models named, fp16, one product after
-the other (`python -m benchmarks.gpu_tune`). linear_launch.py has rules for all other products and devices."""
+"""Shapes of kernels/linear.cu's blocks that were measured: by whole steps of the models named, one product after the
+other (`python -m benchmarks.gpu_tune`). linear_launch.py has rules for all other products, precisions and devices."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ Product = tuple[int, int, bool]  # inner, wide, whether a LayerNorm is folded in
 Shapes = dict[int, Shape]  # by the most rows that each is for; all with the same split and warps: the order of a sum
 
 MOST_ROWS = (8, 16, 32, 128)
-H200: dict[Product, Shapes] = {
+Table = dict[Product, Shapes]
+H200_FP16: Table = {
     (1024, 3072, True): {  # Transformer-big: queries, keys and values
         8: Shape(48, 1, 8, 4, False),
         16: Shape(32, 1, 8, 4, False),
@@ -108,10 +109,11 @@ H200: dict[Product, Shapes] = {
         32: Shape(32, 4, 8, 3, True),
     },
 }
-# By compute capability and multiprocessors: an H100 with as many takes them too, where nothing was measured.
-BY_DEVICE = {(90, 132): H200}
+# By compute capability and multiprocessors (an H100 with as many takes them too, where nothing was measured), then by
+# bits of a weight.
+BY_DEVICE: dict[tuple[int, int], dict[int, Table]] = {(90, 132): {16: H200_FP16}}
 
 
-def measured(capability: int, multiprocessors: int, product: Product) -> Shapes:
-    """Those of a product in fp16; {} where there are none."""
-    return BY_DEVICE.get((capability, multiprocessors), {}).get(product, {})
+def measured(capability: int, multiprocessors: int, bits: int, product: Product) -> Shapes:
+    """Those of a product whose weights have so many bits; {} where there are none."""
+    return BY_DEVICE.get((capability, multiprocessors), {}).get(bits, {}).get(product, {})

@@ -99,7 +99,7 @@ class Search:
         """Definitions of every kernel that may be launched."""
         found = set()
         for part in self.parts:
-            for most in {min(most, 32) for most in self._classes(part)}:
+            for most in self._classes(part):
                 for shape in self._fitting(part, most):
                     made = {
                         **dict(self._plan(part, most, shape).definitions),
@@ -175,21 +175,21 @@ class Search:
                 continue
             all_of_it = linear_launch.share(Shape(outputs, split, warps, 0, False), inner, half)
             found.add((outputs, split, warps, min(all_of_it, registers // each // (outputs // 16))))
-        yield from (Shape(*one, late) for one in sorted(found) for late in (False, True))
+        for one, late, rows in combinations(sorted(found), (False, True), (32, 64)):
+            yield Shape(*one, late, rows=rows)
 
     def _fitting(self, part: Part, most: int) -> list[Shape]:
         """As far as can be said without compiling: registers (those of weights, sums and x, and some 60; compilers
         manage with a little fewer, of 255 at most) and shared memory beside that of another block."""
-        rows = min(most, 32)
 
         def fits(shape: Shape) -> bool:
-            tiles = shape.outputs // 16
+            tiles, rows = shape.outputs // 16, min(most, shape.rows)
             weights = self._numbers.registers * shape.depth * tiles
-            registers = 60 + weights + tiles * rows // 2 + (32 if rows == 32 else 8)
-            room = self._plan(part, rows, shape).shared <= self._device.shared // 2
+            registers = 60 + weights + tiles * rows // 2 + (32 if rows >= 32 else 8)
+            room = self._plan(part, most, shape).shared <= self._device.shared // 2
             return room and registers <= min(280, _REGISTERS // (32 * shape.warps))
 
-        return [shape for shape in self.parts[part] if fits(shape)]
+        return [shape for shape in self.parts[part] if (shape.rows == 32 or most > 32) and fits(shape)]
 
     def _plan(self, part: Part, rows: int, shape: Shape) -> Plan:
         inner, wide, norm = part.product
@@ -199,6 +199,15 @@ class Search:
 
 def _order(shape: Shape) -> tuple[int, int]:
     return shape.split, shape.warps
+
+
+def _written(shape: Shape) -> str:
+    """As Python, without what it has by default."""
+    given, named = shape[: -len(Shape._field_defaults)], []
+    for name, value in Shape._field_defaults.items():
+        if getattr(shape, name) != value:
+            named.append(f", {name}={getattr(shape, name)}")
+    return f"Shape({', '.join(map(str, given))}{''.join(named)})"
 
 
 def _tune(model: Model, precision: str, pool: ProcessPoolExecutor, seconds: float) -> None:
@@ -237,7 +246,7 @@ def _tune(model: Model, precision: str, pool: ProcessPoolExecutor, seconds: floa
     for part in search.parts:
         print(f"    {part.product}: {{  # {model.title}: {part.name}")
         for rows, shape in table.get(part.product, {}).items():
-            print(f"        {rows}: Shape{tuple(shape if shape.ahead else shape[:-1])},")
+            print(f"        {rows}: {_written(shape)},")
         print("    },", flush=True)
 
 

@@ -15,6 +15,7 @@ class Shape(NamedTuple):
     depth    chunks of a warp whose weights are under way in registers
     late     whether the next kernel may begin only once x is on its way
     ahead    chunks of a warp behind those in registers that are under way to shared memory
+    rows     that a block takes at most: 32 or 64
     """
 
     outputs: int
@@ -23,6 +24,7 @@ class Shape(NamedTuple):
     depth: int
     late: bool
     ahead: int = 0
+    rows: int = 32
 
 
 Product = tuple[int, int, bool]  # inner, wide, whether a LayerNorm is folded in

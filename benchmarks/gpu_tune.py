@@ -203,11 +203,10 @@ def _order(shape: Shape) -> tuple[int, int]:
 
 def _written(shape: Shape) -> str:
     """As Python, without what it has by default."""
-    given, named = shape[: -len(Shape._field_defaults)], []
-    for name, value in Shape._field_defaults.items():
-        if getattr(shape, name) != value:
-            named.append(f", {name}={getattr(shape, name)}")
-    return f"Shape({', '.join(map(str, given))}{''.join(named)})"
+    defaults, values = Shape._field_defaults, shape._asdict()
+    given = [str(value) for name, value in values.items() if name not in defaults]
+    given += [f"{name}={values[name]}" for name, usual in defaults.items() if values[name] != usual]
+    return f"Shape({', '.join(given)})"
 
 
 def _tune(model: Model, precision: str, pool: ProcessPoolExecutor, seconds: float) -> None:

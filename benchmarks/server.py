@@ -196,7 +196,7 @@ def _json(ways: dict[str, Run]) -> dict[str, Any]:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.server", description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=DEVICES, default="auto", help="auto: the GPU where one is usable")
-    parser.add_argument("--quick", action="store_true", help="less than 100 s: short windows, few concurrencies")
+    parser.add_argument("--quick", action="store_true", help="short windows, few concurrencies")
     parser.add_argument("--repeats", type=int, default=1, help="rounds; medians are reported (default: %(default)s)")
     parser.add_argument("--concurrency", type=int, nargs="+", help="requests under way at once")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the report")

@@ -91,9 +91,11 @@ def _verdicts(report: dict[str, Any]) -> list[str]:
     return verdicts
 
 
-def _added(short: dict[str, Any], how: str, title: str) -> str:
-    """What serving adds to a lone request."""
-    engine, served, noop, later = (short[name + how]["latency"]["p50"] for name in (ENGINE, SERVED, NOOP, NOOP_LATER))
+def _added(short: dict[str, Any], ending: str, title: str) -> str:
+    """What serving adds to a lone request; ending: of the names in `short`."""
+    engine, served, noop, later = (
+        short[name + ending]["latency"]["p50"] for name in (ENGINE, SERVED, NOOP, NOOP_LATER)
+    )
     pause = LATER * 1e3
     added, triton = served - engine, later - pause
     return (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -171,17 +171,23 @@ def test_shapes_are_printed_as_they_belong_into_the_table() -> None:
         assert written.count("=") == (shape.ahead > 0) + (shape.rows > 32)
 
 
-@pytest.mark.parametrize(("precision", "most"), [("fp16", {8, 32, 128}), ("fp32", {8, 32}), ("int8", {8, 32, 128})])
-def test_tuning_is_for_rows_that_its_kernel_gets(precision: str, most: set[int]) -> None:
+@pytest.mark.parametrize(
+    ("name", "precision", "most"),
+    [
+        ("output of attention", "fp16", {8, 32, 128}),
+        ("output of attention", "fp32", {8, 32}),
+        ("FFN 1", "fp16", {8, 32}),
+        ("FFN 1", "int8", {8, 32, 128}),
+    ],
+)
+def test_tuning_is_for_rows_that_its_kernel_gets(name: str, precision: str, most: set[int]) -> None:
     device, numbers = Device(90, 132, 227 * 1024), gpu_tune.PRECISIONS[precision]
-    asked: list[int] = []
 
     def seconds(rows: int) -> float:
-        asked.append(rows)
         return 1.0 - 0.1 * any(table.values())  # any shape is better than the rules'
 
     table: gpu_tune.Table = {}
-    (part,) = (part for part in gpu_tune.parts(MODELS["big"]) if part.name == "output of attention")
+    (part,) = (part for part in gpu_tune.parts(MODELS["big"]) if part.name == name)
     assert gpu_tune.Search([part], device, numbers, table, (4, 8, 32, 128), seconds).go_round()
     assert set(table[part.product]) == most
     assert all(shape.depth > 0 for shape in table[part.product].values())
@@ -367,22 +373,21 @@ def test_cores_are_kept_awake_while_the_file_is_open(tmp_path: Path, monkeypatch
 def test_cores_are_kept_awake_by_processes_where_that_file_cannot_be_opened(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Started(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *given: object) -> None:
+            super().__init__(*given)
+            started.append(self)
+
+    monkeypatch.setattr(awake.subprocess, "Popen", Started)
     monkeypatch.setattr(awake, "LATENCY", tmp_path / "none")
     with awake.cores_awake() as how:
+        assert len(started) == len(os.sched_getaffinity(0))
         deadline = time.monotonic() + 20
-        while [os.sched_getscheduler(one) for one in children()] != [os.SCHED_IDLE] * len(os.sched_getaffinity(0)):
+        while {os.sched_getscheduler(one.pid) for one in started} != {os.SCHED_IDLE}:
             assert time.monotonic() < deadline
             time.sleep(0.05)
+        assert [one.poll() for one in started] == [None] * len(started)
     assert "SCHED_IDLE" in how
-    assert not children()
-
-
-def children() -> list[int]:
-    """Processes of ours that spin."""
-    ours = [int(one) for task in Path("/proc/self/task").iterdir() for one in (task / "children").read_text().split()]
-    found = []
-    for one in ours:
-        with suppress(OSError):  # another, which has ended
-            if b"SCHED_IDLE" in Path(f"/proc/{one}/cmdline").read_bytes():
-                found.append(one)
-    return found
+    assert None not in [one.returncode for one in started]

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -520,17 +520,20 @@ def _has_exited(pid: int) -> bool:
 
 
 def _end(process: subprocess.Popen[bytes], patience: float) -> None:
-    """SIGTERM, wait, then SIGKILL the server and every stub of its process group. None of them is left then."""
+    """SIGTERM, wait, then SIGKILL the server and every stub of its process group, and wait until none of them runs."""
     if not _has_exited(process.pid):
         process.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + patience
-    while not _has_exited(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    _wait(lambda: _has_exited(process.pid), patience)
     os.killpg(process.pid, signal.SIGKILL)
-    deadline = time.monotonic() + GOING
-    while _group_lives(process.pid) and time.monotonic() < deadline:
-        time.sleep(0.02)
+    _wait(lambda: not _group_lives(process.pid), GOING)
     process.wait()
+
+
+def _wait(until: Callable[[], bool], seconds: float) -> None:
+    """Until that is so, or for so long."""
+    deadline = time.monotonic() + seconds
+    while not until() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def _group_lives(leader: int) -> bool:

@@ -22,7 +22,7 @@ from benchmarks import gpu_device, gpu_engine, gpu_models
 from benchmarks.gpu_engine import Decoding
 from benchmarks.gpu_models import MODELS, Model
 from benchmarks.gpu_timing import device_seconds
-from lightseq_backend.ops import linear_launch
+from lightseq_backend.ops import linear_launch, warpgroup_launch
 from lightseq_backend.ops.linear_launch import Device, Plan
 from lightseq_backend.ops.linear_shapes import BY_DEVICE, MOST_ROWS, Product, Shape, Shapes, Table
 
@@ -99,7 +99,7 @@ class Search:
         """Definitions of every kernel that may be launched."""
         found = set()
         for part in self.parts:
-            for most in self._classes(part):
+            for most in {min(most, 32) for most in self._classes(part)}:
                 for shape in self._fitting(part, most):
                     made = {
                         **dict(self._plan(part, most, shape).definitions),
@@ -154,12 +154,19 @@ class Search:
 
     def _classes(self, part: Part) -> list[int]:
         """Those of linear_shapes.MOST_ROWS in which a step is measured and this product is linear.cu's."""
-        inner, wide, _ = part.product
+        inner, wide, norm = part.product
         measured = [most for most in MOST_ROWS if self._rows(most)]
         if self._numbers.int8:  # for which there is no other kernel
             return measured
         half = self._numbers.half
-        return [most for most in measured if linear_launch.pays(self._device, self._rows(most)[-1], inner, wide, half)]
+        grouped = warpgroup_launch.can(self._device, inner, wide, half)
+
+        def is_its(rows: int) -> bool:
+            if grouped and warpgroup_launch.pays(self._device, rows, inner, wide, norm):
+                return False
+            return linear_launch.pays(self._device, rows, inner, wide, half)
+
+        return [most for most in measured if is_its(self._rows(most)[-1])]
 
     def _rows(self, most: int) -> list[int]:
         least = max((other for other in MOST_ROWS if other < most), default=0)
@@ -175,21 +182,21 @@ class Search:
                 continue
             all_of_it = linear_launch.share(Shape(outputs, split, warps, 0, False), inner, half)
             found.add((outputs, split, warps, min(all_of_it, registers // each // (outputs // 16))))
-        for one, late, rows in combinations(sorted(found), (False, True), (32, 64)):
-            yield Shape(*one, late, rows=rows)
+        yield from (Shape(*one, late) for one in sorted(found) for late in (False, True))
 
     def _fitting(self, part: Part, most: int) -> list[Shape]:
         """As far as can be said without compiling: registers (those of weights, sums and x, and some 60; compilers
         manage with a little fewer, of 255 at most) and shared memory beside that of another block."""
+        rows = min(most, 32)
 
         def fits(shape: Shape) -> bool:
-            tiles, rows = shape.outputs // 16, min(most, shape.rows)
+            tiles = shape.outputs // 16
             weights = self._numbers.registers * shape.depth * tiles
-            registers = 60 + weights + tiles * rows // 2 + (32 if rows >= 32 else 8)
-            room = self._plan(part, most, shape).shared <= self._device.shared // 2
+            registers = 60 + weights + tiles * rows // 2 + (32 if rows == 32 else 8)
+            room = self._plan(part, rows, shape).shared <= self._device.shared // 2
             return room and registers <= min(280, _REGISTERS // (32 * shape.warps))
 
-        return [shape for shape in self.parts[part] if (shape.rows == 32 or most > 32) and fits(shape)]
+        return [shape for shape in self.parts[part] if fits(shape)]
 
     def _plan(self, part: Part, rows: int, shape: Shape) -> Plan:
         inner, wide, norm = part.product
@@ -199,14 +206,6 @@ class Search:
 
 def _order(shape: Shape) -> tuple[int, int]:
     return shape.split, shape.warps
-
-
-def _written(shape: Shape) -> str:
-    """As Python, without what it has by default."""
-    defaults, values = Shape._field_defaults, shape._asdict()
-    given = [str(value) for name, value in values.items() if name not in defaults]
-    given += [f"{name}={values[name]}" for name, usual in defaults.items() if values[name] != usual]
-    return f"Shape({', '.join(given)})"
 
 
 def _tune(model: Model, precision: str, pool: ProcessPoolExecutor, seconds: float) -> None:
@@ -245,7 +244,7 @@ def _tune(model: Model, precision: str, pool: ProcessPoolExecutor, seconds: floa
     for part in search.parts:
         print(f"    {part.product}: {{  # {model.title}: {part.name}")
         for rows, shape in table.get(part.product, {}).items():
-            print(f"        {rows}: {_written(shape)},")
+            print(f"        {rows}: Shape{tuple(shape if shape.ahead else shape[:-1])},")
         print("    },", flush=True)
 
 

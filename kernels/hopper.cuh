@@ -40,6 +40,12 @@ __device__ __forceinline__ unsigned long long plain_operand(const void* at, int 
 __device__ __forceinline__ unsigned long long swizzled_operand(const void* at) {
     return (shared_address(at) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
+// The operand so many bytes behind; in shared memory nothing is carried beyond the address's bits.
+__device__ __forceinline__ unsigned long long further(unsigned long long operand, int bytes) {
+    return (operand & ~0xffffffffull) | ((unsigned)operand + bytes / 16);
+}
+// The warp's number, which the compiler then knows to be the same for all its lanes: operands stay in uniform registers.
+__device__ __forceinline__ int uniform_warp() { return __shfl_sync(FULL_WARP, threadIdx.x / 32, 0); }
 
 __device__ __forceinline__ void warpgroup_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void warpgroup_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }

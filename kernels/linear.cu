@@ -1,6 +1,6 @@
 // linear: matrix products for few rows, which read each weight once and are as fast as memory; and what goes with
 // cuBLAS for many rows. Compiled with
-//   ROWS     rows a block takes: 8, 16, 32 or 64; blockIdx.y counts such groups
+//   ROWS     rows a block takes: 8, 16 or 32; blockIdx.y counts such groups
 //   INNER    width of x
 //   OUTPUTS  columns of the result a block takes: 32, 48 or 64
 //   SPLIT    blocks of a cluster that share the sum over INNER (1 before sm_90)

@@ -61,7 +61,7 @@ warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, 
     float2* moments = reinterpret_cast<float2*>(memory + MOMENTS_AT);  // [SPLIT][SHARERS][OWN_ROWS]
     Barrier* full = reinterpret_cast<Barrier*>(memory + BARRIERS_AT);
     Barrier *empty = full + RING, *arrived = empty + RING;
-    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int thread = threadIdx.x, warp = uniform_warp(), lane = thread % 32, g = lane / 4, t = lane % 4;
     const bool multiplies = thread < MULTIPLYING, observes = !multiplies && thread < LOADER;
     const int rank = blockIdx.x % SPLIT, tile = blockIdx.x / SPLIT, first_row = blockIdx.y * ROWS;
     const int first = rank * SLICE, count = most(0, least(SLICE, STAGES - first));
@@ -109,17 +109,17 @@ warpgroup_linear(const __grid_constant__ TensorMap x_map, const __half* weight, 
                 residuals[turn] =
                     *reinterpret_cast<const Four*>(residual + (long long)row * residual_stride + column);
         }
+        const auto w = plain_operand(memory, OUTPUTS * 16);
+        const auto x = swizzled_operand(memory + WEIGHT_BYTES + warp / 4 * (X_BYTES / MULTIPLIERS));
 #pragma unroll
         for (int stage = 0; stage < SLICE; stage++) {
             if (stage >= count) break;
             block_wait(full + stage % RING, stage / RING % 2);
-            const char* w = stage_at(stage);
-            const char* x = w + WEIGHT_BYTES + warp / 4 * (X_BYTES / MULTIPLIERS);
+            const int at = stage % RING * STAGE_BYTES;
             warpgroup_begin();
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                warpgroup_multiply(sums, plain_operand(w + k * 2 * OUTPUTS * 16, OUTPUTS * 16),
-                                   swizzled_operand(x + k * 32));
+                warpgroup_multiply(sums, further(w, at + k * 2 * OUTPUTS * 16), further(x, at + k * 32));
             warpgroup_commit();
             if (stage > 0) {
                 warpgroup_wait<1>();

@@ -119,7 +119,9 @@ class Ops:
         epsilon: float | None = None,
     ) -> None:  # fmt: skip
         weight: Packed = linear.weight
-        if weight.grouped is not None and warpgroup_launch.pays(self.device, len(x), weight.wide):
+        if weight.grouped is not None and warpgroup_launch.pays(
+            self.device, len(x), weight.inner, weight.wide, weight.folded
+        ):
             self._launch_groups(x, linear, out, residual, activation, epsilon)
             return
         aligned = weight.inner * x.itemsize % 16 == 0 and x.strides[0] % 16 == 0 and x.ctypes.data % 16 == 0

@@ -18,7 +18,10 @@ pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ comp
 HOPPER = Device(90, 132, 227 * 1024)
 TOLERANCE = op_cases.TOLERANCE["float16"]
 # rows, inner, wide, blocks that share a sum (17 stages in four: unequal parts)
-SHAPES = [(33, 192, 5504, 1), (40, 448, 2560, 2), (128, 1088, 1024, 4), (128, 192, 5504, 1), (150, 1088, 1024, 2)]
+SHAPES = [
+    *((33, 192, 5504, 1), (40, 448, 2560, 2), (128, 1088, 1024, 4), (128, 192, 5504, 1), (150, 1088, 1024, 2)),
+    *((50, 1024, 1024, 4), (97, 1024, 1024, 2)),  # of those that were measured
+]
 
 
 PAYS = warpgroup_launch.pays
@@ -26,7 +29,7 @@ PAYS = warpgroup_launch.pays
 
 @pytest.fixture(autouse=True)
 def _always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warpgroup_launch, "pays", lambda device, rows, wide: True)
+    monkeypatch.setattr(warpgroup_launch, "pays", lambda *asked: True)
 
 
 def operands(rows: int, inner: int, wide: int) -> tuple[Array, Array, Array]:
@@ -50,7 +53,8 @@ def test_product_with_residual(rows: int, inner: int, wide: int, split: int) -> 
 
 
 @pytest.mark.parametrize(
-    ("rows", "inner", "wide"), [(50, 192, 5504), (99, 1024, 1088), (64, 448, 2560), (150, 1024, 1024)]
+    ("rows", "inner", "wide"),
+    [(50, 192, 5504), (99, 1024, 1088), (64, 448, 2560), (150, 1024, 1024), (33, 512, 1536), (128, 512, 2048)],
 )
 def test_product_folds_the_norm_in_front(rows: int, inner: int, wide: int) -> None:
     ops, (x, weight, bias) = Ops(True, HOPPER), operands(rows, inner, wide)
@@ -96,6 +100,7 @@ def test_more_rows_than_a_block_takes_are_divided(inner: int, wide: int, split: 
         (90, True, 1000, 4096, False),
         (90, True, 1024, 4100, False),
         (90, True, 1024, 960, False),  # too little: `linear` is faster
+        (90, True, 512, 1536, True),  # as little, but measured to be slower by it
     ],
 )
 def test_weights_that_have_such_a_product(capability: int, half: bool, inner: int, wide: int, can: bool) -> None:
@@ -118,4 +123,23 @@ def test_plan_fits_the_device(inner: int, wide: int, rows: int, norm: bool) -> N
      (256, 1024, True), (257, 1024, False)],
 )  # fmt: skip
 def test_more_rows_than_of_a_step_pay_where_cublas_has_too_few_blocks(rows: int, wide: int, paying: bool) -> None:
-    assert PAYS(HOPPER, rows, wide) == paying
+    assert PAYS(HOPPER, rows, 1600, wide, False) == paying
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "wide", "norm", "paying"),
+    [
+        (32, 1024, 1024, False, False),
+        (33, 1024, 1024, False, True),
+        (128, 1024, 1024, False, True),
+        (128, 1024, 1024, True, False),  # `linear` is faster
+        (129, 1024, 1024, True, True),  # than cuBLAS
+        (64, 512, 2048, True, False),
+        (65, 512, 2048, True, True),
+        (128, 2048, 512, False, False),
+        (40, 512, 1536, True, True),
+        (129, 512, 1536, True, False),
+    ],
+)
+def test_small_ones_pay_where_that_was_measured(rows: int, inner: int, wide: int, norm: bool, paying: bool) -> None:
+    assert PAYS(HOPPER, rows, inner, wide, norm) == paying

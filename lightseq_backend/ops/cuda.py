@@ -464,12 +464,10 @@ class Cuda:
 
     def _product_for(self, x: Array, weight: Matrix) -> Callable[..., None]:
         """The fastest of the three for so many rows; of int8 weights there is one."""
-        if weight.int8 or self._streams(len(x), weight):
-            return self._small_product
-        pays = weight.grouped is not None and warpgroup_launch.pays(self._limits, len(x), weight.wide)
-        if pays and x.strides[0] % 16 == x.data.ptr % 16 == 0:
+        grouped = weight.grouped is not None and x.strides[0] % 16 == x.data.ptr % 16 == 0
+        if grouped and warpgroup_launch.pays(self._limits, len(x), weight.inner, weight.wide, weight.folded):
             return self._group_product
-        return self._large_product
+        return self._small_product if weight.int8 or self._streams(len(x), weight) else self._large_product
 
     def _small_product(
         self, x: Array, linear: Any, out: Array, residual: Array | None = None, activation: str = "none",

@@ -197,8 +197,8 @@ def _ahead(device: Device, shape: Shape, rows: int, norm: bool, most: int) -> in
 
 
 def _rows(device: Device, shape: Shape, rows: int, norm: bool) -> int:
-    """Rows of a block: as many as there are, up to the shape's, where shared memory has room for them."""
-    for count in (count for count in (64, 32, 16, 8) if count == 8 or (count <= shape.rows and count < 2 * rows)):
+    """Rows of a block: as many as there are, up to 32, where shared memory has room for them."""
+    for count in (count for count in (32, 16, 8) if count == 8 or count < 2 * rows):
         if _shared(shape._replace(ahead=0), count, norm) <= device.shared:
             break
     return count

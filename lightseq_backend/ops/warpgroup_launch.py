@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,15 +21,36 @@ _SEARCHED_WIDTH = 1024  # of x
 _HALF, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_128, _FILL_ZEROS = 6, 0, 3, 2, 0  # CUtensorMap*
 
 
+class Shape(NamedTuple):
+    """How a product is divided: rows that a block takes (64 or 128), blocks of a cluster that share a sum, stages under
+    way at most."""
+
+    rows: int
+    split: int
+    depth: int
+
+
+# Of products so small that `linear` is as fast where nothing is said here: by the most rows that each is for, by whole
+# steps of the models named on an H200. Inner, wide, whether a LayerNorm is folded in.
+_SMALL_ONES: dict[tuple[int, int, bool], dict[int, Shape | None]] = {
+    (1024, 1024, False): {64: Shape(64, 4, 4), 128: Shape(64, 2, 8)},  # Transformer-big: output of attention
+    (512, 1536, True): {64: Shape(64, 4, 2), 128: Shape(64, 2, 4)},  # Transformer-base: queries, keys and values
+    (512, 2048, True): {64: None, 128: Shape(64, 2, 4)},  # Transformer-base: FFN 1; None: `linear` is faster
+}
+
+
 def can(device: Device, inner: int, wide: int, half: bool) -> bool:
     """Whether there is such a kernel for a weight [inner, wide], and a use for it beside `linear`'s."""
-    return device.capability == 90 and half and inner % _STAGE == wide % _OUTPUTS == 0 and inner * wide >= SMALL
+    used = inner * wide >= SMALL or any((inner, wide, norm) in _SMALL_ONES for norm in (False, True))
+    return device.capability == 90 and half and inner % _STAGE == wide % _OUTPUTS == 0 and used
 
 
-def pays(device: Device, rows: int, wide: int) -> bool:
-    """Whether a step or an encoder is faster with this product than with cuBLAS and a kernel for the LayerNorm; by
-    measurement on an H200. cuBLAS has too few blocks for what is narrow."""
-    narrow = _split(device, wide, _MOST_SPLIT) == _MOST_SPLIT
+def pays(device: Device, rows: int, inner: int, wide: int, norm: bool) -> bool:
+    """Whether a step or an encoder is faster with this product than with others; by measurement on an H200. cuBLAS,
+    which needs a kernel for the LayerNorm, has too few blocks for what is narrow. norm: there is one, folded in."""
+    if rows in _PAYING and inner * wide <= SMALL:
+        return _small_one(rows, inner, wide, norm) is not None
+    narrow = inner * wide >= SMALL and _split(device, wide, _MOST_SPLIT) == _MOST_SPLIT
     return rows in _PAYING or (narrow and rows in _MANY)
 
 
@@ -70,16 +91,8 @@ def plan(device: Device, rows: int, inner: int, wide: int, norm: bool) -> Plan:
     norm: x goes through the LayerNorm that W was packed with. The order of a sum depends on the weight alone, and on
     whether there are more than 128 rows.
 
-    By whole steps on an H200: few stages leave shared memory to the next kernel, whose blocks then begin early; only
-    the longest sums are worth deep rings and blocks of many rows.
     """
-    if rows < _MANY.start:
-        split = _split(device, wide, _MOST_SPLIT)
-        long = split == _MOST_SPLIT
-        count, depth = 128 if long and rows > 64 else 64, 8 if long else 4 if rows <= 64 else 3
-    else:
-        split = _split(device, wide, _SPLIT_OF_MANY)
-        count, depth = 64, _DEPTH_OF_MANY
+    count, split, depth = _small_one(rows, inner, wide, norm) or _rule(device, rows, wide)
     depth = min(-(-(inner // _STAGE) // split), depth)
     while _shared(count, split, depth, norm) > device.shared:
         depth -= 1
@@ -87,6 +100,22 @@ def plan(device: Device, rows: int, inner: int, wide: int, norm: bool) -> Plan:
     threads = _MULTIPLYING + norm * _OBSERVING + _LOADING
     grid = (split * wide // _OUTPUTS, -(-rows // count), 1)
     return Plan(tuple(definitions.items()), grid, (split, 1, 1), _shared(count, split, depth, norm), threads)
+
+
+def _small_one(rows: int, inner: int, wide: int, norm: bool) -> Shape | None:
+    shapes = _SMALL_ONES.get((inner, wide, norm), {})
+    least = next((most for most in sorted(shapes) if rows <= most), None) if rows >= _PAYING.start else None
+    return None if least is None else shapes[least]
+
+
+def _rule(device: Device, rows: int, wide: int) -> Shape:
+    """By whole steps on an H200: few stages leave shared memory to the next kernel, whose blocks then begin early; only
+    the longest sums are worth deep rings and blocks of many rows."""
+    if rows >= _MANY.start:
+        return Shape(64, _split(device, wide, _SPLIT_OF_MANY), _DEPTH_OF_MANY)
+    split = _split(device, wide, _MOST_SPLIT)
+    long = split == _MOST_SPLIT
+    return Shape(128 if long and rows > 64 else 64, split, 8 if long else 4 if rows <= 64 else 3)
 
 
 def _split(device: Device, wide: int, most: int) -> int:

@@ -123,6 +123,8 @@ inline unsigned long long plain_operand(const void* at, int along) {
     return (unsigned long long)at | (unsigned long long)(along / 16) << 48;
 }
 inline unsigned long long swizzled_operand(const void* at) { return (unsigned long long)at | 0xFFFFull << 48; }
+inline unsigned long long further(unsigned long long operand, int bytes) { return operand + bytes; }
+inline int uniform_warp() { return cuda_on_cpu::current->thread / 32; }
 
 namespace cuda_on_cpu {
 // Number k of row `row` of an operand.

@@ -26,7 +26,7 @@ from lightseq_backend.ops import linear_launch, warpgroup_launch
 from lightseq_backend.ops.linear_launch import Device, Plan
 from lightseq_backend.ops.linear_shapes import BY_DEVICE, MOST_ROWS, Product, Shape, Shapes, Table
 
-ROWS = (1, 4, 8, 16, 32, 128)  # that steps are measured with, where a model has such batches
+ROWS = (1, 4, 8, 16, 32, 64, 128)  # that steps are measured with, where a model has such batches
 GAIN = 0.001  # of a step; what is less is none
 Seconds = Callable[[int], float]  # that a step of so many rows takes; inf where it cannot be launched
 _REGISTERS = 64 * 1024  # of a multiprocessor
@@ -153,7 +153,8 @@ class Search:
             self._table[part.product] = shapes
 
     def _classes(self, part: Part) -> list[int]:
-        """Those of linear_shapes.MOST_ROWS in which a step is measured and this product is linear.cu's."""
+        """Those of linear_shapes.MOST_ROWS in which a step is measured and this product is linear.cu's, at the fewest
+        rows at least."""
         inner, wide, norm = part.product
         measured = [most for most in MOST_ROWS if self._rows(most)]
         if self._numbers.int8:  # for which there is no other kernel
@@ -166,7 +167,7 @@ class Search:
                 return False
             return linear_launch.pays(self._device, rows, inner, wide, half)
 
-        return [most for most in measured if is_its(self._rows(most)[-1])]
+        return [most for most in measured if is_its(self._rows(most)[0])]
 
     def _rows(self, most: int) -> list[int]:
         least = max((other for other in MOST_ROWS if other < most), default=0)

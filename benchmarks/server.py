@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import gpu_device, perf, server_models, server_report
-from benchmarks.awake import cores_awake
 from benchmarks.server_engine import EngineAlone
 from benchmarks.server_models import NOOP, NOOP_LATER, SERVED, SHORT, STATIC, STREAM
 from benchmarks.server_report import AWAKE, ENGINE
 from benchmarks.server_run import Run, TooShort, middle, read_export
+from lightseq_backend.serving.cores import cores_awake, usable_cpus
 from lightseq_backend.serving.device import DEVICES, choose_device
-from lightseq_backend.serving.embedded import EmbeddedServer, usable_cpus
+from lightseq_backend.serving.embedded import EmbeddedServer
 
 ROOT = Path(__file__).resolve().parents[1]
 WINDOWS = 3  # of perf_analyzer's, all of which count
@@ -127,7 +127,7 @@ class Bench:
 
     def short(self) -> dict[str, Run]:
         """One source again and again, one request at a time: what is added to it shows. As the machine is, then with
-        cores that do not fall asleep between two requests."""
+        cores that do not fall asleep between two requests, as `lightseq serve --awake` keeps them."""
         found = self._in_turn()
         with cores_awake() as self.awake:
             return found | {name + AWAKE: run for name, run in self._in_turn().items()}

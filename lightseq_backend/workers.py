@@ -19,8 +19,9 @@ import numpy as np
 
 from lightseq_backend.errors import ConfigError, RequestError, WeightError
 from lightseq_backend.lines import Chunk
+from lightseq_backend.serving.cores import usable_cpus
 from lightseq_backend.serving.device import choose_device
-from lightseq_backend.serving.embedded import LOOPBACK, usable_cpus
+from lightseq_backend.serving.embedded import LOOPBACK
 from lightseq_backend.written import Written, open_model, written
 
 if TYPE_CHECKING:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +16,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import (  # noqa: E402
-    awake,
     gpu,
     gpu_engine,
     gpu_load,
@@ -342,37 +338,3 @@ def test_report_without_cores_kept_awake_has_no_verdict_on_them() -> None:
     report = json.loads(path.read_text())
     report.pop("awake", None)
     assert server_report.markdown(report).count("(aim: ") == 3
-
-
-def test_cores_are_kept_awake_while_the_file_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "latency"
-    file.touch()
-    monkeypatch.setattr(awake, "LATENCY", file)
-    with awake.cores_awake() as how:
-        assert file.read_bytes() == bytes(4)
-        assert any(os.path.samefile(one, file) for one in Path("/proc/self/fd").iterdir() if one.exists())
-    assert how == f"a 0 held in {file}"
-    assert not any(os.path.samefile(one, file) for one in Path("/proc/self/fd").iterdir() if one.exists())
-
-
-def test_cores_are_kept_awake_by_processes_where_that_file_cannot_be_opened(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    started: list[subprocess.Popen[bytes]] = []
-
-    class Started(subprocess.Popen):  # type: ignore[type-arg]
-        def __init__(self, *given: object) -> None:
-            super().__init__(*given)
-            started.append(self)
-
-    monkeypatch.setattr(awake.subprocess, "Popen", Started)
-    monkeypatch.setattr(awake, "LATENCY", tmp_path / "none")
-    with awake.cores_awake() as how:
-        assert len(started) == len(os.sched_getaffinity(0))
-        deadline = time.monotonic() + 20
-        while {os.sched_getscheduler(one.pid) for one in started} != {os.SCHED_IDLE}:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        assert [one.poll() for one in started] == [None] * len(started)
-    assert "SCHED_IDLE" in how
-    assert None not in [one.returncode for one in started]

@@ -318,7 +318,3 @@ def test_free_ports_differ() -> None:
 
 def test_wanted_port_is_kept() -> None:
     assert embedded._choose_ports((18123, 0, 0))[0] == 18123
-
-
-def test_cpus_are_at_most_the_affinity() -> None:
-    assert 1 <= embedded.usable_cpus() <= len(os.sched_getaffinity(0))

@@ -112,26 +112,31 @@ H200_FP32: Table = {
         8: Shape(64, 4, 4, 4, True),
         16: Shape(64, 4, 4, 3, False),
         32: Shape(64, 4, 4, 2, False),
+        128: Shape(64, 4, 4, 2, False),
     },
     (1024, 1024, False): {  # Transformer-big: output of attention
         8: Shape(32, 4, 8, 2, False),
         16: Shape(64, 4, 8, 2, False),
         32: Shape(48, 4, 8, 2, False),
+        128: Shape(32, 4, 8, 2, False),
     },
     (1024, 1024, True): {  # Transformer-big: query of cross attention
         8: Shape(48, 4, 8, 2, False),
         16: Shape(32, 4, 8, 2, False),
         32: Shape(48, 4, 8, 2, False),
+        128: Shape(48, 4, 8, 2, False),
     },
     (1024, 4096, True): {  # Transformer-big: FFN 1
         8: Shape(64, 2, 8, 2, False),
         16: Shape(64, 2, 8, 4, True),
         32: Shape(64, 2, 8, 2, False),
+        128: Shape(64, 2, 8, 2, False),
     },
     (4096, 1024, False): {  # Transformer-big: FFN 2
         8: Shape(32, 4, 8, 4, False),
         16: Shape(32, 4, 8, 4, False),
         32: Shape(48, 4, 8, 4, False),
+        128: Shape(48, 4, 8, 2, False),
     },
 }
 H200_INT8: Table = {

@@ -19,7 +19,7 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,6 +27,7 @@ from types import TracebackType
 from typing import Any
 
 from lightseq_backend.errors import ConfigError
+from lightseq_backend.serving.cores import cores_awake, usable_cpus
 from lightseq_backend.serving.device import DEVICES, choose_device
 from lightseq_backend.serving.notice import NOTICE_VARIABLE
 
@@ -358,16 +359,6 @@ def _listens(address: str) -> bool:
         return False
 
 
-def usable_cpus() -> int:
-    """Cores this process may really use: its affinity, cut by a container's CPU quota."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `lightseq serve`."""
     parser.add_argument("--repository", default="model_repository", help="model repository (default: %(default)s)")
@@ -386,6 +377,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--admin-key",
         default=os.environ.get(ADMIN_KEY_VARIABLE),
         help=f"opens the administration APIs to requests with this key (default: ${ADMIN_KEY_VARIABLE})",
+    )
+    parser.add_argument(
+        "--awake",
+        action="store_true",
+        help="let no core fall asleep: requests that come one by one are answered sooner, at the cost of power",
     )
     parser.add_argument("--log-level", choices=LOG_LEVELS, default="warning")
     parser.add_argument("--start-timeout", type=float, default=300.0, help="seconds until ready (default: %(default)g)")
@@ -417,7 +413,7 @@ def serve(arguments: argparse.Namespace) -> int:
         )
         if server.gpu_obstacle:
             print(f"no usable GPU found ({server.gpu_obstacle}): serving on the CPU", flush=True)
-        with server:
+        with cores_awake() if arguments.awake else nullcontext(), server:
             print(f"ready: http {server.http}  grpc {server.grpc}  metrics {server.metrics}/metrics", flush=True)
             if arguments.run:
                 return _run(arguments.run, server)

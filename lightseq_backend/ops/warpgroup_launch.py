@@ -88,9 +88,8 @@ def _packed(weight: Any, outputs: int) -> Any:
 def plan(device: Device, rows: int, inner: int, wide: int, norm: bool) -> Plan:
     """The launch for x [rows, inner] . W [inner, wide], of a weight that `can`. Any number of rows.
 
-    norm: x goes through the LayerNorm that W was packed with. The order of a sum depends on the weight alone, and on
-    whether there are more than 128 rows.
-
+    norm: x goes through the LayerNorm that W was packed with. The order of a sum depends on the weight, and on whether
+    there are more than 64 rows (of small ones) or more than 128.
     """
     count, split, depth = _small_one(rows, inner, wide, norm) or _rule(device, rows, wide)
     depth = min(-(-(inner // _STAGE) // split), depth)

@@ -161,8 +161,10 @@ def test_slices_of_columns_are_read_and_written_in_place(precision: str) -> None
 
 
 @pytest.mark.parametrize(("half", "rows"), [(True, 8), (True, 32), (False, 8), (False, 16), (False, 32)])
-def test_all_blocks_of_a_long_sum_begin_together(half: bool, rows: int) -> None:
-    """An H200 holds 30 clusters of four and 15 of eight, with a block on each multiprocessor."""
+def test_all_blocks_of_a_long_sum_begin_together(half: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An H200 holds 30 clusters of four and 15 of eight, with a block on each multiprocessor. By the rules, which are
+    for what was not measured."""
+    monkeypatch.setitem(BY_DEVICE, (90, 132), {})
     plans = [linear_launch.plan(HOPPER, count, 4096, 1024, half, False, True) for count in (rows, 8)]
     split = plans[0].cluster[0]
     assert plans[0].grid[0] // split <= {4: 30, 8: 15}[split]
@@ -215,20 +217,23 @@ def test_sum_is_split_alike_for_any_number_of_rows(norm: bool, half: bool) -> No
         assert len({plan.cluster for plan in plans}) == 1
 
 
-@pytest.mark.parametrize("product", H200_FP16, ids=str)
-def test_measured_shapes_can_be_launched_and_keep_the_order_of_a_sum(product: tuple[int, int, bool]) -> None:
+@pytest.mark.parametrize(
+    ("bits", "product"), [(bits, product) for bits, table in BY_DEVICE[90, 132].items() for product in table], ids=str
+)
+def test_measured_shapes_can_be_launched_and_keep_the_order_of_a_sum(bits: int, product: tuple[int, int, bool]) -> None:
     """Also for numbers of rows that were not measured."""
-    inner, wide, norm = product
-    shapes = H200_FP16[product]
+    (inner, wide, norm), half, int8 = product, bits < 32, bits == 8
+    shapes = BY_DEVICE[90, 132][bits][product]
     assert set(shapes) <= set(MOST_ROWS)
     for most, shape in shapes.items():
-        plan = linear_launch.plan(HOPPER, most, inner, wide, True, norm, True)
+        plan = linear_launch.plan(HOPPER, most, inner, wide, half, norm, True, int8)
         definitions = dict(plan.definitions)
         assert definitions["OUTPUTS"] == shape.outputs
-        assert definitions["DEPTH"] <= linear_launch.share(shape, inner, True)
+        assert definitions["DEPTH"] <= linear_launch.share(shape, inner, half)
+        assert definitions["WEIGHT_BITS"] == bits
         assert plan.grid[0] == shape.split * -(-wide // shape.outputs)
         assert plan.shared + 1024 <= 228 * 1024 // 2  # beside the next kernel's
-    plans = [linear_launch.plan(HOPPER, rows, inner, wide, True, norm, True) for rows in (1, 9, 17, 33, 129)]
+    plans = [linear_launch.plan(HOPPER, rows, inner, wide, half, norm, True, int8) for rows in (1, 9, 17, 33, 129)]
     assert len({(plan.cluster, plan.threads) for plan in plans}) == 1
 
 

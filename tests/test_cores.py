@@ -42,6 +42,10 @@ def quota(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)))
 
 
+def lives(process: int) -> bool:
+    return Path(f"/proc/{process}/exe").exists()
+
+
 def until(holds: Callable[[], bool]) -> bool:
     deadline = time.monotonic() + 20
     while not holds() and time.monotonic() < deadline:
@@ -89,9 +93,14 @@ def test_they_end_with_who_started_them_however_that_ends() -> None:
     assert owner.stdout is not None
     spinning = [int(one) for one in owner.stdout.readline().split()]
     assert len(spinning) == len(os.sched_getaffinity(0))
+    assert until(lambda: {os.sched_getscheduler(one) for one in spinning} == {os.SCHED_IDLE})
     owner.send_signal(signal.SIGKILL)
     owner.wait()
-    assert until(lambda: not any(Path(f"/proc/{one}/exe").exists() for one in spinning))
+    try:
+        assert until(lambda: not any(map(lives, spinning)))
+    finally:
+        for one in filter(lives, spinning):
+            os.kill(one, signal.SIGKILL)
 
 
 def test_quota_that_they_would_use_up_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

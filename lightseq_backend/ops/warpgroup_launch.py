@@ -103,8 +103,7 @@ def plan(device: Device, rows: int, inner: int, wide: int, norm: bool) -> Plan:
 
 def _small_one(rows: int, inner: int, wide: int, norm: bool) -> Shape | None:
     shapes = _SMALL_ONES.get((inner, wide, norm), {})
-    least = next((most for most in sorted(shapes) if rows <= most), None) if rows >= _PAYING.start else None
-    return None if least is None else shapes[least]
+    return next((shapes[most] for most in sorted(shapes) if rows <= most), None)
 
 
 def _rule(device: Device, rows: int, wide: int) -> Shape:

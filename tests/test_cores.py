@@ -119,3 +119,15 @@ def test_server_keeps_cores_awake_when_told_to(awake: bool, tmp_path: Path, monk
     monkeypatch.setattr(signal, "signal", lambda *given: None)  # the tests' own stays
     assert command_line.main([*options, "--run", sys.executable, "-c", COUNT, str(counted)]) == 0
     assert int(counted.read_text()) == (len(os.sched_getaffinity(0)) if awake else 0)
+
+
+def test_server_that_must_not_keep_cores_awake_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    repository = echo_model.write(tmp_path)
+    quota("350000 100000\n", tmp_path, monkeypatch)
+    monkeypatch.setattr(signal, "signal", lambda *given: None)
+    assert command_line.main(["serve", "--repository", str(repository), "--device", "cpu", "--awake"]) == 2
+    said = capsys.readouterr()
+    assert "CPU quota of 3 for 8 cores" in said.err
+    assert "ready" not in said.out

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import tritonclient.grpc as triton
 
+from benchmarks.server_run import TooShort
 from lightseq_backend.serving.embedded import DEVICES, TRITON_VARIABLE, EmbeddedServer, find_triton
 from lightseq_client.vocabulary import Words
 
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CACHE = ROOT / ".venv" / "perf_analyzer"
 WHEEL = "tritonclient==2.48.0"
 LIBRARIES = ("libb64.so.0d", "libcudart.so.12")
+_NOTHING = "No valid requests recorded within time interval"
 # column of perf_analyzer's report -> heading of ours, in microseconds but the first
 COLUMNS = {
     "Inferences/Second": "inferences/s",
@@ -112,7 +114,9 @@ def measure(analyzer: Path, url: str, model: str, data: Path, concurrency: int, 
 
 
 def analyze(analyzer: Path, url: str, model: str, data: Path, concurrency: int, more: list[str]) -> None:
-    """Runs perf_analyzer over gRPC; more: its options that say for how long, and where to write what it found."""
+    """Runs perf_analyzer over gRPC; more: its options that say for how long, and where to write what it found.
+
+    TooShort: nothing was answered in one of its windows. SystemExit: it failed otherwise."""
     command = [
         str(analyzer),
         *("-m", model, "-u", url, "-i", "grpc", "--async", "-b", "1"),
@@ -122,7 +126,8 @@ def analyze(analyzer: Path, url: str, model: str, data: Path, concurrency: int, 
     environment["LD_LIBRARY_PATH"] = os.pathsep.join([str(CACHE), *map(str, find_triton().libraries)])
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300)
     if done.returncode:
-        raise SystemExit(f"{' '.join(command)}\n{done.stdout.decode(errors='replace')[:3000]}")
+        said = done.stdout.decode(errors="replace")
+        raise (TooShort if _NOTHING in said else SystemExit)(f"{' '.join(command)}\n{said[:3000]}")
 
 
 def _arguments() -> argparse.Namespace:

@@ -23,6 +23,7 @@ from benchmarks import (  # noqa: E402
     gpu_ops,
     gpu_report,
     gpu_tune,
+    perf,
     server,
     server_engine,
     server_models,
@@ -353,3 +354,40 @@ def test_lone_requests_are_measured_where_cores_cannot_be_kept_awake(
     assert bench.short() == {"noop": "measured"}
     assert not bench.awake
     assert "CPU quota" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        ("No valid requests recorded within time interval. Please use a larger time window.", server_run.TooShort),
+        ("error: Failed to init manager inputs", SystemExit),
+    ],
+)
+def test_windows_in_which_nothing_was_answered_are_told_from_other_failures(
+    said: str, error: type[SystemExit], tmp_path: Path
+) -> None:
+    analyzer = tmp_path / "perf_analyzer"
+    analyzer.write_text(f"#!/bin/sh\necho '{said}'\nexit 99\n")
+    analyzer.chmod(0o755)
+    with pytest.raises(SystemExit, match=said.split(".")[0]) as raised:
+        perf.analyze(analyzer, "127.0.0.1:1", "gpt", tmp_path / "rows.json", 2, [])
+    assert type(raised.value) is error
+
+
+def test_windows_are_made_longer_until_something_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+
+    def analysed(name: str, rows: list[list[int]], concurrency: int, interval: float) -> str:
+        asked.append(interval)
+        if interval < enough:
+            raise server_run.TooShort("nothing")
+        return "measured"
+
+    bench = server.Bench("cpu", 0.2)
+    monkeypatch.setattr(bench, "_analysed", analysed)
+    enough = 3.0
+    assert bench._served("served", [[5]], 2, 0.0) == "measured"
+    assert asked == pytest.approx([0.2, 0.8, 3.2])
+    enough = 1e9
+    with pytest.raises(server_run.TooShort):
+        bench._served("served", [[5]], 2, 0.0)

@@ -130,12 +130,13 @@ class Bench:
         """One source again and again, one request at a time: what is added to it shows. As the machine is, then with
         cores that do not fall asleep between two requests, as `lightseq serve --awake` keeps them, if that may be."""
         found = self._in_turn()
-        try:
-            with cores_awake() as self.awake:
-                return found | {name + AWAKE: run for name, run in self._in_turn().items()}
-        except ConfigError as error:
-            print(error)
-            return found
+        with ExitStack() as opened:
+            try:
+                self.awake = opened.enter_context(cores_awake())
+            except ConfigError as error:
+                print(error)
+                return found
+            return found | {name + AWAKE: run for name, run in self._in_turn().items()}
 
     def _in_turn(self) -> dict[str, Run]:
         found = {ENGINE: self._engine.measure(self._short, 1, WINDOWS * self.interval)}

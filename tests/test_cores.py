@@ -15,7 +15,7 @@ import pytest
 
 from lightseq_backend import __main__ as command_line
 from lightseq_backend.errors import ConfigError
-from lightseq_backend.serving import cores
+from lightseq_backend.serving import cores, embedded
 
 # Counts the caller's processes that spin, and writes how many to a file.
 COUNT = """
@@ -127,6 +127,7 @@ def test_server_that_must_not_keep_cores_awake_does_not_start(
     repository = echo_model.write(tmp_path)
     quota("350000 100000\n", tmp_path, monkeypatch)
     monkeypatch.setattr(signal, "signal", lambda *given: None)
+    monkeypatch.setattr(embedded.EmbeddedServer, "__enter__", lambda self: pytest.fail("it was started"))
     assert command_line.main(["serve", "--repository", str(repository), "--device", "cpu", "--awake"]) == 2
     said = capsys.readouterr()
     assert "CPU quota of 3 for 8 cores" in said.err

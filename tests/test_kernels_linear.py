@@ -162,9 +162,9 @@ def test_slices_of_columns_are_read_and_written_in_place(precision: str) -> None
 
 @pytest.mark.parametrize(("half", "rows"), [(True, 8), (True, 32), (False, 8), (False, 16), (False, 32)])
 def test_all_blocks_of_a_long_sum_begin_together(half: bool, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An H200 holds 30 clusters of four and 15 of eight, with a block on each multiprocessor. By the rules, which are
-    for what was not measured."""
-    monkeypatch.setitem(BY_DEVICE, (90, 132), {})
+    """An H200 holds 30 clusters of four and 15 of eight, with a block on each multiprocessor. (In fp32 32 of four were
+    measured to be faster: there it is the rules that are held to it.)"""
+    monkeypatch.delitem(BY_DEVICE[90, 132], 32)
     plans = [linear_launch.plan(HOPPER, count, 4096, 1024, half, False, True) for count in (rows, 8)]
     split = plans[0].cluster[0]
     assert plans[0].grid[0] // split <= {4: 30, 8: 15}[split]

@@ -100,3 +100,62 @@ layer_norm(const T* x, int x_stride, const T* gain, const T* bias, float epsilon
     for (int k = threadIdx.x; k < width; k += NORM_THREADS)
         out[k] = from_float<T>((to_float(x[k]) - mean) * factor * to_float(gain[k]) + to_float(bias[k]));
 }
+
+// layer_norm_rows: layer_norm of many rows, a warp a row, for rows of up to NORM_THREADS pieces of sixteen bytes: no
+// barrier, and all rows of a pass begin together.
+//   arguments as above, and rows; width and x_stride multiples of LANE_WIDTH, width <= 128 * LANE_WIDTH
+//   grid (rows / 4, rounded up), block 128, no shared memory
+//   A lane has the pieces that a block's warps have each one of, and adds up in the block's order: the same to the last
+//   bit, so that the number of rows may choose. A block a row is sooner done where there are few.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS)
+layer_norm_rows(const T* x, int x_stride, const T* gain, const T* bias, float epsilon, T* out, int width, int rows) {
+    constexpr int WARPS = NORM_THREADS / 32, STEP = 32 * LANE_WIDTH;
+    launch_next();
+    const int row = blockIdx.x * WARPS + threadIdx.x / 32, begin = threadIdx.x % 32 * LANE_WIDTH;
+    if (row >= rows) return;
+    x += (long long)row * x_stride + begin;
+    out += (long long)row * width + begin;
+    Pack16 kept[WARPS], kept_gain[WARPS], kept_bias[WARPS];
+#pragma unroll
+    for (int i = 0; i < WARPS; i++)
+        if (begin + i * STEP < width) {
+            kept_gain[i] = *reinterpret_cast<const Pack16*>(gain + begin + i * STEP);
+            kept_bias[i] = *reinterpret_cast<const Pack16*>(bias + begin + i * STEP);
+        }
+    wait_for_previous();
+#pragma unroll
+    for (int i = 0; i < WARPS; i++)
+        if (begin + i * STEP < width) kept[i] = *reinterpret_cast<const Pack16*>(x + i * STEP);
+    auto sum_of = [](const float* sums) {
+        float sum = 0.f;
+#pragma unroll
+        for (int i = 0; i < WARPS; i++) sum += warp_sum(sums[i]);
+        return sum;
+    };
+    float sums[WARPS] = {}, squares[WARPS] = {};
+#pragma unroll
+    for (int i = 0; i < WARPS; i++)
+        if (begin + i * STEP < width)
+#pragma unroll
+            for (int j = 0; j < LANE_WIDTH; j++) sums[i] += to_float(kept[i].value[j]);
+    const float mean = sum_of(sums) / width;
+#pragma unroll
+    for (int i = 0; i < WARPS; i++)
+        if (begin + i * STEP < width)
+#pragma unroll
+            for (int j = 0; j < LANE_WIDTH; j++) {
+                const float centred = to_float(kept[i].value[j]) - mean;
+                squares[i] += centred * centred;
+            }
+    const float factor = 1.f / sqrtf(sum_of(squares) / width + epsilon);
+#pragma unroll
+    for (int i = 0; i < WARPS; i++)
+        if (begin + i * STEP < width) {
+            float values[LANE_WIDTH];
+#pragma unroll
+            for (int j = 0; j < LANE_WIDTH; j++)
+                values[j] = (to_float(kept[i].value[j]) - mean) * factor * to_float(kept_gain[i].value[j]) +
+                            to_float(kept_bias[i].value[j]);
+            store16(out + i * STEP, values);
+        }
+}

@@ -311,3 +311,16 @@ best_of_tiles(const int* rows, const Slot* slots, const float2* statistics, cons
         log_probabilities[row * count + rank] = choice_score(taken) - (all.x + logf(all.y));
     });
 }
+
+// target_of_tiles: the log-probability of each row's target, of what kernels/warpgroup_scores.cu found.
+//   statistics float2 [count, tiles]   kept float [count], the targets' logits   out float [count]
+//   grid ceil(count / 8); block 256, a warp a row; moves statistics once
+extern "C" __global__ void __launch_bounds__(256)
+target_of_tiles(const float2* statistics, const float* kept, float* out, int count, int tiles) {
+    launch_next();
+    wait_for_previous();
+    const int row = blockIdx.x * 8 + threadIdx.x / 32, lane = threadIdx.x % 32;
+    if (row >= count) return;
+    const float2 all = total(statistics + (long long)row * tiles, lane, 32, tiles);
+    if (lane == 0) out[row] = kept[row] - (all.x + logf(all.y));
+}

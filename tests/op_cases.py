@@ -221,7 +221,8 @@ NORMS: dict[str, Callable[[Array], Array]] = {
 
 def _layer_norm() -> Iterator[Case]:
     plain = [(rows, hidden, "") for rows, hidden in zip(ROWS, (*HIDDEN, 1, 64))]
-    for rows, hidden, kind in [*plain, (19, 1000, "far from zero"), (7, 64, "constant"), (7, 768, "tiny")]:
+    others = [(19, 1000, "far from zero"), (7, 64, "constant"), (7, 768, "tiny"), (530, 200, "")]
+    for rows, hidden, kind in plain + others:
         # 100 + x has lost seven bits of x before the operation sees it.
         far = {"float32": 1e-4, "float16": 0.2, "bfloat16": 2.0}
         yield Case(
@@ -567,6 +568,31 @@ def _vocabulary() -> Iterator[Case]:
                 float32=frozenset({"logits", "log_probabilities", "details"}),
                 folds=True,
             )
+
+
+def _scores_of_many() -> Iterator[Case]:
+    """With work space for some of the rows."""
+    for shape in (
+        Shape(19, 64, 257),
+        Shape(300, 128, 1000, transposed=True, bias=False),  # kernels/warpgroup_scores.cu's, on Hopper
+        Shape(700, 64, 257, transposed=True),
+    ):
+        rows, hidden, vocabulary = shape[:3]
+        yield Case(
+            f"{shape} in parts",
+            "vocabulary_scores",
+            partial(_scores_of_many_arguments, shape),
+            ("out",),
+            elements=rows * hidden + hidden * vocabulary + vocabulary * shape.bias + 2 * hidden,
+            words=2 * rows,
+            float32=frozenset({"logits", "out"}),
+            folds=True,
+        )
+
+
+def _scores_of_many_arguments(shape: Shape) -> Arguments:
+    arguments = _vocabulary_scores_arguments(shape)
+    return {**arguments, "logits": arguments["logits"][: shape.rows // 2]}
 
 
 def _vocabulary_without_norm() -> Iterator[Case]:
@@ -1088,6 +1114,7 @@ FAMILIES: tuple[Callable[[], Iterator[Case]], ...] = (
     _cross_attention,
     _store,
     _vocabulary,
+    _scores_of_many,
     _vocabulary_without_norm,
     _top,
     _target_log_probabilities,

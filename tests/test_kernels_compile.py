@@ -86,6 +86,11 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
             for rows in (64, 128)
             if warpgroup_launch.can_search(device, 1024, half=True)
         ],
+        "warpgroup_scores.cu": [
+            dict(warpgroup_launch.scores_plan(device, 4096, inner, 50257).definitions)
+            for inner in (768, 1600)
+            if warpgroup_launch.can_score(device, inner, half=True)
+        ],
     }
 
 
@@ -112,7 +117,7 @@ def test_kernels_compile(architecture: int) -> None:
             assert kernels, (source, definition)
 
 
-HOT = ("linear", "attention", "tensor_attention", "vocabulary", "warpgroup", "warpgroup_vocabulary")
+HOT = ("linear", "attention", "tensor_attention", "vocabulary", "warpgroup", "warpgroup_vocabulary", "warpgroup_scores")
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -144,7 +149,7 @@ def registers_of_weights_and_sums(build: dict[str, Any]) -> int:
 
 
 def test_products_of_warpgroups_keep_sums_in_registers_and_do_not_wait_for_each_other() -> None:
-    for source in ("warpgroup.cu", "warpgroup_vocabulary.cu"):
+    for source in ("warpgroup.cu", "warpgroup_vocabulary.cu", "warpgroup_scores.cu"):
         for definition, kernels in compiled(source, 90):
             for name, resources in kernels.items():
                 assert (resources.stack, resources.serialized) == (0, False), (name, definition)

@@ -98,6 +98,59 @@ def warpgroup_vocabulary(
     return statistics, choices
 
 
+def warpgroup_scores(
+    x: Array, weight: Array, targets: Array, bias: Array | None = None, scale: float = 1.0, pairs: int = 0
+) -> Array:
+    """The targets' log-probabilities, of x [rows, inner] and weight [vocabulary, inner]. pairs: of blocks."""
+    (count, inner), vocabulary = x.shape, len(weight)
+    plan = warpgroup_launch.scores_plan(H100, count, inner, vocabulary)
+    tiles, box = warpgroup_launch.scored_tiles(vocabulary), (64, warpgroup_launch.SCORED_BOX)
+    statistics = np.full((count, tiles, 2), np.nan, np.float32)
+    kept, out = np.full((2, count), np.nan, np.float32)
+    maps = (TensorMap(matrix.astype(np.float16), box) for matrix in (x, weight))
+    Kernels("warpgroup_scores.cu", **dict(plan.definitions)).launch(
+        "warpgroup_scores", 2 * pairs or plan.grid, plan.threads,
+        (
+            *maps, None if bias is None else bias.astype(np.float16), targets, statistics, kept, np.int32(count),
+            np.int32(vocabulary), np.float32(scale),
+        ),
+        shared=plan.shared, cluster=plan.cluster,
+    )  # fmt: skip
+    SEARCH_KERNELS.launch(
+        "target_of_tiles", -(-count // 8), 256, (statistics, kept, out, np.int32(count), np.int32(tiles))
+    )
+    return out
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "vocabulary", "scale"), [(1, 64, 1, 1.0), (130, 320, 257, 1.0), (300, 64, 700, 0.5)]
+)
+def test_scores_by_warpgroups_are_log_probabilities(rows: int, inner: int, vocabulary: int, scale: float) -> None:
+    random = np.random.default_rng(rows)
+    x, weight = (random.standard_normal((count, inner), dtype=np.float32) for count in (rows, vocabulary))
+    bias = None if scale == 1 else random.standard_normal(vocabulary, dtype=np.float32)
+    targets = random.integers(0, vocabulary, rows).astype(np.int32)
+    targets[0], targets[-1] = 0, vocabulary - 1
+    halves = (
+        array.astype(np.float16).astype(np.float64) for array in (x, weight, 0 * weight[:, 0] if bias is None else bias)
+    )
+    own_x, own_weight, own_bias = halves
+    logits = scale * own_x @ own_weight.T + own_bias
+    expected = logits[np.arange(rows), targets] - np.log(np.exp(logits).sum(axis=1))
+    np.testing.assert_allclose(
+        warpgroup_scores(x, weight, targets, bias, scale), expected, rtol=1e-5, atol=1e-5 * inner**0.5
+    )
+
+
+def test_scores_of_a_row_do_not_depend_on_the_others_or_on_the_blocks() -> None:
+    random = np.random.default_rng(1)
+    x, weight = (random.standard_normal((count, 128), dtype=np.float32) for count in (300, 300))
+    targets = random.integers(0, 300, 300).astype(np.int32)
+    together = warpgroup_scores(x, weight, targets)
+    assert np.array_equal(together, warpgroup_scores(x, weight, targets, pairs=1))
+    assert np.array_equal(together[290:], warpgroup_scores(x[290:], weight, targets[290:]))
+
+
 UNTOUCHED = 2**64 - 1
 
 

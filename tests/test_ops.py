@@ -119,8 +119,9 @@ def top(logits: Array, banned: int, ids: Array, log_probabilities: Array) -> Non
 
 
 def vocabulary_scores(logits: Array, targets: Array, out: Array, **others: Any) -> None:
-    vocabulary_logits(logits=logits, **others)
-    target_log_probabilities(logits, targets, out)
+    all_logits = np.empty((len(targets), logits.shape[1]))  # of which there is room for some
+    vocabulary_logits(logits=all_logits, **others)
+    target_log_probabilities(all_logits, targets, out)
 
 
 def vocabulary_search(banned: int, ids: Array, log_probabilities: Array, logits: Array, **others: Any) -> None:

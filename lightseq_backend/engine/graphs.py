@@ -80,19 +80,15 @@ def _prefill(model: Any, buffers: Buffers, rows: int) -> None:
 
 
 def _score(model: Any, buffers: Buffers, rows: int, ops: ModuleType) -> None:
-    """Texts or targets are read whole, the vocabulary is looked at for a tile of rows at a time."""
     pack, work, head = Pack.of(buffers.prompt, rows), buffers.work.first(rows), model.head
     if isinstance(model.config, GptConfig):
         model.read(pack, work)
     else:
         model.read_targets(pack, buffers.state.slots, work, buffers.cache)
-    tile = len(buffers.state.logits)
-    for start in range(0, rows, tile):
-        part = slice(start, min(start + tile, rows))
-        ops.vocabulary_scores(
-            work.x[part], head.norm, head.output, head.epsilon, head.scale, work.normed[part],
-            buffers.state.logits[: part.stop - start], pack.targets[part], buffers.scored[part],
-        )  # fmt: skip
+    ops.vocabulary_scores(
+        work.x, head.norm, head.output, head.epsilon, head.scale, work.normed, buffers.state.logits, pack.targets,
+        buffers.scored[:rows],
+    )  # fmt: skip
 
 
 def _step(model: Any, buffers: Buffers, count: int, mix: str, ops: ModuleType) -> Callable[[], None]:

@@ -447,9 +447,13 @@ def vocabulary_scores(
     x: Array, norm: Norm | None, output: Linear, epsilon: float, scale: float, normed: Array, logits: Array,
     targets: Array, out: Array,
 ) -> None:  # fmt: skip
-    """out[r] = log softmax(logits[r])[targets[r]], logits as of vocabulary_logits: work space, like normed.
+    """out[r] = log softmax(logits[r])[targets[r]], logits as of vocabulary_logits: work space, like normed, for so many
+    rows at a time as it has.
 
     targets: int32 [rows]; out: [rows].
     """
-    vocabulary_logits(x, norm, output, epsilon, scale, normed, logits)
-    target_log_probabilities(logits, targets, out)
+    for start in range(0, len(x), len(logits)):
+        rows = slice(start, start + len(logits))
+        own = logits[: len(x[rows])]
+        vocabulary_logits(x[rows], norm, output, epsilon, scale, normed[rows], own)
+        target_log_probabilities(own, targets[rows], out[rows])

@@ -36,8 +36,9 @@ PRECISIONS: dict[str, np.dtype[Any]] = {  # of all but the weights of products, 
 }
 SEARCHED_ROWS = 64  # up to so many rows the vocabulary goes through vocabulary.cu, above through cuBLAS
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
-_ARCHITECTURES = dict.fromkeys(("warpgroup", "warpgroup_vocabulary"), warpgroup_launch.ARCHITECTURE)
+_ARCHITECTURES = dict.fromkeys(("warpgroup", "warpgroup_vocabulary", "warpgroup_scores"), warpgroup_launch.ARCHITECTURE)
 _RESERVE = 128 << 20  # bytes; graphs, the kernels' code and work space are made after all else
+_NORMED_ROWS = 512  # up to so many rows layer_norm has a block a row, above a warp a row, with the same results
 _QUERIES = 64  # queries that one block of packed_attention takes
 _TENSOR_HEAD = 64  # the head size that kernels/tensor_attention.cu is for
 _REACH = 32  # steps that a warp of decode_attention looks at together
@@ -280,8 +281,12 @@ class Cuda:
         self._launch("embed", "embed_rows", (len(out),), 128, arguments)
 
     def layer_norm(self, x: Array, norm: Any, epsilon: float, out: Array) -> None:
-        arguments = (x, _stride(x), norm.gain, norm.bias, epsilon, out, x.shape[1])
-        self._launch("norm", "layer_norm", (len(x),), 128, arguments)
+        (rows, width), pieces = x.shape, 16 // x.itemsize
+        arguments = (x, _stride(x), norm.gain, norm.bias, epsilon, out, width)
+        if rows > _NORMED_ROWS and width <= 128 * pieces and width % pieces == _stride(x) % pieces == 0:
+            self._launch("norm", "layer_norm_rows", (-(-rows // 4),), 128, (*arguments, rows))
+        else:
+            self._launch("norm", "layer_norm", (rows,), 128, arguments)
 
     def linear(self, x: Array, linear: Any, out: Array) -> None:
         self._product_for(x, linear.weight)(x, linear, out)
@@ -403,13 +408,20 @@ class Cuda:
         self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, normed: Array, logits: Array,
         targets: Array, out: Array,
     ) -> None:  # fmt: skip
-        if self._searches(len(x), output.weight):
-            x = self._to_be_searched(x, norm, output, epsilon, normed)
-            self._vocabulary(x, output, epsilon, scale, logits=logits)
-            self.target_log_probabilities(logits, targets, out)
+        if self._scores_by_groups(len(x), output.weight):
+            self._group_scores(self._normed(x, norm, epsilon, normed), output, scale, targets, out)
             return
-        self._vocabulary_products(x, norm, output, epsilon, normed, logits)
-        self._target_log_probabilities(logits, output.bias, targets, out, scale)
+        for start in range(0, len(x), len(logits)):
+            rows = slice(start, start + len(logits))
+            own, normed_rows = x[rows], normed[rows]
+            own_logits = logits[: len(own)]
+            if self._searches(len(own), output.weight):
+                own = self._to_be_searched(own, norm, output, epsilon, normed_rows)
+                self._vocabulary(own, output, epsilon, scale, logits=own_logits)
+                self.target_log_probabilities(own_logits, targets[rows], out[rows])
+                continue
+            self._vocabulary_products(own, norm, output, epsilon, normed_rows, own_logits)
+            self._target_log_probabilities(own_logits, output.bias, targets[rows], out[rows], scale)
 
     def target_log_probabilities(self, logits: Array, targets: Array, out: Array) -> None:
         self._target_log_probabilities(logits, None, targets, out, 1.0)
@@ -455,12 +467,16 @@ class Cuda:
     def _searches_by_groups(self, rows: int, weight: Matrix) -> bool:
         return weight.grouped is not None and warpgroup_launch.pays_to_search(rows)
 
-    def _to_be_searched(self, x: Array, norm: Any, output: Any, epsilon: float, normed: Array) -> Array:
-        """What the kernels of the vocabulary read: x, or its LayerNorm where there is one and none is folded in."""
-        if norm is None or output.weight.folded:
+    def _normed(self, x: Array, norm: Any, epsilon: float, normed: Array) -> Array:
+        """The LayerNorm of x, in normed, or x where there is none."""
+        if norm is None:
             return x
         self.layer_norm(x, norm, epsilon, normed)
         return normed
+
+    def _to_be_searched(self, x: Array, norm: Any, output: Any, epsilon: float, normed: Array) -> Array:
+        """What the kernels of the vocabulary read: x, or its LayerNorm where there is one and none is folded in."""
+        return self._normed(x, None if output.weight.folded else norm, epsilon, normed)
 
     def _product_for(self, x: Array, weight: Matrix) -> Callable[..., None]:
         """The fastest of the three for so many rows; of int8 weights there is one."""
@@ -501,7 +517,7 @@ class Cuda:
         weight: Matrix = linear.weight
         norm = epsilon is not None
         plan = warpgroup_launch.plan(self._limits, len(x), weight.inner, weight.wide, norm)
-        x_map = warpgroup_launch.tensor_map(driver(), x.data.ptr, len(x), weight.inner, _stride(x), plan)
+        x_map = _tensor_map(x, dict(plan.definitions)["ROWS"])
         arguments = (
             x_map, weight.grouped, weight.columns, epsilon or 0.0, linear.bias,
             residual, 0 if residual is None else _stride(residual), out, _stride(out), len(x), weight.wide,
@@ -564,7 +580,7 @@ class Cuda:
         if self._searches_by_groups(len(x), weight):
             family = name = "warpgroup_vocabulary"
             plan = warpgroup_launch.vocabulary_plan(self._limits, len(x), weight.inner, weight.wide)
-            x_map = warpgroup_launch.tensor_map(driver(), x.data.ptr, len(x), weight.inner, _stride(x), plan)
+            x_map = _tensor_map(x, dict(plan.definitions)["ROWS"])
             operands = (x_map, weight.grouped)
         else:
             family = name = "vocabulary"
@@ -579,16 +595,34 @@ class Cuda:
         )  # fmt: skip
         self._launch(family, name, plan.grid, plan.threads, arguments, shared=plan.shared, **dict(plan.definitions))
 
+    def _scores_by_groups(self, rows: int, weight: Matrix) -> bool:
+        can = weight.plain is not None and weight.transposed
+        can = can and warpgroup_launch.can_score(self._limits, weight.inner, self._half)
+        return can and warpgroup_launch.pays_to_score(rows)
+
+    def _group_scores(self, x: Array, output: Any, scale: float, targets: Array, out: Array) -> None:
+        """vocabulary_scores of what has been through its LayerNorm."""
+        weight: Matrix = output.weight
+        plan = warpgroup_launch.scores_plan(self._limits, len(x), weight.inner, weight.wide)
+        tiles = warpgroup_launch.scored_tiles(weight.wide)
+        statistics = self._room("scored statistics", (len(x), tiles, 2), np.float32)
+        kept = self._room("scored targets", (len(x),), np.float32)
+        maps = (_tensor_map(one, warpgroup_launch.SCORED_BOX) for one in (x, weight.plain))
+        self._launch(
+            "warpgroup_scores", "warpgroup_scores", plan.grid, plan.threads,
+            (*maps, output.bias, targets, statistics, kept, len(x), weight.wide, scale),
+            shared=plan.shared, cluster=plan.cluster[0], **dict(plan.definitions),
+        )  # fmt: skip
+        arguments = (statistics, kept, out, len(x), tiles)
+        self._launch("search", "target_of_tiles", (-(-len(x) // 8),), 256, arguments)
+
     def _vocabulary_products(
         self, x: Array, norm: Any, output: Any, epsilon: float, normed: Array, logits: Array
     ) -> None:
         """logits = layer_norm(x) . W, or x . W where there is no norm, by cuBLAS, without scale and bias; it may write
         between the rows, too."""
         weight: Matrix = output.weight
-        if norm is None:
-            normed = x
-        else:
-            self.layer_norm(x, norm, epsilon, normed)
+        normed = self._normed(x, norm, epsilon, normed)
         wide = weight.aligned_width if _stride(logits) >= weight.aligned_width else None
         self._cublas.product(normed, weight.plain, weight.transposed, logits, wide=wide)
 
@@ -636,6 +670,12 @@ def _with_aligned_columns(array: Array, axis: int) -> Array:
     if not missing:
         return array
     return cupy.pad(array, [(0, missing) if i == axis else (0, 0) for i in range(2)])
+
+
+def _tensor_map(matrix: Array, rows: int) -> Any:
+    """For copies of so many of its rows."""
+    count, inner = matrix.shape
+    return warpgroup_launch.tensor_map(driver(), matrix.data.ptr, count, inner, _stride(matrix), rows)
 
 
 def _stride(array: Array) -> int:

@@ -1,4 +1,4 @@
-"""How kernels/warpgroup.cu and warpgroup_vocabulary.cu are compiled and launched: constants, grid, cluster, memory."""
+"""How the kernels of kernels/warpgroup*.cu are compiled and launched: constants, grid, cluster, memory."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ _PAYING = range(33, 129)  # rows
 _MANY = range(129, 257)  # rows at which only narrow products pay
 _SPLIT_OF_MANY, _DEPTH_OF_MANY = 2, 8
 _SEARCHED_WIDTH = 1024  # of x
+SCORED_BOX = 128  # rows of x or of the weight that one copy of warpgroup_scores.cu brings
+_LEAST_SCORED = 256  # rows
+_SCORED_IDS, _SCORING_PAIR, _SCORING_DEPTH = 256, 2, 4
 _HALF, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_128, _FILL_ZEROS = 6, 0, 3, 2, 0  # CUtensorMap*
 
 
@@ -63,6 +66,16 @@ def can_search(device: Device, inner: int, half: bool) -> bool:
     """Whether there is such a kernel for a vocabulary's weight [inner, any], and a use for it: by measurement, a step
     of hidden 512 is slower with it."""
     return device.capability == 90 and half and inner % _STAGE == 0 and inner >= _SEARCHED_WIDTH
+
+
+def can_score(device: Device, inner: int, half: bool) -> bool:
+    """Whether there is a kernel for the targets of a vocabulary's weight [any, inner]."""
+    return device.capability == 90 and half and inner % _STAGE == 0
+
+
+def pays_to_score(rows: int) -> bool:
+    """The same for what becomes of targets, against cuBLAS and a kernel that reads the logits."""
+    return rows >= _LEAST_SCORED
 
 
 def packed_width(wide: int) -> int:
@@ -139,17 +152,32 @@ def vocabulary_plan(device: Device, rows: int, inner: int, vocabulary: int) -> P
     return Plan(tuple(definitions.items()), (groups, blocks, 1), (1, 1, 1), shared, threads)
 
 
+def scored_tiles(vocabulary: int) -> int:
+    """Parts of the vocabulary that have statistics of their own in warpgroup_scores.cu."""
+    return -(-vocabulary // _SCORED_IDS)
+
+
+def scores_plan(device: Device, rows: int, inner: int, vocabulary: int) -> Plan:
+    """The launch for x [rows, inner] and a weight [vocabulary, inner] that `can_score`; no result depends on it."""
+    depth = _SCORING_DEPTH
+    pairs = min(-(-rows // (_SCORING_PAIR * SCORED_BOX)) * scored_tiles(vocabulary), device.multiprocessors // 2)
+    shared = depth * ((SCORED_BOX + _SCORED_IDS) * _STAGE * 2 + 16)
+    definitions = {"HALF": 1, "INNER": inner, "DEPTH": depth}
+    grid, cluster = (_SCORING_PAIR * pairs, 1, 1), (_SCORING_PAIR, 1, 1)
+    return Plan(tuple(definitions.items()), grid, cluster, shared, 2 * SCORED_BOX + _LOADING)
+
+
 def tensor_map(
-    library: ctypes.CDLL, address: int, rows: int, inner: int, stride: int, plan: Plan
+    library: ctypes.CDLL, address: int, rows: int, inner: int, stride: int, box_rows: int
 ) -> ctypes.Array[ctypes.c_char]:
-    """A CUtensorMap of x half [rows, inner], rows `stride` numbers apart, for the boxes of a plan.
+    """A CUtensorMap of half [rows, inner], rows `stride` numbers apart, for boxes of so many rows.
 
     library: the CUDA driver. address and stride in bytes are multiples of 16.
     """
     room = (ctypes.c_char * 192)()  # 128 bytes that begin at a multiple of 64
     made = (ctypes.c_char * 128).from_buffer(room, -ctypes.addressof(room) % 64)
     sizes, strides = (ctypes.c_uint64 * 2)(inner, rows), (ctypes.c_uint64 * 1)(2 * stride)
-    box, steps = (ctypes.c_uint32 * 2)(_STAGE, dict(plan.definitions)["ROWS"]), (ctypes.c_uint32 * 2)(1, 1)
+    box, steps = (ctypes.c_uint32 * 2)(_STAGE, box_rows), (ctypes.c_uint32 * 2)(1, 1)
     status = library.cuTensorMapEncodeTiled(
         made, _HALF, 2, ctypes.c_void_p(address), sizes, strides, box, steps,
         _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_128, _FILL_ZEROS,

@@ -117,6 +117,11 @@ inline void copy_box(void* to, const TensorMap* map, int column, int row, Barrie
     if ((uintptr_t)to % 1024) cuda_on_cpu::fail("a swizzled box is not aligned to 1024 bytes");
     cuda_on_cpu::start_copy(to, map->box_rows * map->box_columns * 2, {nullptr, 0, *map, nullptr, column, row}, barrier);
 }
+template <int blocks> void copy_box_to_all(void* to, const TensorMap* map, int column, int row, Barrier* barrier) {
+    for (int rank = 0; rank < blocks; rank++)
+        copy_box(map_shared((char*)to, rank), map, column, row, map_shared(barrier, rank));
+}
+inline void arrive_at(unsigned rank, Barrier* barrier) { barrier_arrive(map_shared(barrier, rank)); }
 
 // Operands are addresses here, with what the descriptor says beside in the bits that addresses do not use.
 inline unsigned long long plain_operand(const void* at, int along) {

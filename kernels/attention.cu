@@ -285,35 +285,56 @@ store(const T* key_values, int stride, const int* lanes, const int* steps, T* ke
 }
 
 // Packed sequences ----------------------------------------------------------------------------------------------------
-// A tile is TILE queries of one sequence. The host knows only how many rows and sequences there may be, so tiles are
-// found in `starts`: sequence i has those from starts[i] / TILE + i on, which leaves it at least as many as it needs. A
-// block takes every gridDim.x-th tile until the sequences are over; the last of them may be empty, all at the end.
+// A tile is TILE queries of one sequence; where `paired`, the block that has tile i of n takes tile n - 1 - i as well,
+// the longer one first: all pairs of a causal sequence have n + 1 tiles of keys to look at. The host knows only how
+// many rows and sequences there may be, so tiles (or pairs) are found in `starts`: with spans of TILE (or 2 * TILE)
+// queries, sequence i has those from starts[i] / span + i on, which leaves it at least as many as it needs. A block
+// takes every gridDim.y-th until the sequences are over; the last of them may be empty, all at the end.
 
-constexpr int TILE = 64;
+constexpr int TILE = 64, LOG2_TILE = 6;
 
 struct Queries {
     int first, length;  // the sequence: its first row and its rows
     int query;          // the first query of this tile, a row of the sequence
-    __device__ __forceinline__ bool there() const { return query >= 0 && query < length; }
 };
 
-// By a whole warp, which looks at 32 sequences at a time.
-__device__ __forceinline__ Queries find_queries(const int* starts, int sequences, int tile) {
-    int low = 0, high = sequences;  // low's first tile is at or before this one, high's is not
+// By a whole warp, which looks at 32 sequences at a time, at the first ones first: where they are few, it looks once.
+// `query` is the span's first, which may be beyond the sequence.
+__device__ __forceinline__ Queries find_queries(const int* starts, int sequences, int tile, int log2_span) {
+    int low = 0, high = sequences, step = 1;  // low's first tile is at or before this one, high's is not
     while (high - low > 1) {
-        int step = (high - low + 31) / 32, candidate = low + (threadIdx.x % 32 + 1) * step;
-        bool before = candidate < high && starts[candidate] / TILE + candidate <= tile;
+        int candidate = low + (threadIdx.x % 32 + 1) * step;
+        bool before = candidate < high && (starts[candidate] >> log2_span) + candidate <= tile;
         int count = __popc(__ballot_sync(FULL_WARP, before));  // of candidates, which ascend
-        high = min(high, low + (count + 1) * step);
+        if (count < 32) high = min(high, low + (count + 1) * step);
         low += count * step;
+        step = (high - low + 31) / 32;
     }
     int first = starts[low];
-    return {first, starts[low + 1] - first, (tile - first / TILE - low) * TILE};
+    return {first, starts[low + 1] - first, (tile - (first >> log2_span) - low) << log2_span};
+}
+
+// attend(tile), by the whole block, for each tile that is this block's.
+template <typename Attend>
+__device__ __forceinline__ void for_tiles(const int* starts, int sequences, int paired, Attend attend) {
+    const int log2_span = LOG2_TILE + (paired != 0);
+    for (int tile = blockIdx.y;; tile += gridDim.y) {
+        Queries own = find_queries(starts, sequences, tile, log2_span);
+        const int total = starts[sequences];
+        if (own.first >= total || tile >= (total >> log2_span) + sequences) return;
+        if (own.query < 0 || own.query >= own.length) continue;
+        if (paired) own.query = (own.length - 1) / TILE * TILE - own.query / 2;
+        for (int other = 0;; own.query = other) {
+            attend(own);
+            other = (own.length - 1) / TILE * TILE - own.query;
+            if (!paired || other >= own.query) break;
+        }
+    }
 }
 
 // packed_attention: out[r] = softmax(q[r] . k[s] / sqrt(d)) v[s], s over r's sequence, up to r where causal is not 0.
 //   qkv T [rows, 3 hidden]   starts int32 [sequences + 1]   out T [rows, hidden]
-//   grid (any, best rows / 64 + sequences, heads); block 256; static shared memory 34 KiB
+//   grid (heads, any), best rows / 64 + sequences, or / 128 where paired; block 256; static shared memory 34 KiB
 //   Products in float on the ordinary cores, for any head size: fp32, and fp16 before sm_75. Moves 4 * rows * hidden
 //   numbers and, for sequences of n rows, reads keys and values n / 64 times from L2.
 constexpr int SLICE = 32;  // columns of q, k or v in shared memory
@@ -333,7 +354,7 @@ typedef float Slice[TILE][SLICE + 4];
 __device__ __forceinline__ void attend_packed(const T* qkv, Queries own, T* out, int heads, int causal, Slice& queries,
                                               Slice& others, float (&shares)[TILE][TILE + 4]) {
     long long hidden = heads * HEAD_SIZE, stride = 3 * hidden;
-    const T* q = qkv + own.first * stride + blockIdx.y * HEAD_SIZE;
+    const T* q = qkv + own.first * stride + blockIdx.x * HEAD_SIZE;
     const T *k = q + hidden, *v = k + hidden;
     // A thread has queries y, y + 16, y + 32, y + 48 of the tile, and of each slice of the result columns 2 x, 2 x + 1.
     int x = threadIdx.x % 16, y = threadIdx.x / 16;
@@ -418,7 +439,7 @@ __device__ __forceinline__ void attend_packed(const T* qkv, Queries own, T* out,
         for (int offset = 8; offset > 0; offset /= 2) sum[i] += __shfl_xor_sync(FULL_WARP, sum[i], offset);
         int row = own.query + y + 16 * i;
         if (row >= own.length) continue;
-        T* result = out + (own.first + row) * hidden + blockIdx.y * HEAD_SIZE;
+        T* result = out + (own.first + row) * hidden + blockIdx.x * HEAD_SIZE;
 #pragma unroll
         for (int s = 0; s < SLICES; s++)
 #pragma unroll
@@ -429,55 +450,68 @@ __device__ __forceinline__ void attend_packed(const T* qkv, Queries own, T* out,
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-packed_attention(const T* qkv, const int* starts, T* out, int sequences, int heads, int causal) {
+extern "C" __global__ void __launch_bounds__(256, 2)
+packed_attention(const T* qkv, const int* starts, T* out, int sequences, int heads, int causal, int paired) {
     __shared__ __align__(16) Slice queries, others;
     __shared__ __align__(16) float shares[TILE][TILE + 4];
     launch_next();
     wait_for_previous();
-    const int total = starts[sequences];
-    for (int tile = blockIdx.x; tile < total / TILE + sequences; tile += gridDim.x) {
-        Queries own = find_queries(starts, sequences, tile);
-        if (own.first >= total) return;
-        if (own.there()) attend_packed(qkv, own, out, heads, causal, queries, others, shares);
-    }
+    for_tiles(starts, sequences, paired, [&](const Queries& own) {
+        attend_packed(qkv, own, out, heads, causal, queries, others, shares);
+    });
 }
 
 // packed_attention_tensor: packed_attention on the tensor cores (Dao, "FlashAttention-2", 2023): fp16 products, float
 // sums; weights of the average are rounded to fp16.
-//   arguments and grid as above; block 128; static shared memory up to 37 KiB
+//   arguments and grid as above; block 128; static shared memory up to 34 KiB
 //   needs fp16, sm_75, d % 8 == 0, d <= 128. A warp has 16 queries; two tiles of keys and values are in shared memory,
 //   one being filled while the other is used.
 #define ON_TENSOR_CORES (HALF && HEAD_SIZE % 8 == 0 && HEAD_SIZE <= 128)
 #if ON_TENSOR_CORES
 constexpr int DEEP = (HEAD_SIZE + 15) / 16 * 16;  // columns with those that are filled up with zeros
 constexpr int KEYS = DEEP <= 64 ? 64 : 32;        // keys in a tile
-constexpr int STRIDE = DEEP + 8;                  // eight rows of sixteen bytes lie in different banks
 
-__device__ __forceinline__ void load_tile(__half (*tile)[STRIDE], const __half* rows, long long stride, int count) {
-    for (int i = threadIdx.x; i < KEYS * (DEEP / 8); i += 128) {
-        int r = i / (DEEP / 8), c = i % (DEEP / 8) * 8;
-        bool inside = r < count && c < HEAD_SIZE;
-        copy_async16(&tile[r][c], inside ? rows + r * stride + c : rows, inside ? 16 : 0);
-    }
+// Where a number lies: sixteen bytes each of eight rows are in different banks, by turns within 128 bytes or with room
+// between the rows. `further`: that many columns on, whose bits the column at `place` does not have.
+constexpr int STRIDE = DEEP % 64 ? DEEP + 8 : DEEP;
+__device__ __forceinline__ int place(int row, int column) {
+    return row * STRIDE + (DEEP % 64 ? column : column ^ (row & 7) * 8);
+}
+__device__ __forceinline__ int further(int place, int columns) {
+    return DEEP % 64 ? place + columns : place ^ columns;
 }
 
-typedef __half KeyTile[KEYS][STRIDE];
+constexpr int ACROSS = DEEP <= 16 ? 2 : DEEP <= 32 ? 4 : DEEP <= 64 ? 8 : 16;  // threads that load a row,
+constexpr int DOWN = 128 / ACROSS;                                              // rows at a time
 
-// One tile of queries of one head. keys, values: in shared memory.
-__device__ __forceinline__ void attend_packed_tensor(const T* qkv, Queries own, T* out, int heads, int causal,
-                                                     KeyTile (&keys)[2], KeyTile (&values)[2]) {
-    long long hidden = heads * HEAD_SIZE, stride = 3 * hidden;
-    const T* q = qkv + own.first * stride + blockIdx.y * HEAD_SIZE;
-    const T *k = q + hidden, *v = k + hidden;
+// To the KEYS rows from `begin` on. k: the first key, with its value `hidden` numbers behind it, the next 3 * hidden.
+__device__ __forceinline__ void load_tile(T* keys, T* values, int begin, const T* k, int hidden, int count) {
+    const int row = threadIdx.x / ACROSS, column = threadIdx.x % ACROSS * 8, to = place(begin + row, column);
+    k += row * 3 * hidden + column;
+    if (column < DEEP) {
+#pragma unroll
+        for (int r = 0; r < KEYS; r += DOWN, k += DOWN * 3 * hidden) {
+            const int bytes = row + r < count && column < HEAD_SIZE ? 16 : 0;
+            copy_async16(keys + to + r * STRIDE, k, bytes);
+            copy_async16(values + to + r * STRIDE, k + hidden, bytes);
+        }
+    }
+    copy_async_commit();
+}
+
+// One tile of queries of one head. keys, values: in shared memory, rows for two tiles of keys; free: the first row of
+// the one that may be written, while other warps still read the last keys of the tile before. A sequence's part of qkv
+// has less than 2^31 numbers.
+__device__ __forceinline__ void attend_packed_tensor(const T* qkv, const Queries& own, T* out, int heads, int causal,
+                                                     T* keys, T* values, int& free) {
+    const int hidden = heads * HEAD_SIZE, stride = 3 * hidden;
+    const T* q = qkv + (long long)own.first * stride + blockIdx.x * HEAD_SIZE;
+    const T* k = q + hidden;
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     int query = own.query + 16 * warp;  // this warp's first; a thread has rows g and g + 8 of its sixteen
     int end = causal ? min(own.length, own.query + TILE) : own.length;
-    int seen = query >= own.length ? 0 : causal ? min(end, query + 16) : end;  // keys that any of the warp's rows sees
 
-    load_tile(keys[0], k, stride, own.length);
-    load_tile(values[0], v, stride, own.length);
-    copy_async_commit();
+    load_tile(keys, values, free, k, hidden, own.length);
     unsigned a[DEEP / 16][4];
 #pragma unroll
     for (int c = 0; c < DEEP / 16; c++)
@@ -489,108 +523,102 @@ __device__ __forceinline__ void attend_packed_tensor(const T* qkv, Queries own, 
         }
     const float scale = LOG2_E * rsqrtf((float)HEAD_SIZE);
     float context[DEEP / 8][4] = {}, most[2] = {LOWEST, LOWEST}, sum[2] = {};
-    for (int first = 0, buffer = 0; first < end; first += KEYS, buffer ^= 1) {
-        if (first + KEYS < end) {
-            load_tile(keys[buffer ^ 1], k + (first + KEYS) * stride, stride, own.length - first - KEYS);
-            load_tile(values[buffer ^ 1], v + (first + KEYS) * stride, stride, own.length - first - KEYS);
-            copy_async_commit();
-            copy_async_wait<1>();
-        } else {
-            copy_async_wait<0>();
-        }
-        __syncthreads();
-        if (first < seen) {
-            float scores[KEYS / 8][4] = {};
-            int block = lane / 8, line = lane % 8;  // ldmatrix: the row that this lane points at
+    for (int first = 0; first < end; first += KEYS, free ^= KEYS) {
+        copy_async_wait<0>();
+        __syncthreads();  // these keys are there, and nobody reads the last ones any more
+        if (first + KEYS < end)
+            load_tile(keys, values, free ^ KEYS, k + (first + KEYS) * stride, hidden, own.length - first - KEYS);
+        if (query >= own.length || (KEYS < TILE && causal && first >= query + 16)) continue;
+        float scores[KEYS / 8][4] = {};
+        // ldmatrix: the row that this lane points at.
+        int block = lane / 8, line = lane % 8, key = place(free + block / 2 * 8 + line, block % 2 * 8);
 #pragma unroll
-            for (int c = 0; c < DEEP / 16; c++)
+        for (int c = 0; c < DEEP / 16; c++)
 #pragma unroll
-                for (int n = 0; n < KEYS / 8; n += 2) {
-                    unsigned b[4];
-                    ldmatrix_x4(b, &keys[buffer][8 * n + block / 2 * 8 + line][16 * c + block % 2 * 8]);
-                    mma16816(scores[n], a[c], {b[0], b[1]});
-                    mma16816(scores[n + 1], a[c], {b[2], b[3]});
-                }
+            for (int n = 0; n < KEYS / 8; n += 2) {
+                unsigned b[4];
+                ldmatrix_x4(b, keys + further(key, 16 * c) + 8 * n * STRIDE);
+                mma16816(scores[n], a[c], {b[0], b[1]});
+                mma16816(scores[n + 1], a[c], {b[2], b[3]});
+            }
+        if (first + TILE >= end) {  // before, every row sees all keys
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                int row = query + g + 8 * half;
-                int limit = (causal ? min(own.length, row + 1) : own.length) - first;
-                float highest = most[half];
+            for (int i = 0; i < 4; i++) {
+                int limit = (causal ? query + g + 1 : own.length) + i / 2 * (causal ? 8 : 0) - first - 2 * t - i % 2;
 #pragma unroll
                 for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        float& score = scores[n][2 * half + i];
-                        score = 8 * n + 2 * t + i < limit ? score * scale : -INFINITE;
-                        highest = fmaxf(highest, score);
-                    }
-                highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 1));
-                highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 2));
-                float shrink = power_of_two(most[half] - highest);
-                most[half] = highest;
-                sum[half] *= shrink;
-#pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        float& score = scores[n][2 * half + i];
-                        score = power_of_two(score - highest);
-                        sum[half] += score;
-                    }
-#pragma unroll
-                for (int n = 0; n < DEEP / 8; n++) {
-                    context[n][2 * half] *= shrink;
-                    context[n][2 * half + 1] *= shrink;
-                }
-            }
-#pragma unroll
-            for (int c = 0; c < KEYS / 16; c++) {
-                // The result of one product has the layout of the next one's left operand.
-                unsigned p[4];
-#pragma unroll
-                for (int i = 0; i < 4; i++)
-                    p[i] = two_halves(scores[2 * c + i / 2][i % 2 * 2], scores[2 * c + i / 2][i % 2 * 2 + 1]);
-#pragma unroll
-                for (int n = 0; n < DEEP / 8; n += 2) {
-                    unsigned b[4];
-                    ldmatrix_x4_transposed(b, &values[buffer][16 * c + block % 2 * 8 + line][8 * n + block / 2 * 8]);
-                    mma16816(context[n], p, {b[0], b[1]});
-                    mma16816(context[n + 1], p, {b[2], b[3]});
-                }
+                    if (8 * n >= limit) scores[n][i] = -INFINITE;
             }
         }
-        __syncthreads();
+        unsigned shares[KEYS / 16][4];  // the result of one product has the layout of the next one's left operand
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            float highest = most[half];
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++)
+                highest = fmaxf(highest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
+            highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 1));
+            highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 2));
+            float shrink = power_of_two((most[half] - highest) * scale), taken = highest * scale;
+            most[half] = highest;
+            sum[half] *= shrink;
+#pragma unroll
+            for (int n = 0; n < KEYS / 8; n++) {
+                const float x = power_of_two(scores[n][2 * half] * scale - taken);
+                const float y = power_of_two(scores[n][2 * half + 1] * scale - taken);
+                sum[half] += x;
+                sum[half] += y;
+                shares[n / 2][n % 2 * 2 + half] = two_halves(x, y);
+            }
+#pragma unroll
+            for (int n = 0; n < DEEP / 8; n++) {
+                context[n][2 * half] *= shrink;
+                context[n][2 * half + 1] *= shrink;
+            }
+        }
+        int value = place(free + block % 2 * 8 + line, block / 2 * 8);
+#pragma unroll
+        for (int c = 0; c < KEYS / 16; c++)
+#pragma unroll
+            for (int n = 0; n < DEEP / 8; n += 2) {
+                unsigned b[4];
+                ldmatrix_x4_transposed(b, values + further(value, 8 * n) + 16 * c * STRIDE);
+                mma16816(context[n], shares[c], {b[0], b[1]});
+                mma16816(context[n + 1], shares[c], {b[2], b[3]});
+            }
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
         sum[half] += __shfl_xor_sync(FULL_WARP, sum[half], 1);
         sum[half] += __shfl_xor_sync(FULL_WARP, sum[half], 2);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
         int row = query + g + 8 * half;
         if (row >= own.length) continue;
-        T* result = out + (own.first + row) * hidden + blockIdx.y * HEAD_SIZE;
+        T* result = out + (long long)(own.first + row) * hidden + blockIdx.x * HEAD_SIZE;
+        const float factor = 1.f / sum[half];
 #pragma unroll
         for (int n = 0; n < DEEP / 8; n++) {
             int column = 8 * n + 2 * t;
             if (column < HEAD_SIZE)
                 *reinterpret_cast<unsigned*>(result + column) =
-                    two_halves(context[n][2 * half] / sum[half], context[n][2 * half + 1] / sum[half]);
+                    two_halves(context[n][2 * half] * factor, context[n][2 * half + 1] * factor);
         }
     }
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(128)
-packed_attention_tensor(const T* qkv, const int* starts, T* out, int sequences, int heads, int causal) {
+extern "C" __global__ void __launch_bounds__(128, HEAD_SIZE <= 64 ? 3 : 2)  // a fourth would cost spilled registers
+packed_attention_tensor(const T* qkv, const int* starts, T* out, int sequences, int heads, int causal, int paired) {
 #if ON_TENSOR_CORES
-    __shared__ __align__(16) KeyTile keys[2], values[2];
+    __shared__ __align__(16) T keys[2 * KEYS * STRIDE], values[2 * KEYS * STRIDE];
     launch_next();
     wait_for_previous();
-    const int total = starts[sequences];
-    for (int tile = blockIdx.x; tile < total / TILE + sequences; tile += gridDim.x) {
-        Queries own = find_queries(starts, sequences, tile);
-        if (own.first >= total) return;
-        if (own.there()) attend_packed_tensor(qkv, own, out, heads, causal, keys, values);
-    }
+    int free = 0;
+    for_tiles(starts, sequences, paired, [&](const Queries& own) {
+        attend_packed_tensor(qkv, own, out, heads, causal, keys, values, free);
+    });
 #else
     __trap();
 #endif

@@ -11,6 +11,7 @@
 
 constexpr int ROWS = 128, IDS = 256;  // of a block, at a time
 constexpr int PAIR = 2;               // blocks of a cluster
+constexpr int BAND = 4;               // pairs of blocks of rows that go through the vocabulary together
 constexpr int GROUPS = ROWS / 64;     // warpgroups that multiply, each sixty-four rows
 constexpr int LOADER = 128 * GROUPS;  // the thread behind them
 constexpr int THREADS = LOADER + 32;
@@ -69,6 +70,17 @@ template <int upper> __device__ __forceinline__ float2 summarise(const float (&l
     return make_float2(largest, all);
 }
 
+// What a pair does at a time: so many rows and ids. Few pairs read the same ids at once: what is asked for by many L2
+// gives slowly.
+struct Turn {
+    int row_block, tile;
+    __device__ __forceinline__ Turn(int number, int row_blocks, int tiles) {
+        const int band = number / (BAND * tiles) * BAND, width = least(BAND, row_blocks - band);
+        row_block = band + (number - band * tiles) % width;
+        tile = (number - band * tiles) / width;
+    }
+};
+
 // The target's logit of a row, by the thread that has it.
 template <int upper>
 __device__ __forceinline__ void keep(const float (&logits)[IDS / 8][4], int target, int first, float* to) {
@@ -116,7 +128,8 @@ warpgroup_scores(const __grid_constant__ TensorMap x_map, const __grid_constant_
         wait_for_previous();
         int stage = 0;
         for (int at = blockIdx.x / PAIR; at < last; at += step) {
-            const int row = (at % row_blocks * PAIR + rank) * ROWS, id = at / row_blocks * IDS + rank * (IDS / PAIR);
+            const Turn turn(at, row_blocks, tiles);
+            const int row = (turn.row_block * PAIR + rank) * ROWS, id = turn.tile * IDS + rank * (IDS / PAIR);
             if (thread > LOADER) break;
 #pragma unroll 1
             for (int i = 0; i < STAGES; i++, stage++) {
@@ -154,8 +167,9 @@ warpgroup_scores(const __grid_constant__ TensorMap x_map, const __grid_constant_
             }
             warpgroup_wait<0>();
             release(stage - 1);
-            const int tile = at / row_blocks, first = tile * IDS + 2 * t;
-            const int row = (at % row_blocks * PAIR + rank) * ROWS + warp * 16 + g;  // and the eighth after it
+            const Turn turn(at, row_blocks, tiles);
+            const int tile = turn.tile, first = tile * IDS + 2 * t;
+            const int row = (turn.row_block * PAIR + rank) * ROWS + warp * 16 + g;  // and the eighth after it
             logits.finish(sums, first);
             const float2 one = summarise<0>(sums), other = summarise<1>(sums);
             if (row < count) {

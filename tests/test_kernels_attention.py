@@ -102,13 +102,13 @@ def cross_attention(
 
 def packed_attention(
     precision: str, qkv: Array, starts: Array, heads: int, causal: bool, out: Array, tensor: bool = False,
-    blocks: int = 0,
+    blocks: int = 0, paired: bool = False,
 ) -> None:  # fmt: skip
     sequences = len(starts) - 1
     kernels(out.shape[1] // heads, precision).launch(
         "packed_attention_tensor" if tensor else "packed_attention",
-        (blocks or len(out) // 64 + sequences, heads), 128 if tensor else 256,
-        (qkv, starts, out, np.int32(sequences), np.int32(heads), np.int32(causal)),
+        (heads, blocks or len(out) // (64 << paired) + sequences), 128 if tensor else 256,
+        (qkv, starts, out, *(np.int32(value) for value in (sequences, heads, causal, paired))),
     )  # fmt: skip
 
 
@@ -181,33 +181,38 @@ def test_packed_attention_on_tensor_cores_computes_what_the_cpu_does(case: Case,
     check(case, arguments, expected, "float16")
 
 
+@pytest.mark.parametrize("paired", [False, True])
 @pytest.mark.parametrize("tensor", [False, True])
-def test_packed_attention_of_a_sequence_does_not_depend_on_the_others(tensor: bool) -> None:
+def test_packed_attention_of_a_sequence_does_not_depend_on_the_others(tensor: bool, paired: bool) -> None:
     random = np.random.default_rng(2)
-    own = random.standard_normal((70, 3 * 64)).astype(np.float16)
-    alone, out = np.empty((70, 64), np.float16), np.empty((70 + 33 + 5, 64), np.float16)
-    packed_attention("float16", own, np.array([0, 70], np.int32), 1, True, alone, tensor)
+    own = random.standard_normal((150, 3 * 64)).astype(np.float16)
+    alone, out = np.empty((150, 64), np.float16), np.empty((150 + 33 + 5, 64), np.float16)
+    packed_attention("float16", own, np.array([0, 150], np.int32), 1, True, alone, tensor)
     rest = random.standard_normal((33 + 5, 3 * 64)).astype(np.float16)
     together = np.concatenate([rest[:33], own, rest[33:]])
-    packed_attention("float16", together, np.array([0, 33, 103, 108], np.int32), 1, True, out, tensor)
-    assert np.array_equal(out[33:103], alone)
+    packed_attention("float16", together, np.array([0, 33, 183, 188], np.int32), 1, True, out, tensor, paired=paired)
+    assert np.array_equal(out[33:183], alone)
 
 
-@pytest.mark.parametrize("sequences", [[0], [0, 0, 64, 1], [63, 65, 0, 129, 64], [128], [1] * 70])
-def test_packed_attention_has_a_block_for_every_query_of_every_sequence(sequences: list[int]) -> None:
+@pytest.mark.parametrize(("causal", "paired"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("blocks", [0, 2])
+@pytest.mark.parametrize("sequences", [[0], [0, 0, 64, 1], [63, 65, 0, 129, 64], [128], [200, 0, 300], [1] * 70])
+def test_packed_attention_has_a_block_for_every_query_of_every_sequence(
+    sequences: list[int], blocks: int, causal: bool, paired: bool
+) -> None:
     starts = np.cumsum([0, *sequences]).astype(np.int32)
     qkv = np.random.default_rng(0).standard_normal((starts[-1], 3 * 16)).astype(np.float16)
     arguments: Arguments = {
         "qkv": qkv,
         "starts": starts,
         "heads": 1,
-        "causal": False,
+        "causal": causal,
         "out": np.full_like(qkv[:, :16], np.nan),
     }
     if len(arguments["out"]) == 0:
         arguments["qkv"], arguments["out"] = np.zeros((1, 48), np.float16), np.zeros((1, 16), np.float16)
     expected = wanted("packed_attention", arguments)
-    packed_attention("float16", **arguments, tensor=True)
+    packed_attention("float16", **arguments, tensor=True, blocks=blocks, paired=paired)
     assert np.abs(arguments["out"].astype(np.float32) - expected["out"]).max() < TOLERANCE["float16"]
 
 

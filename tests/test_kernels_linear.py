@@ -206,7 +206,9 @@ def test_norm_of_a_slice_reads_nothing_beside_it(precision: str) -> None:
     np.testing.assert_allclose(out, expected, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize(("width", "precision"), [(8, "float16"), (600, "float16"), (1024, "float16"), (512, "float32")])
+@pytest.mark.parametrize(
+    ("width", "precision"), [(8, "float16"), (600, "float16"), (1024, "float16"), (512, "float32")]
+)
 def test_norm_of_a_row_does_not_depend_on_how_many_there_are(width: int, precision: str) -> None:
     device, (x, _, _, gain, bias) = ops(precision), operands(precision, 6, width, 8)
     by_blocks, by_warps = np.full((2, *x.shape), np.nan, device.FLOAT)

@@ -123,7 +123,8 @@ def warpgroup_scores(
 
 
 @pytest.mark.parametrize(
-    ("rows", "inner", "vocabulary", "scale"), [(1, 64, 1, 1.0), (130, 320, 257, 1.0), (300, 64, 700, 0.5)]
+    ("rows", "inner", "vocabulary", "scale"),
+    [(1, 64, 1, 1.0), (130, 320, 257, 1.0), (300, 64, 700, 0.5), (1400, 64, 300, 1.0)],
 )
 def test_scores_by_warpgroups_are_log_probabilities(rows: int, inner: int, vocabulary: int, scale: float) -> None:
     random = np.random.default_rng(rows)

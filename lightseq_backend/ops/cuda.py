@@ -307,10 +307,12 @@ class Cuda:
     def packed_attention(self, qkv: Array, starts: Array, heads: int, causal: bool, out: Array) -> None:
         size, sequences = out.shape[1] // heads, len(starts) - 1
         tensor = self._half and self._limits.capability >= 75 and size % 8 == 0
+        # Blocks of two tiles of queries, a short and a long one, where that leaves enough of them.
+        paired = causal and len(qkv) // _QUERIES * heads >= 4 * self._limits.multiprocessors
         self._launch(
             "attention", "packed_attention_tensor" if tensor else "packed_attention",
-            (len(qkv) // _QUERIES + min(sequences, _QUERIES), heads), 128 if tensor else 256,
-            (qkv, starts, out, sequences, heads, int(causal)), HEAD_SIZE=size,
+            (heads, len(qkv) // (_QUERIES << paired) + min(sequences, _QUERIES)), 128 if tensor else 256,
+            (qkv, starts, out, sequences, heads, int(causal), int(paired)), HEAD_SIZE=size,
         )  # fmt: skip
 
     def decode_attention(

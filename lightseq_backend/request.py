@@ -160,13 +160,14 @@ class Sequence:
         seed = request.options.seed
         if seed is None:  # a draw from the system takes long
             seed = 0 if request.kind == SCORE or request.options.searches else secrets.randbelow(MAX_SEED)
+        kept = as_int32(tokens)
         return cls(
             request=request,
-            tokens=as_int32(tokens),
+            tokens=kept,
             positions=positions.astype(np.int32, copy=False),
             limit=limit,
             seed=seed,
-            scored=as_int32(scored) if len(scored) else _NOTHING,
+            scored=kept if scored is tokens else as_int32(scored) if len(scored) else _NOTHING,
             given=given,
             followed=request.kind == GENERATE and (request.progress is not None or request.options.stops),
         )
@@ -208,7 +209,8 @@ def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptCon
         tokens = np.where(row == config.padding_id, -1, row.astype(np.int64))  # among uint8, -1 is 255 to NumPy 2
     if request.kind == SCORE:
         scored = tokens[: columns.size]
-        if not 0 <= config.padding_id < config.vocabulary and (scored[1:] < 0).any():
+        between = tokens is not row and (scored[1:] < 0).any()
+        if between and not 0 <= config.padding_id < config.vocabulary:
             raise RequestError(
                 f"padding (id {config.padding_id}) stands between tokens; it has no place in the vocabulary"
             )

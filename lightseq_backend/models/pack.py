@@ -13,6 +13,7 @@ import numpy as np
 from lightseq_backend.small import counting, joined
 
 Array = Any
+_NONE = np.zeros(1, np.int32)
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,10 @@ class Pack:
     def targets_of(texts: Sequence[np.ndarray], padding_id: int) -> np.ndarray:
         """int32: each row's is the token after it; the last of a text has 0, for none. Padding between tokens, negative
         here, LightSeq looks up by its own id where it is scored."""
-        following = np.append(joined(texts)[1:], np.int32(0))
-        targets = np.where(following < 0, np.int32(padding_id), following)
-        targets[np.cumsum([len(text) for text in texts]) - 1] = 0
+        targets = joined((*texts, _NONE))[1:].copy()
+        if targets.min() < 0:
+            targets[targets < 0] = padding_id
+        targets[[end - 1 for end in accumulate(map(len, texts))]] = 0
         return targets
 
 

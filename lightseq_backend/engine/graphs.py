@@ -57,9 +57,10 @@ class Passes:
     def __init__(self, model: Any, buffers: Buffers, scores: bool, ops: ModuleType):
         """scores: whether there are passes that score."""
         self.sizes = ops.pass_sizes(buffers.prompt_rows)
-        self._prefills = {rows: ops.capture(partial(_prefill, model, buffers, rows)) for rows in self.sizes}
+        sizes = self.sizes[::-1]  # the largest first, whose work space serves the others
+        self._prefills = {rows: ops.capture(partial(_prefill, model, buffers, rows)) for rows in sizes}
         self._scores = {
-            rows: ops.capture(partial(_score, model, buffers, rows, ops)) for rows in (self.sizes if scores else ())
+            rows: ops.capture(partial(_score, model, buffers, rows, ops)) for rows in (sizes if scores else ())
         }
 
     def size(self, rows: int) -> int:

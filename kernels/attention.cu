@@ -463,7 +463,8 @@ packed_attention(const T* qkv, const int* starts, T* out, int sequences, int hea
 
 // packed_attention_tensor: packed_attention on the tensor cores (Dao, "FlashAttention-2", 2023): fp16 products, float
 // sums; weights of the average are rounded to fp16.
-//   arguments and grid as above; block 128; static shared memory up to 34 KiB
+//   arguments and grid as above; block 128, of which a multiprocessor has three at a time, for a fourth would cost
+//   spilled registers; static shared memory up to 34 KiB
 //   needs fp16, sm_75, d % 8 == 0, d <= 128. A warp has 16 queries; two tiles of keys and values are in shared memory,
 //   one being filled while the other is used.
 #define ON_TENSOR_CORES (HALF && HEAD_SIZE % 8 == 0 && HEAD_SIZE <= 128)
@@ -609,7 +610,7 @@ __device__ __forceinline__ void attend_packed_tensor(const T* qkv, const Queries
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(128, HEAD_SIZE <= 64 ? 3 : 2)  // a fourth would cost spilled registers
+extern "C" __global__ void __launch_bounds__(128, HEAD_SIZE <= 64 ? 3 : 2)
 packed_attention_tensor(const T* qkv, const int* starts, T* out, int sequences, int heads, int causal, int paired) {
 #if ON_TENSOR_CORES
     __shared__ __align__(16) T keys[2 * KEYS * STRIDE], values[2 * KEYS * STRIDE];

@@ -20,13 +20,13 @@ constexpr int X_BYTES = ROWS * 64 * 2, HALF_BYTES = IDS / PAIR * 64 * 2;
 constexpr int STAGE_BYTES = X_BYTES + PAIR * HALF_BYTES;
 constexpr float LOG2_E = 1.4426950408889634f;
 
-// A product of the softmax's statistics: logits are scale * sum + bias, -inf beyond the vocabulary.
+// What becomes of sums: logits are scale * sum + bias, -inf beyond the vocabulary.
 struct Logits {
     const __half* bias;  // [vocabulary] or null
     float scale;
     int vocabulary;
 
-    // Those of a thread in one of its two rows: ids first + 8 n and the next.
+    // A thread's, in both of its rows: of ids first + 8 n and the next.
     __device__ __forceinline__ void finish(float (&sums)[IDS / 8][4], int first) const {
         if (scale != 1.f || bias)
 #pragma unroll
@@ -45,15 +45,15 @@ struct Logits {
     }
 };
 
-// The largest of a row's logits in a tile and the sum of exp(logit - largest); four lanes share a row, whose logits are
-// 2 upper and the next of each four.
-template <int upper> __device__ __forceinline__ float2 summarise(const float (&logits)[IDS / 8][4]) {
+// The largest of a row's logits in a tile and the sum of exp(logit - largest). Four lanes share a row; it has the first
+// two of each lane's fours, or (lower) the last two.
+template <int lower> __device__ __forceinline__ float2 summarise(const float (&logits)[IDS / 8][4]) {
     float most[4], sum[4] = {};
 #pragma unroll
-    for (int i = 0; i < 4; i++) most[i] = logits[i][2 * upper];
+    for (int i = 0; i < 4; i++) most[i] = logits[i][2 * lower];
 #pragma unroll
     for (int n = 0; n < IDS / 8; n++)
-        most[n % 4] = fmaxf(most[n % 4], fmaxf(logits[n][2 * upper], logits[n][2 * upper + 1]));
+        most[n % 4] = fmaxf(most[n % 4], fmaxf(logits[n][2 * lower], logits[n][2 * lower + 1]));
     float largest = fmaxf(fmaxf(most[0], most[1]), fmaxf(most[2], most[3]));
 #pragma unroll
     for (int offset = 1; offset < 4; offset *= 2)
@@ -61,8 +61,8 @@ template <int upper> __device__ __forceinline__ float2 summarise(const float (&l
     const float less = largest * LOG2_E;
 #pragma unroll
     for (int n = 0; n < IDS / 8; n++) {
-        sum[n % 4] += power_of_two(fmaf(logits[n][2 * upper], LOG2_E, -less));
-        sum[n % 4] += power_of_two(fmaf(logits[n][2 * upper + 1], LOG2_E, -less));
+        sum[n % 4] += power_of_two(fmaf(logits[n][2 * lower], LOG2_E, -less));
+        sum[n % 4] += power_of_two(fmaf(logits[n][2 * lower + 1], LOG2_E, -less));
     }
     float all = (sum[0] + sum[1]) + (sum[2] + sum[3]);
 #pragma unroll
@@ -82,13 +82,13 @@ struct Turn {
 };
 
 // The target's logit of a row, by the thread that has it.
-template <int upper>
+template <int lower>
 __device__ __forceinline__ void keep(const float (&logits)[IDS / 8][4], int target, int first, float* to) {
     if (target < first || target >= first + IDS || (target - first) % 8 > 1) return;
 #pragma unroll
     for (int n = 0; n < IDS / 8; n++)
         if (target - first - 8 * n == 0 || target - first - 8 * n == 1)
-            *to = target - first - 8 * n ? logits[n][2 * upper + 1] : logits[n][2 * upper];
+            *to = target - first - 8 * n ? logits[n][2 * lower + 1] : logits[n][2 * lower];
 }
 
 // logits = scale * (x . W) + b; of each row and each tile of IDS ids
@@ -97,8 +97,8 @@ __device__ __forceinline__ void keep(const float (&logits)[IDS / 8][4], int targ
 //   both swizzled by 128 bytes; bias half [vocabulary] or null; targets int32 [count], ids
 //   statistics float2 [count, ceil(vocabulary / IDS)]; kept float [count]
 //   grid: pairs of blocks, up to ceil(count / (2 * ROWS)) * ceil(vocabulary / IDS) of them; cluster 2, block THREADS,
-//   dynamic shared memory DEPTH * STAGE_BYTES and 16 * DEPTH; moves W and x from L2, both count / (2 * ROWS) times or
-//   vocabulary / IDS times
+//   dynamic shared memory DEPTH * STAGE_BYTES and 16 * DEPTH; moves W count / (2 * ROWS) times and x vocabulary / IDS
+//   times, most of it from L2; needs sm_90a
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 warpgroup_scores(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map,
                  const __half* bias, const int* targets, float2* statistics, float* kept, int count, int vocabulary,

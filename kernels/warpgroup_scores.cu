@@ -1,6 +1,6 @@
 // warpgroup_scores: what many rows give to the tokens that follow them, without their logits ever leaving the chip: a
-// product of all rows and the vocabulary, of whose tiles the statistics of the softmax and the targets' logits are kept.
-// By the instructions that Hopper alone has. Compiled with
+// product of all rows and the vocabulary, of whose tiles the statistics of the softmax are kept, and the targets'
+// logits. By the instructions that Hopper alone has. Compiled with
 //   INNER  width of x, a multiple of 64
 //   DEPTH  stages under way
 // Two blocks of a cluster take the same ids for different rows, and each brings half of the weights to both: what L2

@@ -38,7 +38,6 @@ SEARCHED_ROWS = 64  # up to so many rows the vocabulary goes through vocabulary.
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
 _ARCHITECTURES = dict.fromkeys(("warpgroup", "warpgroup_vocabulary", "warpgroup_scores"), warpgroup_launch.ARCHITECTURE)
 _RESERVE = 128 << 20  # bytes; graphs, the kernels' code and work space are made after all else
-_SCORED_AT_ONCE = 8192  # rows that vocabulary_scores has statistics of in its work space
 _NORMED_ROWS = 512  # up to so many rows layer_norm has a block a row, above a warp a row, with the same results
 _QUERIES = 64  # queries that one block of packed_attention takes
 _TENSOR_HEAD = 64  # the head size that kernels/tensor_attention.cu is for
@@ -411,15 +410,20 @@ class Cuda:
         self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, normed: Array, logits: Array,
         targets: Array, out: Array,
     ) -> None:  # fmt: skip
-        groups = self._scores_by_groups(len(x), output.weight)
-        at_once = _SCORED_AT_ONCE if groups else len(logits)
-        for start in range(0, len(x), at_once):
-            rows = slice(start, start + at_once)
-            if groups:
-                self._group_scores(x[rows], norm, output, epsilon, scale, normed[rows], targets[rows], out[rows])
-            else:
-                room = logits[: len(x[rows])]
-                self._scores(x[rows], norm, output, epsilon, scale, normed[rows], room, targets[rows], out[rows])
+        if self._scores_by_groups(len(x), output.weight):
+            self._group_scores(self._normed(x, norm, epsilon, normed), output, scale, targets, out)
+            return
+        for start in range(0, len(x), len(logits)):
+            rows = slice(start, start + len(logits))
+            own, normed_rows = x[rows], normed[rows]
+            own_logits = logits[: len(own)]
+            if self._searches(len(own), output.weight):
+                own = self._to_be_searched(own, norm, output, epsilon, normed_rows)
+                self._vocabulary(own, output, epsilon, scale, logits=own_logits)
+                self.target_log_probabilities(own_logits, targets[rows], out[rows])
+                continue
+            self._vocabulary_products(own, norm, output, epsilon, normed_rows, own_logits)
+            self._target_log_probabilities(own_logits, output.bias, targets[rows], out[rows], scale)
 
     def target_log_probabilities(self, logits: Array, targets: Array, out: Array) -> None:
         self._target_log_probabilities(logits, None, targets, out, 1.0)
@@ -598,24 +602,8 @@ class Cuda:
         can = can and warpgroup_launch.can_score(self._limits, weight.inner, self._half)
         return can and warpgroup_launch.pays_to_score(rows)
 
-    def _scores(
-        self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, normed: Array, logits: Array,
-        targets: Array, out: Array,
-    ) -> None:  # fmt: skip
-        """vocabulary_scores of as many rows as logits has."""
-        if self._searches(len(x), output.weight):
-            x = self._to_be_searched(x, norm, output, epsilon, normed)
-            self._vocabulary(x, output, epsilon, scale, logits=logits)
-            self.target_log_probabilities(logits, targets, out)
-            return
-        self._vocabulary_products(x, norm, output, epsilon, normed, logits)
-        self._target_log_probabilities(logits, output.bias, targets, out, scale)
-
-    def _group_scores(
-        self, x: Array, norm: Any, output: Any, epsilon: float, scale: float, normed: Array, targets: Array, out: Array
-    ) -> None:
-        """vocabulary_scores without logits."""
-        x = self._normed(x, norm, epsilon, normed)
+    def _group_scores(self, x: Array, output: Any, scale: float, targets: Array, out: Array) -> None:
+        """vocabulary_scores of what has been through its LayerNorm."""
         weight: Matrix = output.weight
         plan = warpgroup_launch.scores_plan(self._limits, len(x), weight.inner, weight.wide)
         tiles = warpgroup_launch.scored_tiles(weight.wide)

@@ -18,6 +18,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from benchmarks import gpu_device, perf, server_models, server_report
 from benchmarks.server_engine import EngineAlone
 from benchmarks.server_models import NOOP, NOOP_LATER, SERVED, SHORT, STATIC, STREAM
@@ -160,7 +162,7 @@ class Bench:
         more = [*windows, "--stability-percentage", "1000000", "--profile-export-file", str(self._export)]
         more += GREEDY if name == STREAM else []
         self._export.unlink(missing_ok=True)
-        with _cores(self._server.pid) as cores:
+        with cores_used(self._server.pid) as cores:
             perf.analyze(self._analyzer, self._server.grpc, name, self._files[len(rows)], concurrency, more)
         return read_export(self._export, {row[0]: len(row) for row in rows}, cores)
 
@@ -170,29 +172,23 @@ def tell(concurrency: int, ways: dict[str, Run]) -> None:
 
 
 @contextmanager
-def _cores(server: int) -> Iterator[dict[str, float]]:
+def cores_used(server: int) -> Iterator[dict[str, float]]:
     """Cores in use meanwhile, once it is over: by Triton, by its models and their engines, by the callers."""
-    models = _below(server)
+    triton = psutil.Process(server)
+    processes = [triton, *triton.children(recursive=True)]
     found: dict[str, float] = {}
-    start, before, called = time.monotonic(), [_used(one) for one in (server, *models)], os.times()
+    start, before, called = time.monotonic(), [_used(one) for one in processes], os.times()
     yield found
-    seconds, after, now = time.monotonic() - start, [_used(one) for one in (server, *models)], os.times()
+    seconds, after, now = time.monotonic() - start, [_used(one) for one in processes], os.times()
     each = [(b - a) / seconds for a, b in zip(before, after)]
     callers = now.children_user + now.children_system - called.children_user - called.children_system
     found |= {"triton": each[0], "models": sum(each[1:]), "callers": callers / seconds}
 
 
-def _below(process: int) -> list[int]:
-    """The processes that it has started, and those that they have."""
-    tasks = Path(f"/proc/{process}/task").iterdir()
-    children = [int(one) for task in tasks for one in (task / "children").read_text().split()]
-    return [*children, *(one for child in children for one in _below(child))]
-
-
-def _used(process: int) -> float:
+def _used(process: psutil.Process) -> float:
     """Processor seconds of a process so far."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    times = process.cpu_times()
+    return times.user + times.system
 
 
 def _json(ways: dict[str, Run]) -> dict[str, Any]:

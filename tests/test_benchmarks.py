@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -316,6 +320,33 @@ def test_translations_of_the_bench_are_as_long_as_it_takes_them_to_be(tmp_path: 
     engine.stop()
     assert run.requests > 0
     assert 3 <= run.tokens / run.requests <= 9
+
+
+BUSY = """
+import subprocess, sys, threading
+child = subprocess.Popen([sys.executable, "-c", "print('spins', flush=True)\\nwhile True: pass"])
+print("spins", flush=True)
+while True:
+    threading.Thread(target=int).start()
+"""
+
+
+def test_cores_are_counted_of_a_server_whose_threads_come_and_go() -> None:
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE, start_new_session=True) as busy:
+        try:
+            assert busy.stdout is not None
+            assert [busy.stdout.readline() for _ in range(2)] == [b"spins\n"] * 2
+            for _ in range(50):
+                with server.cores_used(busy.pid) as used:
+                    time.sleep(0.02)
+                assert used["models"] >= 0
+            with server.cores_used(busy.pid) as used:
+                time.sleep(0.5)
+        finally:
+            os.killpg(busy.pid, signal.SIGKILL)
+    assert used["triton"] > 0
+    assert 0 < used["models"] <= 1.1
+    assert used["callers"] == pytest.approx(0, abs=0.1)
 
 
 @pytest.mark.timeout(400)

@@ -226,6 +226,7 @@ def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptCon
 
 
 _NOTHING = np.zeros(0, np.int32)
+_UNSIGNED = {np.dtype(of).itemsize: np.dtype(of) for of in (np.uint8, np.uint16, np.uint32, np.uint64)}
 
 
 def _decoded(request: Request, config: TransformerConfig) -> tuple[np.ndarray, int]:
@@ -283,8 +284,9 @@ def _columns(row: np.ndarray, config: Config) -> np.ndarray:
         if columns.size == 0:
             raise RequestError(f"the row holds only padding (id {config.padding_id})")
         tokens = row[columns]
-    # Without a sign, a negative id is a large one.
-    if tokens.view(f"u{tokens.itemsize}").max() >= config.input_vocabulary:
+    # Without a sign, a negative id is a large one. Where the largest is NumPy finds much faster than what it is.
+    unsigned = tokens.view(_UNSIGNED[tokens.itemsize])
+    if int(unsigned[unsigned.argmax()]) >= config.input_vocabulary:
         column = int(columns[np.flatnonzero((tokens < 0) | (tokens >= config.input_vocabulary))[0]])
         raise RequestError(
             f"id {int(row[column])} at column {column} is outside the vocabulary (0 to {config.input_vocabulary - 1})"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate, chain
+
 import numpy as np
 
 from lightseq_backend.ops.slots import SLOT
@@ -19,10 +21,12 @@ def record(sequence: Sequence) -> np.ndarray:
 def outputs(sequences: list[Sequence], scored: np.ndarray) -> list[Output]:
     """scored: float32, for every row of all sequences the log-probability of the token after it; none of a last row's
     means anything. The mean is a float64 sum's."""
-    results, end = [], 0
-    for sequence in sequences:
-        start, end = end, end + len(sequence.scored)
-        own = scored[start + sequence.given - 1 : end - 1]
-        loss = 0 - float(own.sum(dtype=np.float64)) / max(1, len(own))  # 0 - 0 is not -0
-        results.append(Output(loss=loss, target_log_probabilities=own))
-    return results
+    ends = list(accumulate(len(one.scored) for one in sequences))
+    own = [(start + one.given - 1, end - 1) for one, start, end in zip(sequences, (0, *ends), ends)]
+    # One call for all: from each index to the next, and of an empty span what is there.
+    sums = np.add.reduceat(scored.astype(np.float64), [*chain.from_iterable(own)])[::2].tolist()
+    return [
+        # 0 - 0 is not -0
+        Output(loss=0 - sum_of / (end - start) if end > start else 0.0, target_log_probabilities=scored[start:end])
+        for (start, end), sum_of in zip(own, sums)
+    ]

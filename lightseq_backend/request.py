@@ -11,7 +11,7 @@ import numpy as np
 
 from lightseq_backend.config import MAX_SEED, Config, DecodingOptions, GptConfig, TransformerConfig
 from lightseq_backend.errors import RequestError
-from lightseq_backend.small import SHORT, as_int32, counting
+from lightseq_backend.small import SHORT, as_int32, counting, largest
 
 GENERATE = "generate"
 SCORE = "score"
@@ -115,6 +115,7 @@ class Sequence:
 
     tokens, positions  int32 [m]: the row without padding, and the row of the position table for each token
     limit              tokens it may generate
+    rows               of the larger of the passes that read it
     scored             int32 [s]: what is scored, each token but the first `given` by those before it
     slots              the cache lanes it holds, one a beam or sample; empty until admitted
     queued             decode steps that the device has been given for it
@@ -129,6 +130,7 @@ class Sequence:
     positions: np.ndarray
     limit: int
     seed: int
+    rows: int
     scored: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
     given: int = 1
     slots: list[int] = field(default_factory=list)
@@ -167,6 +169,7 @@ class Sequence:
             positions=positions.astype(np.int32, copy=False),
             limit=limit,
             seed=seed,
+            rows=max(len(kept), len(scored)) if request.kind == SCORE else len(kept),
             scored=kept if scored is tokens else as_int32(scored) if len(scored) else _NOTHING,
             given=given,
             followed=request.kind == GENERATE and (request.progress is not None or request.options.stops),
@@ -191,11 +194,6 @@ class Sequence:
         if self.slots[-1] - self.slots[0] == width - 1:
             return slice(lead, lead + width)
         return np.array(self.slots) - first
-
-    @property
-    def rows(self) -> int:
-        """Of the larger of the passes that read it."""
-        return max(len(self.tokens), len(self.scored) if self.request.kind == SCORE else 0)
 
 
 def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptConfig) -> tuple[np.ndarray, int]:
@@ -226,7 +224,7 @@ def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptCon
 
 
 _NOTHING = np.zeros(0, np.int32)
-_UNSIGNED = {np.dtype(of).itemsize: np.dtype(of) for of in (np.uint8, np.uint16, np.uint32, np.uint64)}
+_UNSIGNED = {size: np.dtype(f"u{size}") for size in (1, 2, 4, 8)}
 
 
 def _decoded(request: Request, config: TransformerConfig) -> tuple[np.ndarray, int]:
@@ -284,9 +282,8 @@ def _columns(row: np.ndarray, config: Config) -> np.ndarray:
         if columns.size == 0:
             raise RequestError(f"the row holds only padding (id {config.padding_id})")
         tokens = row[columns]
-    # Without a sign, a negative id is a large one. Where the largest is NumPy finds much faster than what it is.
-    unsigned = tokens.view(_UNSIGNED[tokens.itemsize])
-    if int(unsigned[unsigned.argmax()]) >= config.input_vocabulary:
+    # Without a sign, a negative id is a large one.
+    if largest(tokens.view(_UNSIGNED[tokens.itemsize])) >= config.input_vocabulary:
         column = int(columns[np.flatnonzero((tokens < 0) | (tokens >= config.input_vocabulary))[0]])
         raise RequestError(
             f"id {int(row[column])} at column {column} is outside the vocabulary (0 to {config.input_vocabulary - 1})"

@@ -59,6 +59,16 @@ def as_int32(array: np.ndarray) -> np.ndarray:
     return np.array(array.tolist(), np.int32) if len(array) <= SHORT else array.astype(np.int32)
 
 
+def largest(array: np.ndarray) -> int:
+    """Of one-dimensional integers, one or more: where it is NumPy finds five times as fast as what it is."""
+    return int(array[array.argmax()])
+
+
+def smallest(array: np.ndarray) -> int:
+    """The same at the other end."""
+    return int(array[array.argmin()])
+
+
 def joined(arrays: Iterable[np.ndarray]) -> np.ndarray:
     """One-dimensional contiguous arrays of one type, one or more, end to end; read-only."""
     arrays = list(arrays)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lightseq_backend.small import as_int32, copied, counting, fill, joined, remembered
+from lightseq_backend.small import as_int32, copied, counting, fill, joined, largest, remembered, smallest
 
 
 def test_what_is_remembered_is_of_the_same_objects_not_of_equal_ones() -> None:
@@ -29,6 +29,18 @@ def test_what_is_remembered_is_of_the_same_objects_not_of_equal_ones() -> None:
 def test_counting(length: int) -> None:
     assert counting(length).dtype == np.int32
     assert counting(length).tolist() == list(range(length))
+
+
+@pytest.mark.parametrize("dtype", ["i1", "u1", "i4", "i8", "u8"])
+@pytest.mark.parametrize("place", [0, 7, 299])
+def test_largest_and_smallest(place: int, dtype: str) -> None:
+    limits = np.iinfo(dtype)
+    array = np.full(600, 5, dtype)[::2]
+    for find, extreme in ((largest, limits.max), (smallest, limits.min)):
+        assert find(array) == 5
+        array[place] = extreme
+        assert find(array) == extreme
+        array[place] = 5
 
 
 @pytest.mark.parametrize("shape", [(0,), (7,), (3, 5), (200, 100)])

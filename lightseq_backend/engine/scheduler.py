@@ -62,14 +62,12 @@ class Scheduler:
             if self._closed:
                 raise Overloaded("the engine is stopping")
             now = self._clock()
-            rows = [one.rows for one in sequences]
-            tokens = sum(rows)
-            self._check_room(sequences, tokens, now)
-            for one, own in zip(sequences, rows):
+            self._check_room(sequences, now)
+            for one in sequences:
                 one.arrived = now if one.request.arrived is None else one.request.arrived
-                due = now + PRIORITIES[one.request.priority] + GIVES_WAY * (own + one.limit)
+                due = now + PRIORITIES[one.request.priority] + GIVES_WAY * (one.rows + one.limit)
                 heapq.heappush(self._waiting, (due, next(self._numbers), one))
-            self._tokens += tokens
+            self._tokens += sum(one.rows for one in sequences)
             self.changed.notify()
 
     def admit(self) -> list[Sequence]:
@@ -80,14 +78,14 @@ class Scheduler:
             now = self._clock()
             while self._waiting:
                 sequence = self._waiting[0][-1]
-                width, own = sequence.width, sequence.rows
-                rows += own
+                width = sequence.width
+                rows += sequence.rows
                 if width > len(self._free) or (admitted and rows > self._config.prompt_tokens):
                     break
                 sequence.slots = [heapq.heappop(self._free) for _ in range(width)]
                 sequence.admitted = now
                 admitted.append(heapq.heappop(self._waiting)[-1])
-                self._tokens -= own
+                self._tokens -= sequence.rows
             self._admissions.extend([now] * len(admitted))
         return admitted
 
@@ -118,7 +116,7 @@ class Scheduler:
         oldest = self._clock() - self._config.queue_seconds
         return self.remove(lambda one: one.arrived < oldest)
 
-    def _check_room(self, sequences: list[Sequence], tokens: int, now: float) -> None:
+    def _check_room(self, sequences: list[Sequence], now: float) -> None:
         """Overloaded when there is none. Of low priority are half of the queue at most, so that others find room."""
         more, places = len(sequences), self._config.queue
         limits = [(len(self._waiting), places, "")]
@@ -131,6 +129,7 @@ class Scheduler:
                     f"the queue has {taken} of {limit} places{share} taken and cannot take {more} more; "
                     f"{self._advice(more, now)}"
                 )
+        tokens = sum(one.rows for one in sequences)
         if tokens > self._config.queue_tokens - self._tokens:
             raise Overloaded(
                 f"the queue holds {self._tokens} of {self._config.queue_tokens} tokens and cannot take {tokens} more; "

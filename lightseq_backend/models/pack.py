@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from lightseq_backend.small import counting, joined
+from lightseq_backend.small import counting, joined, smallest
 
 Array = Any
 _NONE = np.zeros(1, np.int32)
@@ -78,7 +78,7 @@ class Pack:
         """int32: each row's is the token after it; the last of a text has 0, for none. Padding between tokens, negative
         here, LightSeq looks up by its own id where it is scored."""
         targets = joined((*texts, _NONE))[1:].copy()
-        if targets[targets.argmin()] < 0:  # faster than min
+        if smallest(targets) < 0:
             targets[targets < 0] = padding_id
         targets[[end - 1 for end in accumulate(map(len, texts))]] = 0
         return targets

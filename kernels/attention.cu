@@ -4,6 +4,7 @@
 // powers of two. A result depends on its own row, head and length alone: never on the other rows.
 
 #include "softmax.cuh"
+#include "packed.cuh"
 
 constexpr int VECTOR = HEAD_SIZE % LANE_WIDTH == 0 ? LANE_WIDTH : 1;  // numbers a lane loads at a time
 constexpr int VECTORS = HEAD_SIZE / VECTOR;                           // in a head
@@ -285,58 +286,13 @@ store(const T* key_values, int stride, const int* lanes, const int* steps, T* ke
 }
 
 // Packed sequences ----------------------------------------------------------------------------------------------------
-// A tile is TILE queries of one sequence; where `paired`, the block that has tile i of n takes tile n - 1 - i as well,
-// the longer one first: all pairs of a causal sequence have n + 1 tiles of keys to look at. The host knows only how
-// many rows and sequences there may be, so tiles (or pairs) are found in `starts`: with spans of TILE (or 2 * TILE)
-// queries, sequence i has those from starts[i] / span + i on, which leaves it at least as many as it needs. A block
-// takes every gridDim.y-th until the sequences are over; the last of them may be empty, all at the end.
-
-constexpr int TILE = 64, LOG2_TILE = 6;
-
-struct Queries {
-    int first, length;  // the sequence: its first row and its rows
-    int query;          // the first query of this tile, a row of the sequence
-};
-
-// By a whole warp, which looks at 32 sequences at a time, at the first ones first: where they are few, it looks once.
-// `query` is the span's first, which may be beyond the sequence.
-__device__ __forceinline__ Queries find_queries(const int* starts, int sequences, int tile, int log2_span) {
-    int low = 0, high = sequences, step = 1;  // low's first tile is at or before this one, high's is not
-    while (high - low > 1) {
-        int candidate = low + (threadIdx.x % 32 + 1) * step;
-        bool before = candidate < high && (starts[candidate] >> log2_span) + candidate <= tile;
-        int count = __popc(__ballot_sync(FULL_WARP, before));  // of candidates, which ascend
-        if (count < 32) high = min(high, low + (count + 1) * step);
-        low += count * step;
-        step = (high - low + 31) / 32;
-    }
-    int first = starts[low];
-    return {first, starts[low + 1] - first, (tile - (first >> log2_span) - low) << log2_span};
-}
-
-// attend(tile), by the whole block, for each tile that is this block's.
-template <typename Attend>
-__device__ __forceinline__ void for_tiles(const int* starts, int sequences, int paired, Attend attend) {
-    const int log2_span = LOG2_TILE + (paired != 0);
-    for (int tile = blockIdx.y;; tile += gridDim.y) {
-        Queries own = find_queries(starts, sequences, tile, log2_span);
-        const int total = starts[sequences];
-        if (own.first >= total || tile >= (total >> log2_span) + sequences) return;
-        if (own.query < 0 || own.query >= own.length) continue;
-        if (paired) own.query = (own.length - 1) / TILE * TILE - own.query / 2;
-        for (int other = 0;; own.query = other) {
-            attend(own);
-            other = (own.length - 1) / TILE * TILE - own.query;
-            if (!paired || other >= own.query) break;
-        }
-    }
-}
-
 // packed_attention: out[r] = softmax(q[r] . k[s] / sqrt(d)) v[s], s over r's sequence, up to r where causal is not 0.
 //   qkv T [rows, 3 hidden]   starts int32 [sequences + 1]   out T [rows, hidden]
 //   grid (heads, any), best rows / 64 + sequences, or / 128 where paired; block 256; static shared memory 34 KiB
 //   Products in float on the ordinary cores, for any head size: fp32, and fp16 before sm_75. Moves 4 * rows * hidden
 //   numbers and, for sequences of n rows, reads keys and values n / 64 times from L2.
+//   Of what kernels that may still run write, it reads qkv alone, and after they have ended.
+constexpr int TILE = 64, LOG2_TILE = 6;
 constexpr int SLICE = 32;  // columns of q, k or v in shared memory
 constexpr int SLICES = (HEAD_SIZE + SLICE - 1) / SLICE;
 
@@ -455,8 +411,7 @@ packed_attention(const T* qkv, const int* starts, T* out, int sequences, int hea
     __shared__ __align__(16) Slice queries, others;
     __shared__ __align__(16) float shares[TILE][TILE + 4];
     launch_next();
-    wait_for_previous();
-    for_tiles(starts, sequences, paired, [&](const Queries& own) {
+    for_tiles<LOG2_TILE>(starts, sequences, paired, [&](const Queries& own) {
         attend_packed(qkv, own, out, heads, causal, queries, others, shares);
     });
 }
@@ -523,7 +478,8 @@ __device__ __forceinline__ void attend_packed_tensor(const T* qkv, const Queries
             a[c][i] = inside ? *reinterpret_cast<const unsigned*>(q + row * stride + column) : 0;
         }
     const float scale = LOG2_E * rsqrtf((float)HEAD_SIZE);
-    float context[DEEP / 8][4] = {}, most[2] = {LOWEST, LOWEST}, sum[2] = {};
+    float context[DEEP / 8][4] = {};
+    Running running;
     for (int first = 0; first < end; first += KEYS, free ^= KEYS) {
         copy_async_wait<0>();
         __syncthreads();  // these keys are there, and nobody reads the last ones any more
@@ -542,41 +498,10 @@ __device__ __forceinline__ void attend_packed_tensor(const T* qkv, const Queries
                 mma16816(scores[n], a[c], {b[0], b[1]});
                 mma16816(scores[n + 1], a[c], {b[2], b[3]});
             }
-        if (first + TILE >= end) {  // before, every row sees all keys
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int limit = (causal ? query + g + 1 : own.length) + i / 2 * (causal ? 8 : 0) - first - 2 * t - i % 2;
-#pragma unroll
-                for (int n = 0; n < KEYS / 8; n++)
-                    if (8 * n >= limit) scores[n][i] = -INFINITE;
-            }
-        }
-        unsigned shares[KEYS / 16][4];  // the result of one product has the layout of the next one's left operand
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float highest = most[half];
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++)
-                highest = fmaxf(highest, fmaxf(scores[n][2 * half], scores[n][2 * half + 1]));
-            highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 1));
-            highest = fmaxf(highest, __shfl_xor_sync(FULL_WARP, highest, 2));
-            float shrink = power_of_two((most[half] - highest) * scale), taken = highest * scale;
-            most[half] = highest;
-            sum[half] *= shrink;
-#pragma unroll
-            for (int n = 0; n < KEYS / 8; n++) {
-                const float x = power_of_two(scores[n][2 * half] * scale - taken);
-                const float y = power_of_two(scores[n][2 * half + 1] * scale - taken);
-                sum[half] += x;
-                sum[half] += y;
-                shares[n / 2][n % 2 * 2 + half] = two_halves(x, y);
-            }
-#pragma unroll
-            for (int n = 0; n < DEEP / 8; n++) {
-                context[n][2 * half] *= shrink;
-                context[n][2 * half + 1] *= shrink;
-            }
-        }
+        if (first + TILE >= end)  // before, every row sees all keys
+            hide(scores, (causal ? query + g + 1 : own.length) - first - 2 * t, causal ? 8 : 0);
+        unsigned shares[KEYS / 16][4];
+        running.take(scores, scale, shares, context);
         int value = place(free + block % 2 * 8 + line, block / 2 * 8);
 #pragma unroll
         for (int c = 0; c < KEYS / 16; c++)
@@ -590,15 +515,10 @@ __device__ __forceinline__ void attend_packed_tensor(const T* qkv, const Queries
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        sum[half] += __shfl_xor_sync(FULL_WARP, sum[half], 1);
-        sum[half] += __shfl_xor_sync(FULL_WARP, sum[half], 2);
-    }
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        int row = query + g + 8 * half;
+        const int row = query + g + 8 * half;
+        const float factor = 1.f / running.total(half);
         if (row >= own.length) continue;
         T* result = out + (long long)(own.first + row) * hidden + blockIdx.x * HEAD_SIZE;
-        const float factor = 1.f / sum[half];
 #pragma unroll
         for (int n = 0; n < DEEP / 8; n++) {
             int column = 8 * n + 2 * t;
@@ -615,9 +535,8 @@ packed_attention_tensor(const T* qkv, const int* starts, T* out, int sequences, 
 #if ON_TENSOR_CORES
     __shared__ __align__(16) T keys[2 * KEYS * STRIDE], values[2 * KEYS * STRIDE];
     launch_next();
-    wait_for_previous();
     int free = 0;
-    for_tiles(starts, sequences, paired, [&](const Queries& own) {
+    for_tiles<LOG2_TILE>(starts, sequences, paired, [&](const Queries& own) {
         attend_packed_tensor(qkv, own, out, heads, causal, keys, values, free);
     });
 #else

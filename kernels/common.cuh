@@ -21,6 +21,12 @@ __device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 template <typename U> __device__ __forceinline__ U from_float(float x);
 template <> __device__ __forceinline__ float from_float<float>(float x) { return x; }
 template <> __device__ __forceinline__ __half from_float<__half>(float x) { return __float2half_rn(x); }
+#if HALF
+__device__ __forceinline__ unsigned two_halves(float x, float y) {
+    __half2 pair = __floats2half2_rn(x, y);
+    return *reinterpret_cast<unsigned*>(&pair);
+}
+#endif
 
 // ops/slots.py SLOT, field by field (a test compares the two): one record a cache lane.
 enum Method { NOBODY = 0, SEARCH = 1, FAN_OUT = 2, SAMPLE = 3, STANDARD = 4 };

@@ -56,6 +56,9 @@ __device__ __forceinline__ unsigned long long plain_operand(const void* at, int 
 __device__ __forceinline__ unsigned long long swizzled_operand(const void* at) {
     return (shared_address(at) & 0x3ffff) >> 4 | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
+// An operand b of sixty-four columns whose rows are along the sum, each 128 bytes in that swizzle: as a matrix [inner, 64]
+// lies in memory. Sixteen rows are 2048 bytes.
+__device__ __forceinline__ unsigned long long across_operand(const void* at) { return swizzled_operand(at); }
 // The operand so many bytes behind; in shared memory nothing is carried beyond the address's bits.
 __device__ __forceinline__ unsigned long long further(unsigned long long operand, int bytes) {
     return (operand & ~0xffffffffull) | ((unsigned)operand + bytes / 16);
@@ -71,6 +74,8 @@ template <int pending> __device__ __forceinline__ void warpgroup_wait() {
 }
 
 // d += a . b: a 64 x 16, b 16 x (8 tiles), d[tile] as mma.m16n8k16's; warp w of the group has rows 16 w to 16 w + 15.
+// a may be in registers, where each warp has its rows as mma.m16n8k16's a; they must stay as they are until the product
+// has been waited for. warpgroup_multiply_across: b is an across_operand.
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define FOUR(i) "+f"(d[i][0]), "+f"(d[i][1]), "+f"(d[i][2]), "+f"(d[i][3])
 __device__ __forceinline__ void warpgroup_multiply(float (&d)[1][4], unsigned long long a, unsigned long long b) {
@@ -120,10 +125,26 @@ __device__ __forceinline__ void warpgroup_multiply(float (&d)[32][4], unsigned l
                    FOUR(24), FOUR(25), FOUR(26), FOUR(27), FOUR(28), FOUR(29), FOUR(30), FOUR(31)
                  : "l"(a), "l"(b));
 }
+#define HELD(name, across) \
+    __device__ __forceinline__ void name(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b) { \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 " \
+                     "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15," \
+                     "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, " \
+                     "{%32,%33,%34,%35}, %36, 1, 1, 1, " #across ";" \
+                     : FOUR(0), FOUR(1), FOUR(2), FOUR(3), FOUR(4), FOUR(5), FOUR(6), FOUR(7) \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b)); \
+    }
+HELD(warpgroup_multiply, 0)
+HELD(warpgroup_multiply_across, 1)
+#undef HELD
 #undef FOUR
 #else
-template <int tiles>
-__device__ __forceinline__ void warpgroup_multiply(float (&d)[tiles][4], unsigned long long a, unsigned long long b) {
+template <int tiles, typename A>
+__device__ __forceinline__ void warpgroup_multiply(float (&d)[tiles][4], const A& a, unsigned long long b) {
+    __trap();
+}
+__device__ __forceinline__ void warpgroup_multiply_across(float (&d)[8][4], const unsigned (&a)[4],
+                                                          unsigned long long b) {
     __trap();
 }
 #endif

@@ -7,7 +7,7 @@ import textwrap
 import cuda_on_cpu
 import numpy as np
 import pytest
-from cuda_on_cpu import Kernels, LaunchError
+from cuda_on_cpu import Kernels, LaunchError, TensorMap
 
 pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
 
@@ -71,6 +71,35 @@ extern "C" __global__ void multiply(const __half* a, const __half* b, float* out
     float sums[4] = {};
     mma16816(sums, fragment, other);
     for (int i = 0; i < 4; i++) out[(g + i / 2 * 8) * width + 2 * t + i % 2] = sums[i];
+}
+extern "C" __global__ void multiply_held(const __grid_constant__ TensorMap map, const __half* a, float* out) {
+    // out [64, 128] = a [64, 64] . b^T beside a . b, of the map's b [64, 64]; a goes through registers
+    extern __shared__ __align__(1024) char memory[];
+    Barrier* there = reinterpret_cast<Barrier*>(memory + 8192);
+    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    if (threadIdx.x == 0) {
+        barrier_init(there, 1);
+        barrier_expect(there, 8192);
+        copy_box(memory, &map, 0, 0, there);
+    }
+    __syncthreads();
+    barrier_wait(there, 0);
+    float along[8][4] = {}, across[8][4] = {};
+    warpgroup_begin();
+    for (int k = 0; k < 4; k++) {
+        unsigned held[4];
+        for (int i = 0; i < 4; i++)
+            held[i] = *(const unsigned*)(a + (16 * warp + g + i % 2 * 8) * 64 + 16 * k + 2 * t + i / 2 * 8);
+        warpgroup_multiply(along, held, further(swizzled_operand(memory), 32 * k));
+        warpgroup_multiply_across(across, held, further(across_operand(memory), 2048 * k));
+    }
+    warpgroup_commit();
+    warpgroup_wait<0>();
+    for (int n = 0; n < 8; n++)
+        for (int i = 0; i < 4; i++) {
+            float* to = out + (16 * warp + g + i / 2 * 8) * 128 + 8 * n + 2 * t + i % 2;
+            to[0] = along[n][i], to[64] = across[n][i];
+        }
 }
 extern "C" __global__ void __cluster_dims__(2) __launch_bounds__(32) swap(int* out) {
     __shared__ int held[32];
@@ -157,6 +186,14 @@ def test_tensor_core_multiplies() -> None:
     out = np.zeros((16, 10), np.float32)
     KERNELS.launch("multiply", 1, 32, (a, b, out, np.int32(10)))
     np.testing.assert_allclose(out[:, :8], a.astype(np.float64) @ b.astype(np.float64), rtol=1e-5, atol=1e-5)
+
+
+def test_warpgroup_multiplies_what_registers_hold_with_rows_or_columns() -> None:
+    a, b = np.random.default_rng(1).standard_normal((2, 64, 64)).astype(np.float16)
+    out = np.zeros((64, 128), np.float32)
+    KERNELS.launch("multiply_held", 1, 128, (TensorMap(b, (64, 64)), a, out), shared=8192 + 8)
+    wide = a.astype(np.float64)
+    np.testing.assert_allclose(out, np.concatenate([wide @ b.T, wide @ b], axis=1), rtol=1e-5, atol=1e-5)
 
 
 def test_blocks_of_a_cluster_read_each_other() -> None:

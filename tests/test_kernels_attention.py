@@ -8,15 +8,17 @@ import cuda_on_cpu
 import numpy as np
 import op_cases
 import pytest
-from cuda_on_cpu import Kernels
+from cuda_on_cpu import Kernels, TensorMap
 from op_cases import TOLERANCE, Arguments, Array, Case
 
-from lightseq_backend.ops import cpu
+from lightseq_backend.ops import cpu, warpgroup_launch
+from lightseq_backend.ops.linear_launch import Device
 
 pytestmark = pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")
 
 PRECISIONS = ("float32", "float16")
 KERNELS: dict[tuple[str, int, str], Kernels] = {}
+HOPPER = Device(90, 132, 227 * 1024)
 TENSOR_HEAD = 64  # the head size that tensor_attention.cu is for
 STEP_OPERATIONS = ("decode_attention", "cross_attention")
 OPERATIONS = (*STEP_OPERATIONS, "packed_attention", "store")
@@ -102,13 +104,28 @@ def cross_attention(
 
 def packed_attention(
     precision: str, qkv: Array, starts: Array, heads: int, causal: bool, out: Array, tensor: bool = False,
-    blocks: int = 0, paired: bool = False,
+    blocks: int = 0, paired: bool = False, hopper: bool = False,
 ) -> None:  # fmt: skip
+    """hopper: by the kernel for it alone."""
     sequences = len(starts) - 1
+    if hopper:
+        warpgroup_attention(qkv, starts, heads, causal, out, blocks, paired)
+        return
     kernels(out.shape[1] // heads, precision).launch(
         "packed_attention_tensor" if tensor else "packed_attention",
         (heads, blocks or len(out) // (64 << paired) + sequences), 128 if tensor else 256,
         (qkv, starts, out, *(np.int32(value) for value in (sequences, heads, causal, paired))),
+    )  # fmt: skip
+
+
+def warpgroup_attention(
+    qkv: Array, starts: Array, heads: int, causal: bool, out: Array, blocks: int, paired: bool
+) -> None:
+    sequences, box = len(starts) - 1, warpgroup_launch.ATTENDED_BOX
+    plan, _ = warpgroup_launch.attention_plan(HOPPER, len(out), sequences, heads, causal)
+    Kernels("warpgroup_attention.cu", **dict(plan.definitions)).launch(
+        "warpgroup_attention", (heads, blocks or len(out) // (box << paired) + sequences), plan.threads,
+        (TensorMap(qkv, (64, box)), qkv, starts, out, *map(np.int32, (sequences, heads, causal, paired))), plan.shared,
     )  # fmt: skip
 
 
@@ -182,38 +199,82 @@ def test_packed_attention_on_tensor_cores_computes_what_the_cpu_does(case: Case,
 
 
 @pytest.mark.parametrize("paired", [False, True])
-@pytest.mark.parametrize("tensor", [False, True])
-def test_packed_attention_of_a_sequence_does_not_depend_on_the_others(tensor: bool, paired: bool) -> None:
+@pytest.mark.parametrize("case", PACKED, ids=str)
+def test_packed_attention_by_warpgroups_computes_what_the_cpu_does(case: Case, paired: bool) -> None:
+    arguments = placed(of_head_size(case, 64), "float16")
+    expected = wanted("packed_attention", arguments)
+    packed_attention("float16", **arguments, hopper=True, paired=paired and arguments["causal"])
+    check(case, arguments, expected, "float16")
+
+
+PACKED_WAYS: list[dict[str, Any]] = [{}, {"tensor": True}, {"hopper": True}]
+
+
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("way", PACKED_WAYS, ids=str)
+def test_packed_attention_of_a_sequence_does_not_depend_on_the_others(way: dict[str, Any], paired: bool) -> None:
     random = np.random.default_rng(2)
     own = random.standard_normal((150, 3 * 64)).astype(np.float16)
     alone, out = np.empty((150, 64), np.float16), np.empty((150 + 33 + 5, 64), np.float16)
-    packed_attention("float16", own, np.array([0, 150], np.int32), 1, True, alone, tensor)
+    packed_attention("float16", own, np.array([0, 150], np.int32), 1, True, alone, **way)
     rest = random.standard_normal((33 + 5, 3 * 64)).astype(np.float16)
     together = np.concatenate([rest[:33], own, rest[33:]])
-    packed_attention("float16", together, np.array([0, 33, 183, 188], np.int32), 1, True, out, tensor, paired=paired)
+    starts = np.array([0, 33, 183, 188], np.int32)
+    packed_attention("float16", together, starts, 1, True, out, paired=paired, **way)
     assert np.array_equal(out[33:183], alone)
 
 
+@pytest.mark.parametrize("way", PACKED_WAYS, ids=str)
+def test_packed_attention_heeds_no_number_of_other_sequences(way: dict[str, Any]) -> None:
+    """Not even what is none: a text whose model overflowed must not spoil the next one in memory."""
+    starts = np.array([0, 40, 110, 150], np.int32)
+    qkv = np.random.default_rng(6).standard_normal((150, 3 * 64)).astype(np.float16)
+    alone, out = np.empty((70, 64), np.float16), np.empty((150, 64), np.float16)
+    packed_attention("float16", qkv[40:110].copy(), np.array([0, 70], np.int32), 1, False, alone, **way)
+    qkv[:40] = qkv[110:] = np.nan
+    packed_attention("float16", qkv, starts, 1, False, out, **way)
+    assert np.array_equal(out[40:110], alone)
+
+
+@pytest.mark.parametrize("way", PACKED_WAYS[1:], ids=str)
 @pytest.mark.parametrize(("causal", "paired"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("blocks", [0, 2])
-@pytest.mark.parametrize("sequences", [[0], [0, 0, 64, 1], [63, 65, 0, 129, 64], [128], [200, 0, 300], [1] * 70])
+@pytest.mark.parametrize(
+    "sequences",
+    [[0], [0, 0, 64, 1], [63, 65, 0, 129, 64], [128], [200, 0, 300], [1] * 70, [3] * 140 + [0] * 400, [70] + [0] * 300],
+)
 def test_packed_attention_has_a_block_for_every_query_of_every_sequence(
-    sequences: list[int], blocks: int, causal: bool, paired: bool
+    sequences: list[int], blocks: int, causal: bool, paired: bool, way: dict[str, Any]
 ) -> None:
-    starts = np.cumsum([0, *sequences]).astype(np.int32)
-    qkv = np.random.default_rng(0).standard_normal((starts[-1], 3 * 16)).astype(np.float16)
+    starts, size = np.cumsum([0, *sequences]).astype(np.int32), 64 if "hopper" in way else 16
+    qkv = np.random.default_rng(0).standard_normal((starts[-1], 3 * size)).astype(np.float16)
     arguments: Arguments = {
         "qkv": qkv,
         "starts": starts,
         "heads": 1,
         "causal": causal,
-        "out": np.full_like(qkv[:, :16], np.nan),
+        "out": np.full_like(qkv[:, :size], np.nan),
     }
     if len(arguments["out"]) == 0:
-        arguments["qkv"], arguments["out"] = np.zeros((1, 48), np.float16), np.zeros((1, 16), np.float16)
+        arguments["qkv"], arguments["out"] = np.zeros((1, 3 * size), np.float16), np.zeros((1, size), np.float16)
     expected = wanted("packed_attention", arguments)
-    packed_attention("float16", **arguments, tensor=True, blocks=blocks, paired=paired)
+    packed_attention("float16", **arguments, blocks=blocks, paired=paired, **way)
     assert np.abs(arguments["out"].astype(np.float32) - expected["out"]).max() < TOLERANCE["float16"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "sequences", "heads", "causal", "paired", "blocks", "together"),
+    [(4096, 4096, 12, True, True, 33, 3), (4096, 4096, 25, True, True, 32, 4), (2816, 4, 12, True, True, 22, 2),
+     (4096, 8, 12, False, False, 64, 5), (512, 1, 12, True, False, 9, 5), (512, 512, 12, True, False, 44, 5),
+     (192, 8, 16, False, False, 11, 5), (192, 192, 16, False, False, 33, 5), (100, 100, 12, True, False, 44, 5)],
+)  # fmt: skip
+def test_blocks_of_attention_have_enough_to_do_and_room(
+    rows: int, sequences: int, heads: int, causal: bool, paired: bool, blocks: int, together: int
+) -> None:
+    """together: blocks that have room on a multiprocessor, of 132 KiB of which each block takes one more."""
+    plan, in_pairs = warpgroup_launch.attention_plan(HOPPER, rows, sequences, heads, causal)
+    assert (in_pairs, plan.grid) == (paired, (heads, blocks, 1))
+    assert 132 * 1024 // (plan.shared + 1024) == together
 
 
 def a_row_alone(case: Case, arguments: Arguments, row: int) -> Arguments:

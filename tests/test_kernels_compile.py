@@ -91,6 +91,11 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
             for inner in (768, 1600)
             if warpgroup_launch.can_score(device, inner, half=True)
         ],
+        "warpgroup_attention.cu": [
+            dict(warpgroup_launch.attention_plan(device, 4096, 8, 12, causal=True)[0].definitions)
+            for head in (64,)
+            if warpgroup_launch.can_attend(device, head, half=True)
+        ],
     }
 
 
@@ -117,7 +122,8 @@ def test_kernels_compile(architecture: int) -> None:
             assert kernels, (source, definition)
 
 
-HOT = ("linear", "attention", "tensor_attention", "vocabulary", "warpgroup", "warpgroup_vocabulary", "warpgroup_scores")
+GROUPS = ("warpgroup", "warpgroup_vocabulary", "warpgroup_scores", "warpgroup_attention")
+HOT = ("linear", "attention", "tensor_attention", "vocabulary", *GROUPS)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -149,7 +155,7 @@ def registers_of_weights_and_sums(build: dict[str, Any]) -> int:
 
 
 def test_products_of_warpgroups_keep_sums_in_registers_and_do_not_wait_for_each_other() -> None:
-    for source in ("warpgroup.cu", "warpgroup_vocabulary.cu", "warpgroup_scores.cu"):
-        for definition, kernels in compiled(source, 90):
+    for source in GROUPS:
+        for definition, kernels in compiled(f"{source}.cu", 90):
             for name, resources in kernels.items():
                 assert (resources.stack, resources.serialized) == (0, False), (name, definition)

@@ -36,7 +36,8 @@ PRECISIONS: dict[str, np.dtype[Any]] = {  # of all but the weights of products, 
 }
 SEARCHED_ROWS = 64  # up to so many rows the vocabulary goes through vocabulary.cu, above through cuBLAS
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2, "gelu_erf": 3, "silu": 4}
-_ARCHITECTURES = dict.fromkeys(("warpgroup", "warpgroup_vocabulary", "warpgroup_scores"), warpgroup_launch.ARCHITECTURE)
+_GROUPS = ("warpgroup", "warpgroup_vocabulary", "warpgroup_scores", "warpgroup_attention")
+_ARCHITECTURES = dict.fromkeys(_GROUPS, warpgroup_launch.ARCHITECTURE)
 _RESERVE = 128 << 20  # bytes; graphs, the kernels' code and work space are made after all else
 _NORMED_ROWS = 512  # up to so many rows layer_norm has a block a row, above a warp a row, with the same results
 _QUERIES = 64  # queries that one block of packed_attention takes
@@ -306,6 +307,15 @@ class Cuda:
 
     def packed_attention(self, qkv: Array, starts: Array, heads: int, causal: bool, out: Array) -> None:
         size, sequences = out.shape[1] // heads, len(starts) - 1
+        if warpgroup_launch.can_attend(self._limits, size, self._half):
+            plan, paired = warpgroup_launch.attention_plan(self._limits, len(qkv), sequences, heads, causal)
+            box = _tensor_map(qkv, warpgroup_launch.ATTENDED_BOX)
+            self._launch(
+                "warpgroup_attention", "warpgroup_attention", plan.grid, plan.threads,
+                (box, qkv, starts, out, sequences, heads, int(causal), int(paired)),
+                shared=plan.shared, **dict(plan.definitions),
+            )  # fmt: skip
+            return
         tensor = self._half and self._limits.capability >= 75 and size % 8 == 0
         # Blocks of two tiles of queries, a short and a long one, where that leaves enough of them.
         paired = causal and len(qkv) // _QUERIES * heads >= 4 * self._limits.multiprocessors

@@ -21,6 +21,11 @@ _SEARCHED_WIDTH = 1024  # of x
 SCORED_BOX = 128  # rows of x or of the weight that one copy of warpgroup_scores.cu brings
 _LEAST_SCORED = 256  # rows
 _SCORED_IDS, _SCORING_PAIR, _SCORING_DEPTH = 256, 2, 4
+ATTENDED_BOX = 64  # rows of queries, keys or values that a block of warpgroup_attention.cu has at a time
+_HEAD, _ATTENDING = 64, 128  # numbers of a head, threads
+_ATTENDING_TOGETHER = 4  # blocks for which a multiprocessor has registers
+# Bytes of shared memory: of a multiprocessor where half of its memory is to be that; of a block, beside its own.
+_ATTENDING_ROOM, _RESERVED = 132 << 10, 1 << 10
 _HALF, _NO_INTERLEAVE, _SWIZZLE_128, _PROMOTE_128, _FILL_ZEROS = 6, 0, 3, 2, 0  # CUtensorMap*
 
 
@@ -165,6 +170,31 @@ def scores_plan(device: Device, rows: int, inner: int, vocabulary: int) -> Plan:
     definitions = {"HALF": 1, "INNER": inner, "DEPTH": depth}
     grid, cluster = (_SCORING_PAIR * pairs, 1, 1), (_SCORING_PAIR, 1, 1)
     return Plan(tuple(definitions.items()), grid, cluster, shared, 2 * SCORED_BOX + _LOADING)
+
+
+def can_attend(device: Device, head: int, half: bool) -> bool:
+    """Whether there is a kernel for packed sequences with heads of that many numbers."""
+    return device.capability == 90 and half and head == _HEAD
+
+
+def attention_plan(device: Device, rows: int, sequences: int, heads: int, causal: bool) -> tuple[Plan, bool]:
+    """The launch for packed sequences, which no result depends on, and whether blocks take queries in pairs of tiles, a
+    short and a long one: where that leaves enough of them. sequences: at most; some may be empty.
+
+    All pairs have as much to do, so that multiprocessors should have as many of them, too: where those are few, no more
+    have room together. Blocks that may find nothing to do are launched only as far as they have room beside the others:
+    else they queue up for the few places that are free, one after another.
+    """
+    paired = causal and rows // ATTENDED_BOX * heads >= 4 * device.multiprocessors
+    queries = ATTENDED_BOX << paired
+    least = -(-rows // queries)
+    shared, together = 3 * (ATTENDED_BOX * _HEAD * 2 + 8), _ATTENDING_TOGETHER
+    if paired:
+        together = min(together, -(-least * heads // device.multiprocessors))
+        shared = max(shared, _ATTENDING_ROOM // (together + 1) - _RESERVED + 1)
+    blocks = max(least, min(rows // queries + sequences, together * device.multiprocessors // heads))
+    definitions = (("HALF", 1), ("HEAD_SIZE", _HEAD))
+    return Plan(definitions, (heads, blocks, 1), (1, 1, 1), shared, _ATTENDING), paired
 
 
 def tensor_map(

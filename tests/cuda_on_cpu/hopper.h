@@ -128,6 +128,7 @@ inline unsigned long long plain_operand(const void* at, int along) {
     return (unsigned long long)at | (unsigned long long)(along / 16) << 48;
 }
 inline unsigned long long swizzled_operand(const void* at) { return (unsigned long long)at | 0xFFFFull << 48; }
+inline unsigned long long across_operand(const void* at) { return (unsigned long long)at | 0x8000ull << 48; }
 inline unsigned long long further(unsigned long long operand, int bytes) { return operand + bytes; }
 inline int uniform_warp() { return cuda_on_cpu::current->thread / 32; }
 
@@ -136,9 +137,22 @@ namespace cuda_on_cpu {
 inline float operand(unsigned long long operand, int row, int k) {
     uintptr_t at = operand & 0xFFFFFFFFFFFFull;
     unsigned along = operand >> 48;
+    if (along == 0x8000) fail("a product reads an operand as what it is not");
     if (along != 0xFFFF) return __half2float(*(__half*)(at + k / 8 * along * 16 + row * 16 + k % 8 * 2));
     uintptr_t address = at + row * 128 + k * 2;  // the swizzle is a function of the address's bits
     return __half2float(*(__half*)(address ^ (address >> 7 & 7) << 4));
+}
+// Number k of column `column` of an operand whose rows are along the sum.
+inline float operand_across(unsigned long long operand, int column, int k) {
+    if (operand >> 48 != 0x8000) fail("a product reads an operand as what it is not");
+    uintptr_t address = (operand & 0xFFFFFFFFFFFFull) + k * 128 + column * 2;
+    return __half2float(*(__half*)(address ^ (address >> 7 & 7) << 4));
+}
+// Number k of a row of a warp's sixteen that is in the registers of its lanes.
+inline float operand_held(Fiber* const* lanes, size_t number, int row, int k) {
+    const Multiplication& one = lanes[row % 8 * 4 + k % 8 / 2]->multiplications.front()[number];
+    __half2 pair = bits<__half2>(one.registers[row / 8 + k / 8 * 2]);
+    return __half2float(k % 2 ? pair.y : pair.x);
 }
 
 // The groups of a warpgroup's multiplications but the last `pending`: alike for all of its 128 threads.
@@ -153,7 +167,11 @@ inline void finish_multiplications(std::vector<Fiber*>& threads) {
                         int row = fiber->thread % 128 / 32 * 16 + fiber->lane / 4 + j / 2 * 8;
                         int column = tile * 8 + fiber->lane % 4 * 2 + j % 2;
                         float sum = 0;
-                        for (int k = 0; k < 16; k++) sum += operand(one.a, row, k) * operand(one.b, column, k);
+                        for (int k = 0; k < 16; k++) {
+                            float a = one.held ? operand_held(&threads[row / 16 * 32], i, row % 16, k)
+                                               : operand(one.a, row, k);
+                            sum += a * (one.across ? operand_across(one.b, column, k) : operand(one.b, column, k));
+                        }
                         one.d[tile][j] += sum;
                     }
             }
@@ -166,7 +184,13 @@ inline void warpgroup_begin() {}
 inline void warpgroup_commit() { cuda_on_cpu::current->multiplications.push_back({}); }
 template <int tiles>
 void warpgroup_multiply(float (&d)[tiles][4], unsigned long long a, unsigned long long b) {
-    cuda_on_cpu::current->multiplications.back().push_back({d, tiles, a, b});
+    cuda_on_cpu::current->multiplications.back().push_back({d, tiles, a, b, false, false, {}});
+}
+inline void warpgroup_multiply(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b) {
+    cuda_on_cpu::current->multiplications.back().push_back({d, 8, 0, b, false, true, {a[0], a[1], a[2], a[3]}});
+}
+inline void warpgroup_multiply_across(float (&d)[8][4], const unsigned (&a)[4], unsigned long long b) {
+    cuda_on_cpu::current->multiplications.back().push_back({d, 8, 0, b, true, true, {a[0], a[1], a[2], a[3]}});
 }
 template <int pending> void warpgroup_wait(CUDA_ON_CPU_HERE) {
     size_t data = pending;

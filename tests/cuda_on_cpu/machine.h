@@ -98,6 +98,8 @@ struct Multiplication {  // of a warpgroup, as a thread asked for it
     float (*d)[4];
     int tiles;
     unsigned long long a, b;
+    bool across, held;      // b's rows are along the sum; a is in registers
+    unsigned registers[4];  // what they held
 };
 
 struct Block;

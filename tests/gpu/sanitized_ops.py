@@ -22,6 +22,7 @@ from lightseq_backend.ops.launch import Kernel
 LARGE_PRODUCT = "241x257x99"
 GROUP_PRODUCT = "50x192x5504"  # kernels/warpgroup.cu
 GROUP_HEAD = op_cases.Shape(40, 1024, 500)  # kernels/warpgroup_vocabulary.cu
+ATTENTION = "300 64/1"  # kernels/warpgroup_attention.cu
 WIDEST = 1000  # of a vocabulary
 MORE_HEADS = (op_cases.Shape(70, 64, 257), op_cases.Shape(99, 64, 264, transposed=True, bias=False))  # rows of cuBLAS
 
@@ -30,7 +31,7 @@ def small_cases(most: int) -> list[op_cases.Case]:
     """Those of up to so many bytes, and of every operation the smallest."""
     op_cases.HEADS = (*(shape for shape in op_cases.HEADS if shape.wide <= WIDEST), *MORE_HEADS)
     cases = op_cases.cases()
-    extra = {LARGE_PRODUCT, GROUP_PRODUCT, str(GROUP_HEAD), *(str(shape) for shape in MORE_HEADS)}
+    extra = {LARGE_PRODUCT, GROUP_PRODUCT, ATTENTION, str(GROUP_HEAD), *(str(shape) for shape in MORE_HEADS)}
     least: dict[str, int] = {}
     for case in cases:
         least[case.op] = min(case.bytes(), least.get(case.op, case.bytes()))

@@ -312,7 +312,7 @@ class Lt:
 
     def cublasLtMatmulAlgoGetHeuristic(self, *arguments: Any) -> int:
         *_, found, count = arguments
-        found._obj.state, count._obj.value = self._state, 1
+        found[0].state, count._obj.value = self._state, 1
         return 0
 
 

@@ -48,7 +48,7 @@ BESIDE = {"lightseq_backend.weights", "lightseq_backend.export", "lightseq_backe
 # Who may import what comes from outside, by the first word of its name.
 ONLY_IN = {
     "fairseq": ("lightseq_backend.export",),
-    "cupy": ("lightseq_backend.ops.cuda", "lightseq_backend.ops.launch", "lightseq_backend.ops.transfer"),
+    "cupy": tuple(f"lightseq_backend.ops.{name}" for name in ("cuda", "launch", "quickest", "transfer")),
     "h5py": ("lightseq_backend.weights",),
     "torch": ("lightseq_backend.export",),
     "transformers": ("lightseq_backend.export",),

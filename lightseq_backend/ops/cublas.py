@@ -7,12 +7,16 @@ no handle bound to a stream. CuPy's own wrapper has no such epilogues and refuse
 from __future__ import annotations
 
 import ctypes
+import functools
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from lightseq_backend.errors import ConfigError
+from lightseq_backend.ops.quickest import quickest
 
 WORKSPACE = 32 << 20  # bytes; what NVIDIA advises for Hopper
 _TYPE = {"float32": 0, "float16": 2}  # CUDA_R_32F, CUDA_R_16F
@@ -22,6 +26,9 @@ _PLAIN, _BIAS = 1, 4  # cublasLtEpilogue_t
 _ACTIVATIONS = {"none": 0, "relu": 2, "gelu": 32}  # its GELU is the tanh form
 _MOST_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)  # cublasLtMatmulPreferenceAttributes_t; of A, B, C, D
 _ALIGNED = 256  # bytes; no algorithm wants more
+# cuBLAS proposes by what it knows, not by what it measures: on an H200 its first proposal for some hundreds of rows
+# takes up to half as long again as its best. For so many rows the first few are measured.
+_MEASURED, _PROPOSALS = 512, 8
 
 
 class _Algorithm(ctypes.Structure):
@@ -96,25 +103,31 @@ class Cublas:
         if activation in _ACTIVATIONS:
             epilogue = _ACTIVATIONS[activation] | (0 if bias is None else _BIAS) or _PLAIN
         operands = (weight, x, out if residual is None else residual, out)
-        plan = self._plan(x, operands, wide, transposed, epilogue)
+        beta = 0.0 if residual is None else 1.0
+        plan = self._plan(x, operands, wide, transposed, epilogue, bias, beta)
         if plan is None and epilogue != _PLAIN:
-            epilogue, plan = _PLAIN, self._plan(x, operands, wide, transposed, _PLAIN)
+            epilogue, plan = _PLAIN, self._plan(x, operands, wide, transposed, _PLAIN, bias, beta)
         if plan is None:
             raise RuntimeError(f"cuBLAS has no product of {x.shape} and {weight.shape} in {x.dtype.name}")
         if epilogue & _BIAS:
             self._describe(plan.description, _BIAS_POINTER, ctypes.c_void_p(bias.data.ptr))
-        addresses = [ctypes.c_void_p(operand.data.ptr) for operand in operands]
-        one, beta = ctypes.c_float(1.0), ctypes.c_float(0.0 if residual is None else 1.0)
-        of_weight, of_x, of_residual, of_out = plan.layouts
-        self._call(
-            "cublasLtMatmul", self._handle, plan.description,
-            ctypes.byref(one), addresses[0], of_weight, addresses[1], of_x,
-            ctypes.byref(beta), addresses[2], of_residual, addresses[3], of_out,
-            ctypes.byref(plan.algorithm), self._workspace, ctypes.c_size_t(WORKSPACE), self._stream,
-        )  # fmt: skip
+        self._run(plan, plan.algorithm, [operand.data.ptr for operand in operands], beta)
         return epilogue != _PLAIN or (bias is None and activation == "none")
 
-    def _plan(self, x: Any, operands: tuple[Any, ...], wide: int, transposed: bool, epilogue: int) -> _Plan | None:
+    def _run(self, plan: _Plan, algorithm: _Algorithm, addresses: list[int], beta: float) -> None:
+        """addresses: of the weight, x, the residual, out."""
+        of_weight, of_x, of_residual, of_out = plan.layouts
+        at_weight, at_x, at_residual, at_out = map(ctypes.c_void_p, addresses)
+        self._call(
+            "cublasLtMatmul", self._handle, plan.description,
+            ctypes.byref(ctypes.c_float(1.0)), at_weight, of_weight, at_x, of_x,
+            ctypes.byref(ctypes.c_float(beta)), at_residual, of_residual, at_out, of_out,
+            ctypes.byref(algorithm), self._workspace, ctypes.c_size_t(WORKSPACE), self._stream,
+        )  # fmt: skip
+
+    def _plan(
+        self, x: Any, operands: tuple[Any, ...], wide: int, transposed: bool, epilogue: int, bias: Any, beta: float
+    ) -> _Plan | None:
         rows, inner = x.shape
         strides = [operand.strides[0] // operand.itemsize for operand in operands]
         alignments = [min(_ALIGNED, operand.data.ptr & -operand.data.ptr) for operand in operands]
@@ -124,11 +137,26 @@ class Cublas:
             (alignments[0], alignments[1], alignments[2], alignments[3]), epilogue,
         )  # fmt: skip
         if key not in self._plans:
-            self._plans[key] = self._make(key)
+            plan, proposals = self._make(key) or (None, [])
+            if plan is not None and rows >= _MEASURED and len(proposals) > 1:
+                if epilogue & _BIAS:
+                    self._describe(plan.description, _BIAS_POINTER, ctypes.c_void_p(bias.data.ptr))
+                plan = self._quickest(plan, proposals, operands, beta)
+            self._plans[key] = plan
         return self._plans[key]
 
-    def _make(self, product: _Product) -> _Plan | None:
-        """The first algorithm that cuBLAS proposes; None where it has none."""
+    def _quickest(self, plan: _Plan, proposals: list[_Algorithm], operands: tuple[Any, ...], beta: float) -> _Plan:
+        """The plan with the quickest of the algorithms, of which the plan has the first."""
+        addresses = [operand.data.ptr for operand in operands]
+        if beta:  # what is added may lie where the sum goes
+            out = operands[3]
+            scratch = type(out)(out.strides[0] * len(out), np.uint8)
+            addresses[3] = scratch.data.ptr
+        ways = [functools.partial(self._run, plan, algorithm, addresses, beta) for algorithm in proposals]
+        return replace(plan, algorithm=proposals[quickest(ways, self._stream.value or 0)])
+
+    def _make(self, product: _Product) -> tuple[_Plan, list[_Algorithm]] | None:
+        """A plan with the first of the algorithms that cuBLAS proposes, and the first few; None where it has none."""
         description = ctypes.c_void_p()
         self._call("cublasLtMatmulDescCreate", ctypes.byref(description), self._compute, _TYPE["float32"])
         self._describe(description, _TRANSPOSE, ctypes.c_int32(product.transposed))
@@ -143,12 +171,12 @@ class Cublas:
         self._prefer(preference, _MOST_WORKSPACE, ctypes.c_uint64(WORKSPACE))
         for attribute, alignment in zip(_ALIGNMENTS, product.alignments):
             self._prefer(preference, attribute, ctypes.c_uint32(alignment))
-        found, count = _Found(), ctypes.c_int()
+        found, count = (_Found * _PROPOSALS)(), ctypes.c_int()
         status = self._library.cublasLtMatmulAlgoGetHeuristic(
-            self._handle, description, *layouts, preference, 1, ctypes.byref(found), ctypes.byref(count)
+            self._handle, description, *layouts, preference, _PROPOSALS, found, ctypes.byref(count)
         )
-        usable = not status and count.value and not found.state
-        return _Plan(description, layouts, found.algorithm) if usable else None
+        usable = [] if status else [one.algorithm for one in found[: count.value] if not one.state]
+        return (_Plan(description, layouts, usable[0]), usable) if usable else None
 
     def _layout(self, kind: str, shape: tuple[int, int], stride: int) -> ctypes.c_void_p:
         layout = ctypes.c_void_p()

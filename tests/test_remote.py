@@ -421,6 +421,22 @@ def test_who_reads_stays_awake_for_a_request_that_is_alone(
     assert len(looks) - before <= 1
 
 
+def test_answer_of_a_request_alone_is_announced(start: Callable[..., RemoteEngine]) -> None:
+    """So that whoever sends it can rehearse; an error there harms nobody."""
+    engine, told = start("pass", awake=0.001), []
+
+    def soon() -> None:
+        told.append(len(engine._requests))
+        raise RuntimeError("not now")
+
+    engine.soon = soon
+    Asked(engine, [ROW, ROW]).answers()
+    assert told == []
+    assert isinstance(Asked(engine, [ROW]).answers()[0], Output)
+    assert isinstance(Asked(engine, [ROW]).answers()[0], Output)
+    assert told == [1, 1]
+
+
 def test_waiting_counts_from_a_requests_own_arrival(engine: RemoteEngine) -> None:
     looked_at(engine)
     engine.timings.clear()

@@ -185,6 +185,11 @@ class Link:
         return messages
 
 
+def again(message: Any) -> Any:
+    """A message as it arrives at the other end."""
+    return _message(pickle.loads(pickle.dumps(_plain(message), pickle.HIGHEST_PROTOCOL)))
+
+
 _SUBMIT, _PROGRESS, _OUTPUT = "submit", "progress", "output"
 
 

@@ -66,6 +66,7 @@ class TritonPythonModel:
         self._drain_seconds = settings.times["drain_seconds"]
         self._callers = Callers(self._engine.cancel)
         self._replies = Replies(self._wire, self._engine.model_config, self._callers.leave, self._callers.alone)
+        self._engine.soon = self._replies.rehearse
         self._replies.start()
         self._callers.start()
         metrics = Metrics(self._engine, self._replies.outcomes, labels)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -38,6 +38,8 @@ class RemoteEngine:
 
     To be made on a thread that lasts: the process ends with the one that made it, as with all of this process.
 
+    soon: what to call, on that thread, while an answer is on its way that nobody else waits beside.
+
     Raises what the engine raises when it is made: ConfigError, WeightError, RequestError; RuntimeError where its
     process ends. Its counts and what it says of its queue are as old as the last answer to `expire`.
     """
@@ -55,6 +57,8 @@ class RemoteEngine:
         self._told: deque[DecodingOptions] = deque()
         self._places: dict[int, int] = {}  # of those, by id()
         self._show(link.Status())
+        self.soon: Callable[[], None] = lambda: None
+        self._latest: link.Reply | None = None
         self._awake = 0.0  # until when who reads does not sleep, by time.monotonic()
         self._looked: float | None = None  # when a look was asked for that has not come
         self._heard = threading.Event()  # that it has
@@ -261,9 +265,11 @@ class RemoteEngine:
 
     def _heed(self, message: Any) -> None:
         if isinstance(message, link.Reply):
+            self._latest = message
             self._answer(message.number, message.result)
         elif isinstance(message, link.Soon):
             self._awake = time.monotonic() + AWAKE
+            self._rehearse()
         elif isinstance(message, link.Progress):
             request = self._requests.get(message.number)
             if request is not None and request.progress is not None:
@@ -278,6 +284,15 @@ class RemoteEngine:
             self.fault = self.fault or message.reason
         elif isinstance(message, link.Log):
             log.log(message.level, message.text)
+
+    def _rehearse(self) -> None:
+        """Does with the last answer what will be to do with the next: Replies.rehearse says why."""
+        if self._latest is not None:
+            link.again(self._latest)
+        try:
+            self.soon()
+        except Exception:
+            log.exception("an answer could not be rehearsed")
 
     def _answer(self, number: int, result: Any) -> None:
         request = self._take(number)

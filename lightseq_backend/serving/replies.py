@@ -29,6 +29,7 @@ ANSWERED, REFUSED, OVERLOADED, FAILED, CANCELLED, LATE = OUTCOMES = (
 MOST_UNSENT = 4096  # requests with results; beside them there are those that wait and those that decode
 # A round trip takes a good half of a millisecond, nearly all of it waiting: one thread sends 1,400 answers a second.
 COURIERS = 8
+REHEARSED = 512  # ids of an answer that is rehearsed: the next one must not have to wait for that
 Result = Output | Exception
 
 
@@ -67,6 +68,7 @@ class Replies:
         self._arrived: SimpleQueue[Ticket | None] = SimpleQueue()  # each of them once
         self._couriers = [threading.Thread(target=self._deliver, name="replies", daemon=True) for _ in range(COURIERS)]
         self._lock = threading.Lock()  # guards outcomes, and which tickets are taken
+        self._last: Ticket | None = None  # that was answered and can be written again
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
 
     def start(self) -> None:
@@ -109,6 +111,12 @@ class Replies:
     def confirm(self, sender: Any) -> None:
         """Answers that what was asked for is done, without any tensors, soon."""
         self._put(Ticket(sender, []), 0, Output())
+
+    def rehearse(self) -> None:
+        """Writes the last short answer of one row once more, for nobody: what has not run for some milliseconds has
+        left the processor's caches, and takes some times as long."""
+        if self._last is not None:
+            self._response(self._last)
 
     def close(self) -> None:
         """Sends what has arrived, then ends the threads."""
@@ -175,6 +183,9 @@ class Replies:
             ticket.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception:
             log.exception("an answer could not be sent")
+        if outcome == ANSWERED and _is_short(ticket):
+            ticket.sender = None  # Triton's memory goes with it
+            self._last = ticket
 
     def _response(self, ticket: Ticket) -> tuple[str, Any]:
         outputs = []
@@ -190,6 +201,13 @@ class Replies:
             self._send_tensors(ticket, ticket.parts.rest(outputs[0]))
             tensors |= ticket.parts.closing(outputs[0])
         return ANSWERED, _response_of(tensors)
+
+
+def _is_short(ticket: Ticket) -> bool:
+    if len(ticket.rows) != 1 or ticket.parts is not None:
+        return False
+    result = ticket.results[0]
+    return isinstance(result, Output) and sum(len(one.tokens) for one in result.hypotheses) <= REHEARSED
 
 
 def _response_of(tensors: dict[str, np.ndarray]) -> Any:

@@ -153,3 +153,19 @@ def test_measuring_leaves_what_is_added_to_as_it_is(monkeypatch: pytest.MonkeyPa
     lt = Lt(clock, [9.0, 3.0, 7.0])
     _, out = product(monkeypatch, lt, 512, residual=True)
     assert [call for call in lt.calls if call[1] == out.data.ptr] == [(1, out.data.ptr)]
+
+
+def test_first_proposal_stays_where_there_is_no_memory_to_try_others(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock
+) -> None:
+    make = Array.__init__
+
+    def full(self: Array, shape: Any, dtype: Any = np.float16) -> None:
+        if dtype is np.uint8:
+            raise MemoryError("no bytes are left")
+        make(self, shape, dtype)
+
+    monkeypatch.setattr(Array, "__init__", full)
+    lt = Lt(clock, [9.0, 3.0, 7.0])
+    _, out = product(monkeypatch, lt, 512, residual=True)
+    assert lt.calls == [(0, out.data.ptr)]

@@ -146,11 +146,15 @@ class Cublas:
         return self._plans[key]
 
     def _quickest(self, plan: _Plan, proposals: list[_Algorithm], operands: tuple[Any, ...], beta: float) -> _Plan:
-        """The plan with the quickest of the algorithms, of which the plan has the first."""
+        """The plan with the quickest of the algorithms, of which the plan has the first; that, where there is no memory
+        for trying them."""
         addresses = [operand.data.ptr for operand in operands]
         if beta:  # what is added may lie where the sum goes
             out = operands[3]
-            scratch = type(out)(out.strides[0] * len(out), np.uint8)
+            try:
+                scratch = type(out)(out.strides[0] * len(out), np.uint8)
+            except MemoryError:  # CuPy's own is one
+                return plan
             addresses[3] = scratch.data.ptr
         ways = [functools.partial(self._run, plan, algorithm, addresses, beta) for algorithm in proposals]
         return replace(plan, algorithm=proposals[quickest(ways, self._stream.value or 0)])

@@ -96,9 +96,16 @@ class Lt:
     def __init__(self, clock: Clock, times: Sequence[float], unusable: Sequence[int] = ()):
         self._clock, self._times, self._unusable = clock, times, unusable
         self.calls: list[tuple[int, int]] = []  # algorithm, address that it wrote to
+        self._bias = 0
+        self.biases: set[int] = set()  # addresses of what was added
 
     def __getattr__(self, name: str) -> Any:
         return lambda *arguments: 0
+
+    def cublasLtMatmulDescSetAttribute(self, description: Any, attribute: int, value: Any, size: Any) -> int:
+        if attribute == 8:  # CUBLASLT_MATMUL_DESC_BIAS_POINTER
+            self._bias = value._obj.value
+        return 0
 
     def cublasLtMatmulAlgoGetHeuristic(self, *arguments: Any) -> int:
         *_, asked, found, count = arguments
@@ -110,6 +117,7 @@ class Lt:
     def cublasLtMatmul(self, *arguments: Any) -> int:
         to, algorithm = arguments[10], arguments[12]._obj.data[0]
         self.calls.append((algorithm, to.value))
+        self.biases.add(self._bias)
         self._clock.passed += self._times[algorithm]
         return 0
 
@@ -118,11 +126,10 @@ def product(
     monkeypatch: pytest.MonkeyPatch, lt: Lt, rows: int, residual: bool = False, again: int = 0
 ) -> tuple[cublas.Cublas, Array]:
     monkeypatch.setattr(cublas, "_library", lambda: lt)
-    products, out = cublas.Cublas(stream=0, workspace=0), Array((rows, 16))
+    products, out, bias = cublas.Cublas(stream=0, workspace=0), Array((rows, 16)), Array(16)
     for _ in range(1 + again):
-        products.product(
-            Array((rows, 8)), Array((8, 16)), False, out, bias=Array(16), residual=out if residual else None
-        )
+        products.product(Array((rows, 8)), Array((8, 16)), False, out, bias=bias, residual=out if residual else None)
+    assert lt.biases == {bias.data.ptr}
     return products, out
 
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,11 +65,29 @@ class _Product:
     epilogue: int
 
 
+class _Operands(NamedTuple):
+    """Arrays of CuPy. added: what `beta`, 0 or 1, times is added to the product; it may be `out`."""
+
+    weight: Any
+    x: Any
+    added: Any
+    out: Any
+    bias: Any
+    beta: float
+
+    @property
+    def matrices(self) -> tuple[Any, ...]:
+        return self[:4]
+
+
 @dataclass(frozen=True)
 class _Plan:
+    """biased: whether the bias is added by it"""
+
     description: ctypes.c_void_p
     layouts: tuple[ctypes.c_void_p, ...]  # of the weight, x, the residual, out
     algorithm: _Algorithm
+    biased: bool
 
 
 class Cublas:
@@ -102,65 +120,57 @@ class Cublas:
         epilogue = _PLAIN  # where cuBLAS lacks the activation, it is left to the caller, and the bias with it
         if activation in _ACTIVATIONS:
             epilogue = _ACTIVATIONS[activation] | (0 if bias is None else _BIAS) or _PLAIN
-        operands = (weight, x, out if residual is None else residual, out)
-        beta = 0.0 if residual is None else 1.0
-        plan = self._plan(x, operands, wide, transposed, epilogue, bias, beta)
+        added, beta = (out, 0.0) if residual is None else (residual, 1.0)
+        operands = _Operands(weight, x, added, out, bias, beta)
+        plan = self._plan(operands, wide, transposed, epilogue)
         if plan is None and epilogue != _PLAIN:
-            epilogue, plan = _PLAIN, self._plan(x, operands, wide, transposed, _PLAIN, bias, beta)
+            epilogue, plan = _PLAIN, self._plan(operands, wide, transposed, _PLAIN)
         if plan is None:
             raise RuntimeError(f"cuBLAS has no product of {x.shape} and {weight.shape} in {x.dtype.name}")
-        if epilogue & _BIAS:
-            self._describe(plan.description, _BIAS_POINTER, ctypes.c_void_p(bias.data.ptr))
-        self._run(plan, plan.algorithm, [operand.data.ptr for operand in operands], beta)
+        self._run(plan, operands)
         return epilogue != _PLAIN or (bias is None and activation == "none")
 
-    def _run(self, plan: _Plan, algorithm: _Algorithm, addresses: list[int], beta: float) -> None:
-        """addresses: of the weight, x, the residual, out."""
-        of_weight, of_x, of_residual, of_out = plan.layouts
-        at_weight, at_x, at_residual, at_out = map(ctypes.c_void_p, addresses)
+    def _run(self, plan: _Plan, operands: _Operands) -> None:
+        if plan.biased:
+            self._describe(plan.description, _BIAS_POINTER, ctypes.c_void_p(operands.bias.data.ptr))
+        of_weight, of_x, of_added, of_out = plan.layouts
+        at_weight, at_x, at_added, at_out = (ctypes.c_void_p(one.data.ptr) for one in operands.matrices)
         self._call(
             "cublasLtMatmul", self._handle, plan.description,
             ctypes.byref(ctypes.c_float(1.0)), at_weight, of_weight, at_x, of_x,
-            ctypes.byref(ctypes.c_float(beta)), at_residual, of_residual, at_out, of_out,
-            ctypes.byref(algorithm), self._workspace, ctypes.c_size_t(WORKSPACE), self._stream,
+            ctypes.byref(ctypes.c_float(operands.beta)), at_added, of_added, at_out, of_out,
+            ctypes.byref(plan.algorithm), self._workspace, ctypes.c_size_t(WORKSPACE), self._stream,
         )  # fmt: skip
 
-    def _plan(
-        self, x: Any, operands: tuple[Any, ...], wide: int, transposed: bool, epilogue: int, bias: Any, beta: float
-    ) -> _Plan | None:
-        rows, inner = x.shape
-        strides = [operand.strides[0] // operand.itemsize for operand in operands]
-        alignments = [min(_ALIGNED, operand.data.ptr & -operand.data.ptr) for operand in operands]
+    def _plan(self, operands: _Operands, wide: int, transposed: bool, epilogue: int) -> _Plan | None:
+        rows, inner = operands.x.shape
+        strides = [one.strides[0] // one.itemsize for one in operands.matrices]
+        alignments = [min(_ALIGNED, one.data.ptr & -one.data.ptr) for one in operands.matrices]
         key = _Product(
-            rows, inner, wide, transposed, (x.dtype.name, operands[3].dtype.name),
+            rows, inner, wide, transposed, (operands.x.dtype.name, operands.out.dtype.name),
             (strides[0], strides[1], strides[2], strides[3]),
             (alignments[0], alignments[1], alignments[2], alignments[3]), epilogue,
         )  # fmt: skip
         if key not in self._plans:
-            plan, proposals = self._make(key) or (None, [])
-            if plan is not None and rows >= _MEASURED and len(proposals) > 1:
-                if epilogue & _BIAS:
-                    self._describe(plan.description, _BIAS_POINTER, ctypes.c_void_p(bias.data.ptr))
-                plan = self._quickest(plan, proposals, operands, beta)
-            self._plans[key] = plan
+            plans = self._make(key)
+            self._plans[key] = self._quickest(plans, operands) if plans else None
         return self._plans[key]
 
-    def _quickest(self, plan: _Plan, proposals: list[_Algorithm], operands: tuple[Any, ...], beta: float) -> _Plan:
-        """The plan with the quickest of the algorithms, of which the plan has the first; that, where there is no memory
-        for trying them."""
-        addresses = [operand.data.ptr for operand in operands]
-        if beta:  # what is added may lie where the sum goes
-            out = operands[3]
+    def _quickest(self, plans: list[_Plan], operands: _Operands) -> _Plan:
+        """The first, where rows are few or there is no memory for trying the others."""
+        if operands.x.shape[0] < _MEASURED or len(plans) == 1:
+            return plans[0]
+        if operands.beta:  # what is added may lie where the sum goes
+            out = operands.out
             try:
-                scratch = type(out)(out.strides[0] * len(out), np.uint8)
+                operands = operands._replace(out=type(out)(out.strides[0] * len(out), np.uint8))
             except MemoryError:  # CuPy's own is one
-                return plan
-            addresses[3] = scratch.data.ptr
-        ways = [functools.partial(self._run, plan, algorithm, addresses, beta) for algorithm in proposals]
-        return replace(plan, algorithm=proposals[quickest(ways, self._stream.value or 0)])
+                return plans[0]
+        ways = [functools.partial(self._run, plan, operands) for plan in plans]
+        return plans[quickest(ways, self._stream.value or 0)]
 
-    def _make(self, product: _Product) -> tuple[_Plan, list[_Algorithm]] | None:
-        """A plan with the first of the algorithms that cuBLAS proposes, and the first few; None where it has none."""
+    def _make(self, product: _Product) -> list[_Plan]:
+        """With each of the first algorithms that cuBLAS proposes; none where it has none."""
         description = ctypes.c_void_p()
         self._call("cublasLtMatmulDescCreate", ctypes.byref(description), self._compute, _TYPE["float32"])
         self._describe(description, _TRANSPOSE, ctypes.c_int32(product.transposed))
@@ -180,7 +190,7 @@ class Cublas:
             self._handle, description, *layouts, preference, _PROPOSALS, found, ctypes.byref(count)
         )
         usable = [] if status else [one.algorithm for one in found[: count.value] if not one.state]
-        return (_Plan(description, layouts, usable[0]), usable) if usable else None
+        return [_Plan(description, layouts, algorithm, bool(product.epilogue & _BIAS)) for algorithm in usable]
 
     def _layout(self, kind: str, shape: tuple[int, int], stride: int) -> ctypes.c_void_p:
         layout = ctypes.c_void_p()

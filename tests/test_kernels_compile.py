@@ -60,6 +60,7 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
         )
         if warpgroup_launch.can(device, inner, wide, half=True)
     ]
+    attention = warpgroup_launch.attention_plan(device, 4096, 8, 12, causal=True)[0].definitions
     return {
         "attention.cu": [{**precision, "HEAD_SIZE": 64} for precision in precisions],
         "embed.cu": precisions,
@@ -91,11 +92,7 @@ def builds(architecture: int) -> dict[str, list[dict[str, Any]]]:
             for inner in (768, 1600)
             if warpgroup_launch.can_score(device, inner, half=True)
         ],
-        "warpgroup_attention.cu": [
-            dict(warpgroup_launch.attention_plan(device, 4096, 8, 12, causal=True)[0].definitions)
-            for head in (64,)
-            if warpgroup_launch.can_attend(device, head, half=True)
-        ],
+        "warpgroup_attention.cu": [dict(attention)] if warpgroup_launch.can_attend(device, 64, half=True) else [],
     }
 
 

@@ -317,8 +317,7 @@ class Cuda:
             )  # fmt: skip
             return
         tensor = self._half and self._limits.capability >= 75 and size % 8 == 0
-        # Blocks of two tiles of queries, a short and a long one, where that leaves enough of them.
-        paired = causal and len(qkv) // _QUERIES * heads >= 4 * self._limits.multiprocessors
+        paired = warpgroup_launch.takes_pairs(self._limits, len(qkv), heads, causal)
         self._launch(
             "attention", "packed_attention_tensor" if tensor else "packed_attention",
             (heads, len(qkv) // (_QUERIES << paired) + min(sequences, _QUERIES)), 128 if tensor else 256,

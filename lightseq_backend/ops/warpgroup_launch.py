@@ -21,7 +21,7 @@ _SEARCHED_WIDTH = 1024  # of x
 SCORED_BOX = 128  # rows of x or of the weight that one copy of warpgroup_scores.cu brings
 _LEAST_SCORED = 256  # rows
 _SCORED_IDS, _SCORING_PAIR, _SCORING_DEPTH = 256, 2, 4
-ATTENDED_BOX = 64  # rows of queries, keys or values that a block of warpgroup_attention.cu has at a time
+ATTENDED_BOX = 64  # rows of queries, keys or values that a block of packed attention has at a time
 _HEAD, _ATTENDING = 64, 128  # numbers of a head, threads
 _ATTENDING_TOGETHER = 4  # blocks for which a multiprocessor has registers
 # Bytes of shared memory: of a multiprocessor where half of its memory is to be that; of a block, beside its own.
@@ -177,15 +177,20 @@ def can_attend(device: Device, head: int, half: bool) -> bool:
     return device.capability == 90 and half and head == _HEAD
 
 
+def takes_pairs(device: Device, rows: int, heads: int, causal: bool) -> bool:
+    """Whether blocks of attention take two tiles of queries each, a short and a long one: where that leaves enough."""
+    return causal and rows // ATTENDED_BOX * heads >= 4 * device.multiprocessors
+
+
 def attention_plan(device: Device, rows: int, sequences: int, heads: int, causal: bool) -> tuple[Plan, bool]:
-    """The launch for packed sequences, which no result depends on, and whether blocks take queries in pairs of tiles, a
-    short and a long one: where that leaves enough of them. sequences: at most; some may be empty.
+    """The launch for packed sequences, which no result depends on, and whether it `takes_pairs`. sequences: at most;
+    some may be empty.
 
     All pairs have as much to do, so that multiprocessors should have as many of them, too: where those are few, no more
     have room together. Blocks that may find nothing to do are launched only as far as they have room beside the others:
     else they queue up for the few places that are free, one after another.
     """
-    paired = causal and rows // ATTENDED_BOX * heads >= 4 * device.multiprocessors
+    paired = takes_pairs(device, rows, heads, causal)
     queries = ATTENDED_BOX << paired
     least = -(-rows // queries)
     shared, together = 3 * (ATTENDED_BOX * _HEAD * 2 + 8), _ATTENDING_TOGETHER

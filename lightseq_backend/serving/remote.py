@@ -287,9 +287,9 @@ class RemoteEngine:
 
     def _rehearse(self) -> None:
         """Does with the last answer what will be to do with the next: Replies.rehearse says why."""
-        if self._latest is not None:
-            link.again(self._latest)
         try:
+            if self._latest is not None:
+                link.again(self._latest)
             self.soon()
         except Exception:
             log.exception("an answer could not be rehearsed")

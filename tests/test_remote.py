@@ -437,6 +437,21 @@ def test_answer_of_a_request_alone_is_announced(start: Callable[..., RemoteEngin
     assert told == [1, 1]
 
 
+def test_answer_that_cannot_be_rehearsed_ends_nothing(
+    start: Callable[..., RemoteEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(message: Any) -> None:
+        tried.append(message)
+        raise ValueError("cannot be pickled")
+
+    engine, tried = start("pass", awake=0.001), []  # type: RemoteEngine, list[Any]
+    monkeypatch.setattr(module.link, "again", broken)
+    for _ in range(3):
+        assert isinstance(Asked(engine, [ROW]).answers()[0], Output)
+    assert len(tried) == 2
+    assert engine.fault is None
+
+
 def test_waiting_counts_from_a_requests_own_arrival(engine: RemoteEngine) -> None:
     looked_at(engine)
     engine.timings.clear()

@@ -277,12 +277,15 @@ def _columns(row: np.ndarray, config: Config) -> np.ndarray:
         ids = row.tolist()
         if config.padding_id not in ids and min(ids) >= 0 and max(ids) < config.input_vocabulary:
             return columns
+    # Without a sign, a negative id is a large one.
+    most = largest(row.view(_UNSIGNED[row.itemsize]))
+    if most < config.input_vocabulary and not 0 <= config.padding_id <= most:
+        return columns
     if np.count_nonzero(row == config.padding_id):
         columns = np.flatnonzero(row != config.padding_id)
         if columns.size == 0:
             raise RequestError(f"the row holds only padding (id {config.padding_id})")
         tokens = row[columns]
-    # Without a sign, a negative id is a large one.
     if largest(tokens.view(_UNSIGNED[tokens.itemsize])) >= config.input_vocabulary:
         column = int(columns[np.flatnonzero((tokens < 0) | (tokens >= config.input_vocabulary))[0]])
         raise RequestError(

@@ -23,7 +23,7 @@ from lightseq_backend.models.gpt import Gpt
 from lightseq_backend.models.transformer import Transformer
 from lightseq_backend.ops import cpu
 from lightseq_backend.ops.slots import SLOT
-from lightseq_backend.request import GENERATE, SCORE, Output, Request
+from lightseq_backend.request import GENERATE, SCORE, Output, Request, Sequence
 
 Rows = list[list[int]]
 TRANSFORMER: dict[str, Any] = {
@@ -397,6 +397,25 @@ def test_bad_row_is_refused_and_nothing_of_its_batch_is_queued(row: Any, message
     with pytest.raises(RequestError, match=message):
         engine.submit([good, Request(np.asarray(row), engine.options(), replies.to(1))])
     assert (engine.waiting, replies.results) == (0, {})
+
+
+@pytest.mark.parametrize("padding_id", [67, -1, 0, 30, 66])
+@pytest.mark.parametrize("there", [(), (0, 150, 199), (199,)])
+def test_padding_of_a_long_row_is_dropped_wherever_its_id_is(padding_id: int, there: tuple[int, ...]) -> None:
+    config, arrays = small_models.gpt(22, **{**GPT, "padding_id": padding_id, "max_positions": 256})
+    row = np.random.default_rng(1).choice([i for i in range(67) if i != padding_id], 200)
+    row[list(there)] = padding_id
+    options = small_models.engine(config, arrays).options()
+
+    def sequence(ids: np.ndarray) -> Sequence:
+        return Sequence.of(Request(ids, options, lambda result: None), config)
+
+    first, last = (1, 199) if len(there) == 3 else (0, 199) if there else (0, 200)
+    expected = [-1 if i in there else int(row[i]) for i in range(first, last)]
+    assert sequence(row).tokens.tolist() == expected
+    row[7] = 68
+    with pytest.raises(RequestError, match=r"id 68 at column 7 is outside the vocabulary \(0 to 66\)"):
+        sequence(row)
 
 
 @pytest.mark.parametrize("padding_id", [67, -1])

@@ -30,6 +30,19 @@ def test_texts_lie_end_to_end_and_nobody_fills_the_rest() -> None:
     }
 
 
+def test_pack_of_which_nothing_is_kept_ends_before_lanes_and_steps() -> None:
+    texts = [np.array(text, np.int32) for text in ([5, -1, 6], [8])]
+    places = [np.arange(len(text), dtype=np.int32) for text in texts]
+    targets = Pack.targets_of(texts, PADDING)
+    shorter = Pack.laid(6, texts, places, None, NOBODY, targets)
+    assert len(shorter) == Pack.elements(6, keeps=False)
+    whole = Pack.laid(6, texts, places, [1, 2], NOBODY, targets)
+    np.testing.assert_array_equal(shorter, whole[: len(shorter)])
+    parts = vars(Pack.of(whole, 6))
+    assert [len(parts[name]) for name in ("lanes", "steps")] == [6, 6]
+    assert np.shares_memory(parts["lanes"], whole[len(shorter) :])
+
+
 @pytest.mark.parametrize("text", [[5], [5, 6, 7]])
 def test_single_text_may_fill_a_pack(text: list[int]) -> None:
     pack = laid(len(text), [text])

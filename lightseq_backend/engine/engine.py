@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
 from contextlib import suppress
 from dataclasses import dataclass
+from queue import SimpleQueue
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 
@@ -177,15 +177,10 @@ class Engine:
         wanted = [None] * len(rows) if targets is None else [np.asarray(target) for target in targets]
         options = self.options(changes) if kind == GENERATE else self.model.config.decoding
         results: dict[int, Output | Exception] = {}
-        done = threading.Condition()
+        replies: SimpleQueue[tuple[int, Output | Exception]] = SimpleQueue()
 
-        def reply_to(row: int) -> Any:
-            def reply(result: Output | Exception) -> None:
-                with done:
-                    results[row] = result
-                    done.notify()
-
-            return reply
+        def reply_to(row: int) -> Callable[[Output | Exception], None]:
+            return lambda result: replies.put((row, result))
 
         for start in range(0, len(rows), self.config.queue):
             part = rows[start : start + self.config.queue]
@@ -194,16 +189,16 @@ class Engine:
                 for i, ids in enumerate(part, start)
             ]
             self.submit(requests)
-            there = start + len(part)
             while not self.alive and not self.idle:
                 self.step()
-            with done:
-                done.wait_for(lambda there=there: len(results) >= there)  # type: ignore[misc]
-        outputs = [results[row] for row in range(len(rows))]
-        for output in outputs:
+            results.update(replies.get() for _ in part)
+        outputs = []
+        for row in range(len(rows)):
+            output = results[row]
             if isinstance(output, Exception):
                 raise output
-        return [output for output in outputs if isinstance(output, Output)]
+            outputs.append(output)
+        return outputs
 
     def warm_up(self) -> None:
         """Runs two steps, or a score, as the first request would; to be called before `start`. What is wrong with the
@@ -433,9 +428,10 @@ class Engine:
             self._uploads.records(sequences, scoring.record)
         texts = [one.scored for one in sequences]
         self._passes.score(self._uploads.pack(sequences, texts, [counting(len(text)) for text in texts], True))
-        scored = self._ops.fetch(self._buffers.scored[: sum(map(len, texts))])()
-        for sequence, output in zip(sequences, scoring.outputs(sequences, scored), strict=True):
-            self.counts["scored_tokens"] += len(sequence.scored) - sequence.given
+        scored = self._ops.fetch(self._buffers.scored[: sum(map(len, texts))])
+        own = scoring.Scored(sequences)
+        self.counts["scored_tokens"] += own.tokens
+        for sequence, output in zip(sequences, own.outputs(scored()), strict=True):
             self._retire(sequence, output)
 
     def _retire(self, sequence: Sequence, result: Output | Exception) -> None:

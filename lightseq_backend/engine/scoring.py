@@ -18,15 +18,25 @@ def record(sequence: Sequence) -> np.ndarray:
     return records
 
 
-def outputs(sequences: list[Sequence], scored: np.ndarray) -> list[Output]:
-    """scored: float32, for every row of all sequences the log-probability of the token after it; none of a last row's
-    means anything. The mean is a float64 sum's."""
-    ends = list(accumulate(len(one.scored) for one in sequences))
-    own = [(start + one.given - 1, end - 1) for one, start, end in zip(sequences, (0, *ends), ends)]
-    # One call for all: from each index to the next, and of an empty span what is there.
-    sums = np.add.reduceat(scored.astype(np.float64), [*chain.from_iterable(own)])[::2].tolist()
-    return [
-        # 0 - 0 is not -0
-        Output(loss=0 - sum_of / (end - start) if end > start else 0.0, target_log_probabilities=scored[start:end])
-        for (start, end), sum_of in zip(own, sums)
-    ]
+class Scored:
+    """Where in the scores of a pass its sequences' are; known while the device is at it."""
+
+    def __init__(self, sequences: list[Sequence]):
+        ends = list(accumulate(len(one.scored) for one in sequences))
+        self._own = [(start + one.given - 1, end - 1) for one, start, end in zip(sequences, (0, *ends), ends)]
+        self._bounds = np.array([*chain.from_iterable(self._own)])
+
+    @property
+    def tokens(self) -> int:
+        return sum(end - start for start, end in self._own)
+
+    def outputs(self, scored: np.ndarray) -> list[Output]:
+        """scored: float32, for every row of all sequences the log-probability of the token after it; none of a last
+        row's means anything. The mean is a float64 sum's."""
+        # One call for all: from each index to the next, and of an empty span what is there.
+        sums = np.add.reduceat(scored.astype(np.float64), self._bounds)[::2].tolist()
+        return [
+            # 0 - 0 is not -0
+            Output(loss=0 - sum_of / (end - start) if end > start else 0.0, target_log_probabilities=scored[start:end])
+            for (start, end), sum_of in zip(self._own, sums)
+        ]

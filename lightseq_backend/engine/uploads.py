@@ -24,7 +24,11 @@ class Uploads:
         self._config, self._buffers, self._passes, self._steps = config, buffers, passes, steps
         self._nobody, self._ops = nobody, ops
         # Made once: to cut a device's array takes long.
-        self._prompts = {size: buffers.prompt[: Pack.elements(size)] for size in passes.sizes}
+        self._prompts = {
+            (size, keeps): buffers.prompt[: Pack.elements(size, keeps)]
+            for size in passes.sizes
+            for keeps in (True, False)
+        }
         self._rows = {count: buffers.state.rows[:count] for count in steps.buckets}
 
     def pack(
@@ -35,9 +39,10 @@ class Uploads:
         scored: whether every row is to be scored for the token after it.
         """
         size = self._passes.size(sum(map(len, texts)))
-        lanes = [one.slots[0] if one.slots else self._nobody for one in sequences]
+        keeps = bool(sequences[0].slots)  # a scored text of a GPT's has none: keys and values are gone with their layer
+        lanes = [one.slots[0] for one in sequences] if keeps else None
         targets = Pack.targets_of(texts, self._config.padding_id) if scored else None
-        self._ops.put(self._prompts[size], Pack.laid(size, texts, positions, lanes, self._nobody, targets))
+        self._ops.put(self._prompts[size, keeps], Pack.laid(size, texts, positions, lanes, self._nobody, targets))
         return size
 
     def rules(self, sequences: list[Sequence]) -> None:

@@ -21,42 +21,46 @@ class Pack:
     """What a pass over sequences reads, all of it in one int32 array: one copy brings it to a device.
 
     tokens, positions  [rows]: ids (negative for none) and rows of the position table
-    lanes, steps       [rows]: where each row's keys and values are kept
     targets            [rows]: the ids that are scored
     starts             [rows + 1]: sequence b is rows starts[b] to starts[b + 1]; empty ones fill it up
+    lanes, steps       [rows]: where each row's keys and values are kept; behind the others, for nobody reads them where
+                       none are
     """
 
     tokens: Array
     positions: Array
-    lanes: Array
-    steps: Array
     targets: Array
     starts: Array
+    lanes: Array
+    steps: Array
 
     @staticmethod
-    def elements(rows: int) -> int:
-        return 6 * rows + 1
+    def elements(rows: int, keeps: bool = True) -> int:
+        """Of the memory of a pack of so many rows. keeps: whether keys and values of its are kept."""
+        return (6 if keeps else 4) * rows + 1
 
     @classmethod
     def of(cls, memory: Array, rows: int) -> Pack:
         """The views of a pack of so many rows in int32 [elements(rows) or more]."""
-        tokens, positions, lanes, steps, targets = (memory[i * rows : (i + 1) * rows] for i in range(5))
-        return cls(tokens, positions, lanes, steps, targets, memory[5 * rows : cls.elements(rows)])
+        tokens, positions, targets = (memory[i * rows : (i + 1) * rows] for i in range(3))
+        behind = cls.elements(rows, keeps=False)
+        lanes, steps = (memory[start : start + rows] for start in (behind, behind + rows))
+        return cls(tokens, positions, targets, memory[3 * rows : behind], lanes, steps)
 
     @staticmethod
     def laid(
         rows: int,
         texts: Sequence[np.ndarray],
         positions: Sequence[np.ndarray],
-        lanes: Sequence[int],
+        lanes: Sequence[int] | None,
         nobody: int,
         targets: np.ndarray | None = None,
     ) -> np.ndarray:
         """The memory of a pack with texts, int32 and none of them empty, laid end to end; read-only. Rows behind them
         are filled up: lane `nobody`.
 
-        Each text has its positions, int32 and as many, and its lane. targets: int32, of all texts together; without,
-        nothing is scored. The device waits for this: it is one call of NumPy's.
+        Each text has its positions, int32 and as many, and its lane; without lanes nothing is kept. targets: int32, of
+        all texts together; without, nothing is scored. The device waits for this: it is one call of NumPy's.
         """
         lengths = [len(text) for text in texts]
         ends = list(accumulate(lengths))
@@ -64,13 +68,13 @@ class Pack:
         parts = [
             *(*texts, _word(-1) * more),
             *(*positions, _word(0) * more),
-            *(_word(lane) * length for lane, length in zip(lanes, lengths, strict=True)),
-            _word(nobody) * more,
-            *(*map(counting, lengths), _word(0) * more),
             *((_word(0) * rows,) if targets is None else (targets, _word(0) * more)),
             *(_word(start) for start in (0, *ends[:-1])),
             _word(ends[-1]) * (rows + 1 - len(texts)),
         ]
+        if lanes is not None:
+            parts += (_word(lane) * length for lane, length in zip(lanes, lengths, strict=True))
+            parts += (_word(nobody) * more, *map(counting, lengths), _word(0) * more)
         return np.frombuffer(b"".join(parts), np.int32)  # type: ignore[arg-type]
 
     @staticmethod

@@ -54,11 +54,12 @@ def replies(module: ModuleType, wire: Wire) -> Any:
 
 
 def answer(module: ModuleType, replies: Any, rows: int = 1, result: Any = None, parts: Any = None) -> Sender:
-    """A request of so many rows, all of which get that result."""
+    """A request of so many rows, all of which get that result; the only one there is."""
     sender = Sender()
-    ticket = module.Ticket(sender, [ROW] * rows, parts=parts)
-    for row in range(rows):
-        replies._handle(ticket, row, Output() if result is None else result)
+    replies.start()
+    for reply in replies.expect(module.Ticket(sender, [ROW] * rows, parts=parts)):
+        reply(Output() if result is None else result)
+    replies.close()
     return sender
 
 

@@ -206,6 +206,52 @@ def test_answer_is_sent_at_once_where_nobody_else_waits_and_it_is_whole(replies_
     assert replies._arrived.qsize() == 3  # the two rows of one request wait together
 
 
+def test_answer_is_written_by_whoever_brings_its_last_row_and_sent_by_another(
+    replies_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, writers = replies_module, []
+    replies = module.Replies(dataclasses.replace(wire(), streams=False), TEXT, lambda sender: None)
+    response = replies._response
+    monkeypatch.setattr(
+        replies, "_response", lambda ticket: (writers.append(threading.current_thread()), response(ticket))[1]
+    )
+    sender, row = Sender(), np.array([3])
+    output = Output((Hypothesis(np.array([5], np.int32), -1.0, False),), steps=1, cut=True)
+    first, second = replies.expect(module.Ticket(sender, [row] * 2))
+    second(output)
+    assert writers == []
+    first(output)
+    assert (writers, sender.sent) == ([threading.current_thread()], [])
+    sender.go.set()
+    replies.start()
+    replies.close()
+    assert [sent["result"].ravel().tolist() for sent in sender.sent] == [[3, 5, 3, 5]]
+    assert len(writers) == 1
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_answer_that_cannot_be_written_is_an_error_and_harms_no_other(
+    streams: bool, replies_module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = replies_module
+    monkeypatch.setattr(module, "_error_response", lambda error: (module.FAILED, {"error": str(error)}))
+    left: list[object] = []
+    replies = module.Replies(dataclasses.replace(wire(), streams=streams), TEXT, left.append)
+    replies.start()
+    row, senders = np.array([3]), [Sender(), Sender()]
+    good = Output((Hypothesis(np.array([5], np.int32), -1.0, False),), steps=1, cut=True)
+    for sender, output in zip(senders, ("no output at all", good)):
+        sender.go.set()
+        parts = Parts(wire(), TEXT, row, DecodingOptions("greedy")) if streams else None
+        (reply,) = replies.expect(module.Ticket(sender, [row], parts=parts))
+        reply(output)
+        assert sender.done.wait(TIMEOUT)
+    replies.close()
+    assert left == senders
+    assert "attribute" in senders[0].sent[-1]["error"]
+    assert replies.outcomes == {**dict.fromkeys(module.OUTCOMES, 0), module.FAILED: 1, module.ANSWERED: 1}
+
+
 def test_parts_wait_together_while_one_is_sent(replies_module: Any) -> None:
     module = replies_module
     left: list[object] = []

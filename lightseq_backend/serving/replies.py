@@ -37,9 +37,11 @@ Result = Output | Exception
 class Ticket:
     """One Triton request under way: its rows, what writes their text if it wants any, and what came back so far.
 
-    arrived  what is to be handled, in order: a row and its result, None for a part; taken: by a courier, or for one
+    answer   how it ended, and what is to be sent of that
     parts    of a stream; latest: what it has come to; waiting: whether a part is to be sent of that. A caller who is
              slow, or whoever carries the parts, gets fewer and longer ones: no more than the latest is kept
+    arrived  of a stream: what is to be handled, in order: a row and its result, None for a part; taken: by a courier,
+             or for one
     """
 
     sender: Any
@@ -47,6 +49,7 @@ class Ticket:
     decode: Decode | None = None
     parts: Parts | None = None
     results: dict[int, Result] = field(default_factory=dict)
+    answer: tuple[str, Any] | None = None
     latest: tuple[np.ndarray, ...] = ()
     waiting: bool = False
     arrived: deque[tuple[int, Result | None]] = field(default_factory=deque)
@@ -80,8 +83,9 @@ class Replies:
         return all(courier.is_alive() for courier in self._couriers)
 
     def expect(self, ticket: Ticket) -> list[Callable[[Result], None]]:
-        """What to call with each row's result, in the order of the rows; from any thread. Where nobody else waits for
-        an answer, it is sent meanwhile; else the call does not block."""
+        """What to call with each row's result, in the order of the rows; by one thread at a time, which writes the
+        answer unless it is a stream's. Where nobody else waits for one, it is sent, too; else the call does not block.
+        """
 
         def arrives_at(row: int) -> Callable[[Result], None]:
             return lambda result: self._take(ticket, row, result)
@@ -106,11 +110,11 @@ class Replies:
 
     def refuse(self, sender: Any, error: Exception) -> None:
         """Answers with an error, soon. Nothing else may come for that sender."""
-        self._put(Ticket(sender, [np.empty(0)]), 0, error)
+        self._arrived.put(Ticket(sender, [], answer=_error_response(error)))
 
     def confirm(self, sender: Any) -> None:
         """Answers that what was asked for is done, without any tensors, soon."""
-        self._put(Ticket(sender, []), 0, Output())
+        self._arrived.put(Ticket(sender, [], answer=(ANSWERED, _response_of({}))))
 
     def rehearse(self) -> None:
         """Writes the last short answer of one row once more, for nobody: what has not run for some milliseconds has
@@ -126,11 +130,22 @@ class Replies:
             courier.join()
 
     def _take(self, ticket: Ticket, row: int, result: Result) -> None:
-        at_once = len(ticket.rows) == 1 and ticket.parts is None and self._alone()  # waking a thread up takes 0.1 ms
-        (self._handle if at_once else self._put)(ticket, row, result)
+        """The answer is written here, not by a courier: each would wait for Python's lock while this thread has it, and
+        to wake them up for that took more than the writing."""
+        if ticket.parts is not None:
+            self._put(ticket, row, result)
+            return
+        ticket.results[row] = result
+        if len(ticket.results) < len(ticket.rows):
+            return
+        ticket.answer = self._written(ticket)
+        if len(ticket.rows) == 1 and self._alone():  # waking a thread up takes 0.1 ms
+            self._send(ticket)
+        else:
+            self._arrived.put(ticket)
 
     def _put(self, ticket: Ticket, row: int, result: Result | None) -> None:
-        """For any courier, but one at a time, which keeps what is of a ticket in order."""
+        """What is of a stream: for any courier, but one at a time, which keeps it in order."""
         ticket.arrived.append((row, result))
         with self._lock:
             taken, ticket.taken = ticket.taken, True
@@ -139,11 +154,11 @@ class Replies:
 
     def _deliver(self) -> None:
         while (ticket := self._arrived.get()) is not None:
+            if ticket.answer is not None:
+                self._send(ticket)
+                continue
             while (arrival := self._next(ticket)) is not None:
-                try:
-                    self._handle(ticket, *arrival)
-                except Exception:  # a bug of ours must not leave all the others waiting
-                    log.exception("an answer was lost")
+                self._handle(ticket, *arrival)
 
     def _next(self, ticket: Ticket) -> tuple[int, Result | None] | None:
         with self._lock:
@@ -155,8 +170,8 @@ class Replies:
             self._send_part(ticket)
             return
         ticket.results[row] = result
-        if len(ticket.results) >= len(ticket.rows):
-            self._send(ticket)
+        ticket.answer = self._written(ticket)
+        self._send(ticket)
 
     def _send_part(self, ticket: Ticket) -> None:
         assert ticket.parts is not None
@@ -170,16 +185,20 @@ class Replies:
         if tensors is not None:
             ticket.sender.send(_response_of(tensors))
 
-    def _send(self, ticket: Ticket) -> None:
+    def _written(self, ticket: Ticket) -> tuple[str, Any]:
         try:
-            outcome, response = self._response(ticket)
+            return self._response(ticket)
         except Exception as error:  # a bug of ours must not leave a caller waiting
             log.exception("an answer could not be written")
-            outcome, response = _error_response(error)
+            return _error_response(error)
+
+    def _send(self, ticket: Ticket) -> None:
+        assert ticket.answer is not None
+        (outcome, response), ticket.answer = ticket.answer, None
         with self._lock:
             self.outcomes[outcome] += 1
-        self._leave(ticket.sender)
         try:
+            self._leave(ticket.sender)
             ticket.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception:
             log.exception("an answer could not be sent")
@@ -194,8 +213,6 @@ class Replies:
             if isinstance(result, Exception):
                 return _error_response(result)
             outputs.append(result)
-        if not outputs:
-            return ANSWERED, _response_of({})
         tensors = self._wire.answer(ticket.rows, outputs, self._config, ticket.decode)
         if ticket.parts is not None:
             self._send_tensors(ticket, ticket.parts.rest(outputs[0]))

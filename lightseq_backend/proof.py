@@ -152,7 +152,10 @@ class Probe:
         count = len(ids)
         columns, nothing = np.arange(count, dtype=np.int32), np.zeros(count, np.int32)
         starts = np.array([0, *[count] * count], np.int32)
-        return Pack(np.array(ids, np.int32), columns, nothing, columns, nothing, starts)
+        return Pack(
+            tokens=np.array(ids, np.int32), positions=columns, targets=nothing, starts=starts, lanes=nothing,
+            steps=columns,
+        )  # fmt: skip
 
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:

@@ -16,7 +16,7 @@ Array = Any
 _NONE = np.zeros(1, np.int32)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)  # of six arrays that are alike
 class Pack:
     """What a pass over sequences reads, all of it in one int32 array: one copy brings it to a device.
 
@@ -45,7 +45,8 @@ class Pack:
         tokens, positions, targets = (memory[i * rows : (i + 1) * rows] for i in range(3))
         behind = cls.elements(rows, keeps=False)
         lanes, steps = (memory[start : start + rows] for start in (behind, behind + rows))
-        return cls(tokens, positions, targets, memory[3 * rows : behind], lanes, steps)
+        starts = memory[3 * rows : behind]
+        return cls(tokens=tokens, positions=positions, targets=targets, starts=starts, lanes=lanes, steps=steps)
 
     @staticmethod
     def laid(

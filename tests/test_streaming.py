@@ -206,8 +206,9 @@ def test_answer_is_sent_at_once_where_nobody_else_waits_and_it_is_whole(replies_
     assert replies._arrived.qsize() == 3  # the two rows of one request wait together
 
 
-def test_answer_is_written_by_whoever_brings_its_last_row_and_sent_by_another(
-    replies_module: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("decode", [None, str])
+def test_who_brings_the_last_row_writes_the_answer_unless_it_is_much_text_and_another_sends_it(
+    decode: Any, replies_module: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, writers = replies_module, []
     replies = module.Replies(dataclasses.replace(wire(), streams=False), TEXT, lambda sender: None)
@@ -217,11 +218,11 @@ def test_answer_is_written_by_whoever_brings_its_last_row_and_sent_by_another(
     )
     sender, row = Sender(), np.array([3])
     output = Output((Hypothesis(np.array([5], np.int32), -1.0, False),), steps=1, cut=True)
-    first, second = replies.expect(module.Ticket(sender, [row] * 2))
+    first, second = replies.expect(module.Ticket(sender, [row] * 2, decode))
     second(output)
     assert writers == []
     first(output)
-    assert (writers, sender.sent) == ([threading.current_thread()], [])
+    assert (writers, sender.sent) == ([] if decode else [threading.current_thread()], [])
     sender.go.set()
     replies.start()
     replies.close()

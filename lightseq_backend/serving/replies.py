@@ -37,7 +37,7 @@ Result = Output | Exception
 class Ticket:
     """One Triton request under way: its rows, what writes their text if it wants any, and what came back so far.
 
-    answer   how it ended, and what is to be sent of that
+    answer   how it ended, and what is to be sent of that, where that is written before it is sent
     parts    of a stream; latest: what it has come to; waiting: whether a part is to be sent of that. A caller who is
              slow, or whoever carries the parts, gets fewer and longer ones: no more than the latest is kept
     arrived  of a stream: what is to be handled, in order: a row and its result, None for a part; taken: by a courier,
@@ -83,8 +83,8 @@ class Replies:
         return all(courier.is_alive() for courier in self._couriers)
 
     def expect(self, ticket: Ticket) -> list[Callable[[Result], None]]:
-        """What to call with each row's result, in the order of the rows; by one thread at a time, which writes the
-        answer unless it is a stream's. Where nobody else waits for one, it is sent, too; else the call does not block.
+        """What to call with each row's result, in the order of the rows; by one thread at a time, which writes most
+        answers. Where nobody else waits for one, it is sent, too; else the call does not block.
         """
 
         def arrives_at(row: int) -> Callable[[Result], None]:
@@ -131,14 +131,15 @@ class Replies:
 
     def _take(self, ticket: Ticket, row: int, result: Result) -> None:
         """The answer is written here, not by a courier: each would wait for Python's lock while this thread has it, and
-        to wake them up for that took more than the writing."""
+        to wake them up for that took more than the writing. But the texts of many rows others should not wait for."""
         if ticket.parts is not None:
             self._put(ticket, row, result)
             return
         ticket.results[row] = result
         if len(ticket.results) < len(ticket.rows):
             return
-        ticket.answer = self._written(ticket)
+        if len(ticket.rows) == 1 or ticket.decode is None:
+            ticket.answer = self._written(ticket)
         if len(ticket.rows) == 1 and self._alone():  # waking a thread up takes 0.1 ms
             self._send(ticket)
         else:
@@ -154,7 +155,7 @@ class Replies:
 
     def _deliver(self) -> None:
         while (ticket := self._arrived.get()) is not None:
-            if ticket.answer is not None:
+            if ticket.parts is None:
                 self._send(ticket)
                 continue
             while (arrival := self._next(ticket)) is not None:
@@ -170,7 +171,6 @@ class Replies:
             self._send_part(ticket)
             return
         ticket.results[row] = result
-        ticket.answer = self._written(ticket)
         self._send(ticket)
 
     def _send_part(self, ticket: Ticket) -> None:
@@ -193,8 +193,8 @@ class Replies:
             return _error_response(error)
 
     def _send(self, ticket: Ticket) -> None:
-        assert ticket.answer is not None
-        (outcome, response), ticket.answer = ticket.answer, None
+        outcome, response = ticket.answer or self._written(ticket)
+        ticket.answer = None
         with self._lock:
             self.outcomes[outcome] += 1
         try:

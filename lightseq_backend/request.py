@@ -279,14 +279,14 @@ def _columns(row: np.ndarray, config: Config) -> np.ndarray:
             return columns
     # Without a sign, a negative id is a large one.
     most = largest(row.view(_UNSIGNED[row.itemsize]))
-    if most < config.input_vocabulary and not 0 <= config.padding_id <= most:
-        return columns
-    if np.count_nonzero(row == config.padding_id):
+    may_be_padded = most >= config.input_vocabulary or 0 <= config.padding_id <= most
+    if may_be_padded and np.count_nonzero(row == config.padding_id):
         columns = np.flatnonzero(row != config.padding_id)
         if columns.size == 0:
             raise RequestError(f"the row holds only padding (id {config.padding_id})")
         tokens = row[columns]
-    if largest(tokens.view(_UNSIGNED[tokens.itemsize])) >= config.input_vocabulary:
+        most = largest(tokens.view(_UNSIGNED[tokens.itemsize]))
+    if most >= config.input_vocabulary:
         column = int(columns[np.flatnonzero((tokens < 0) | (tokens >= config.input_vocabulary))[0]])
         raise RequestError(
             f"id {int(row[column])} at column {column} is outside the vocabulary (0 to {config.input_vocabulary - 1})"

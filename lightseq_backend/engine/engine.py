@@ -430,8 +430,9 @@ class Engine:
         self._passes.score(self._uploads.pack(sequences, texts, [counting(len(text)) for text in texts], True))
         scored = self._ops.fetch(self._buffers.scored[: sum(map(len, texts))])
         own = scoring.Scored(sequences)
+        outputs = own.outputs(scored())
         self.counts["scored_tokens"] += own.tokens
-        for sequence, output in zip(sequences, own.outputs(scored()), strict=True):
+        for sequence, output in zip(sequences, outputs, strict=True):
             self._retire(sequence, output)
 
     def _retire(self, sequence: Sequence, result: Output | Exception) -> None:

@@ -37,11 +37,10 @@ Result = Output | Exception
 class Ticket:
     """One Triton request under way: its rows, what writes their text if it wants any, and what came back so far.
 
+    arrived  what is to be handled, in order: a row and its result, None for a part; taken: by a courier, or for one
     answer   how it ended, and what is to be sent of that, where that is written before it is sent
     parts    of a stream; latest: what it has come to; waiting: whether a part is to be sent of that. A caller who is
              slow, or whoever carries the parts, gets fewer and longer ones: no more than the latest is kept
-    arrived  of a stream: what is to be handled, in order: a row and its result, None for a part; taken: by a courier,
-             or for one
     """
 
     sender: Any
@@ -110,11 +109,11 @@ class Replies:
 
     def refuse(self, sender: Any, error: Exception) -> None:
         """Answers with an error, soon. Nothing else may come for that sender."""
-        self._arrived.put(Ticket(sender, [], answer=_error_response(error)))
+        self._put(Ticket(sender, [np.empty(0)]), 0, error)
 
     def confirm(self, sender: Any) -> None:
         """Answers that what was asked for is done, without any tensors, soon."""
-        self._arrived.put(Ticket(sender, [], answer=(ANSWERED, _response_of({}))))
+        self._put(Ticket(sender, []), 0, Output())
 
     def rehearse(self) -> None:
         """Writes the last short answer of one row once more, for nobody: what has not run for some milliseconds has
@@ -132,21 +131,19 @@ class Replies:
     def _take(self, ticket: Ticket, row: int, result: Result) -> None:
         """The answer is written here, not by a courier: each would wait for Python's lock while this thread has it, and
         to wake them up for that took more than the writing. But the texts of many rows others should not wait for."""
-        if ticket.parts is not None:
-            self._put(ticket, row, result)
-            return
-        ticket.results[row] = result
-        if len(ticket.results) < len(ticket.rows):
-            return
-        if len(ticket.rows) == 1 or ticket.decode is None:
-            ticket.answer = self._written(ticket)
-        if len(ticket.rows) == 1 and self._alone():  # waking a thread up takes 0.1 ms
-            self._send(ticket)
-        else:
-            self._arrived.put(ticket)
+        if ticket.parts is None:
+            ticket.results[row] = result
+            if len(ticket.results) < len(ticket.rows):
+                return
+            if len(ticket.rows) == 1 or ticket.decode is None:
+                ticket.answer = self._written(ticket)
+            if len(ticket.rows) == 1 and self._alone():  # waking a thread up takes 0.1 ms
+                self._send(ticket)
+                return
+        self._put(ticket, row, result)
 
     def _put(self, ticket: Ticket, row: int, result: Result | None) -> None:
-        """What is of a stream: for any courier, but one at a time, which keeps it in order."""
+        """For any courier, but one at a time, which keeps what is of a ticket in order."""
         ticket.arrived.append((row, result))
         with self._lock:
             taken, ticket.taken = ticket.taken, True
@@ -155,11 +152,11 @@ class Replies:
 
     def _deliver(self) -> None:
         while (ticket := self._arrived.get()) is not None:
-            if ticket.parts is None:
-                self._send(ticket)
-                continue
             while (arrival := self._next(ticket)) is not None:
-                self._handle(ticket, *arrival)
+                try:
+                    self._handle(ticket, *arrival)
+                except Exception:  # a bug of ours must not leave all the others waiting
+                    log.exception("an answer was lost")
 
     def _next(self, ticket: Ticket) -> tuple[int, Result | None] | None:
         with self._lock:
@@ -197,8 +194,8 @@ class Replies:
         ticket.answer = None
         with self._lock:
             self.outcomes[outcome] += 1
+        self._leave(ticket.sender)
         try:
-            self._leave(ticket.sender)
             ticket.sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
         except Exception:
             log.exception("an answer could not be sent")
@@ -213,6 +210,8 @@ class Replies:
             if isinstance(result, Exception):
                 return _error_response(result)
             outputs.append(result)
+        if not outputs:
+            return ANSWERED, _response_of({})
         tensors = self._wire.answer(ticket.rows, outputs, self._config, ticket.decode)
         if ticket.parts is not None:
             self._send_tensors(ticket, ticket.parts.rest(outputs[0]))

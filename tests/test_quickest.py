@@ -91,11 +91,18 @@ class Array(SimpleNamespace):
 
 
 class Lt:
-    """cuBLASLt that proposes three algorithms, numbered, and takes so long for each; `calls` has what ran where."""
+    """cuBLASLt that proposes algorithms, numbered, and takes so long for each; `calls` has what ran where.
 
-    def __init__(self, clock: Clock, times: Sequence[float], unusable: Sequence[int] = ()):
-        self._clock, self._times, self._unusable = clock, times, unusable
+    times: of those with a workspace; without: of those without one, which are numbered on behind them
+    """
+
+    def __init__(
+        self, clock: Clock, times: Sequence[float], unusable: Sequence[int] = (), without: Sequence[float] = ()
+    ):
+        self._clock, self._times, self._unusable, self._without = clock, times, unusable, without
         self.calls: list[tuple[int, int]] = []  # algorithm, address that it wrote to
+        self.asked: list[int] = []  # bytes of workspace that proposals were asked for with
+        self.workspaces: dict[int, int] = {}  # bytes that an algorithm had when it ran
         self._bias = 0
         self.biases: set[int] = set()  # addresses of what was added
 
@@ -107,18 +114,25 @@ class Lt:
             self._bias = value._obj.value
         return 0
 
+    def cublasLtMatmulPreferenceSetAttribute(self, preference: Any, attribute: int, value: Any, size: Any) -> int:
+        if attribute == 1:  # CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES
+            self.asked.append(value._obj.value)
+        return 0
+
     def cublasLtMatmulAlgoGetHeuristic(self, *arguments: Any) -> int:
         *_, asked, found, count = arguments
-        count._obj.value = min(asked, len(self._times))
+        first, proposed = (0, self._times) if self.asked[-1] else (len(self._times), self._without)
+        count._obj.value = min(asked, len(proposed))
         for i in range(count._obj.value):
-            found[i].algorithm.data[0], found[i].state = i, 15 if i in self._unusable else 0
+            found[i].algorithm.data[0], found[i].state = first + i, 15 if first + i in self._unusable else 0
         return 0
 
     def cublasLtMatmul(self, *arguments: Any) -> int:
-        to, algorithm = arguments[10], arguments[12]._obj.data[0]
+        to, algorithm, workspace = arguments[10], arguments[12]._obj.data[0], arguments[14]
         self.calls.append((algorithm, to.value))
+        self.workspaces[algorithm] = workspace.value
         self.biases.add(self._bias)
-        self._clock.passed += self._times[algorithm]
+        self._clock.passed += [*self._times, *self._without][algorithm]
         return 0
 
 
@@ -140,6 +154,18 @@ def test_quickest_of_the_usable_proposals_computes_the_product(monkeypatch: pyte
     assert lt.calls[-1] == (2, out.data.ptr)
 
 
+@pytest.mark.parametrize(("without", "chosen"), [([8.0, 2.0], 4), ([8.0, 4.0], 1), ([], 1)])
+def test_proposals_without_a_workspace_are_measured_beside_the_others_and_get_none(
+    monkeypatch: pytest.MonkeyPatch, clock: Clock, without: list[float], chosen: int
+) -> None:
+    lt = Lt(clock, [9.0, 3.0, 7.0], without=without)
+    _, out = product(monkeypatch, lt, 512)
+    assert lt.calls[-1] == (chosen, out.data.ptr)
+    assert lt.asked == [cublas.WORKSPACE, 0]
+    given = [cublas.WORKSPACE] * 3 + [0] * len(without)
+    assert lt.workspaces == dict(enumerate(given))
+
+
 def test_proposals_are_measured_once(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
     lt = Lt(clock, [9.0, 3.0, 7.0])
     product(monkeypatch, lt, 600)
@@ -151,9 +177,10 @@ def test_proposals_are_measured_once(monkeypatch: pytest.MonkeyPatch, clock: Clo
 
 
 def test_few_rows_take_the_first_proposal_unmeasured(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:
-    lt = Lt(clock, [9.0, 3.0, 7.0])
+    lt = Lt(clock, [9.0, 3.0, 7.0], without=[1.0])
     _, out = product(monkeypatch, lt, 511)
     assert lt.calls == [(0, out.data.ptr)]
+    assert lt.asked == [cublas.WORKSPACE]
 
 
 def test_measuring_leaves_what_is_added_to_as_it_is(monkeypatch: pytest.MonkeyPatch, clock: Clock) -> None:

@@ -27,7 +27,8 @@ _ACTIVATIONS = {"none": 0, "relu": 2, "gelu": 32}  # its GELU is the tanh form
 _MOST_WORKSPACE, _ALIGNMENTS = 1, (5, 6, 7, 8)  # cublasLtMatmulPreferenceAttributes_t; of A, B, C, D
 _ALIGNED = 256  # bytes; no algorithm wants more
 # cuBLAS proposes by what it knows, not by what it measures: on an H200 its first proposal for some hundreds of rows
-# takes up to half as long again as its best. For so many rows the first few are measured.
+# takes up to half as long again as its best. For so many rows the first few are measured; also of those without a
+# workspace, for where it has one it hands out tiles by a counter, which it clears in front of every product.
 _MEASURED, _PROPOSALS = 512, 8
 
 
@@ -82,12 +83,13 @@ class _Operands(NamedTuple):
 
 @dataclass(frozen=True)
 class _Plan:
-    """biased: whether the bias is added by it"""
+    """biased: whether the bias is added by it; workspace: bytes it may take"""
 
     description: ctypes.c_void_p
     layouts: tuple[ctypes.c_void_p, ...]  # of the weight, x, the residual, out
     algorithm: _Algorithm
     biased: bool
+    workspace: int
 
 
 class Cublas:
@@ -139,7 +141,7 @@ class Cublas:
             "cublasLtMatmul", self._handle, plan.description,
             ctypes.byref(ctypes.c_float(1.0)), at_weight, of_weight, at_x, of_x,
             ctypes.byref(ctypes.c_float(operands.beta)), at_added, of_added, at_out, of_out,
-            ctypes.byref(plan.algorithm), self._workspace, ctypes.c_size_t(WORKSPACE), self._stream,
+            ctypes.byref(plan.algorithm), self._workspace, ctypes.c_size_t(plan.workspace), self._stream,
         )  # fmt: skip
 
     def _plan(self, operands: _Operands, wide: int, transposed: bool, epilogue: int) -> _Plan | None:
@@ -170,7 +172,7 @@ class Cublas:
         return plans[quickest(ways, self._stream.value or 0)]
 
     def _make(self, product: _Product) -> list[_Plan]:
-        """With each of the first algorithms that cuBLAS proposes; none where it has none."""
+        """With each of the first algorithms that cuBLAS proposes, its first choice in front; none where it has none."""
         description = ctypes.c_void_p()
         self._call("cublasLtMatmulDescCreate", ctypes.byref(description), self._compute, _TYPE["float32"])
         self._describe(description, _TRANSPOSE, ctypes.c_int32(product.transposed))
@@ -180,17 +182,27 @@ class Cublas:
         of_inputs, of_results = product.types
         types = (of_inputs, of_inputs, of_results, of_results)
         layouts = tuple(map(self._layout, types, shapes, product.strides))
+        biased = bool(product.epilogue & _BIAS)
+        return [
+            _Plan(description, layouts, algorithm, biased, workspace)
+            for workspace in ((WORKSPACE, 0) if rows >= _MEASURED else (WORKSPACE,))
+            for algorithm in self._proposed(product, description, layouts, workspace)
+        ]
+
+    def _proposed(
+        self, product: _Product, description: ctypes.c_void_p, layouts: tuple[ctypes.c_void_p, ...], workspace: int
+    ) -> list[_Algorithm]:
         preference = ctypes.c_void_p()
         self._call("cublasLtMatmulPreferenceCreate", ctypes.byref(preference))
-        self._prefer(preference, _MOST_WORKSPACE, ctypes.c_uint64(WORKSPACE))
+        self._prefer(preference, _MOST_WORKSPACE, ctypes.c_uint64(workspace))
         for attribute, alignment in zip(_ALIGNMENTS, product.alignments):
             self._prefer(preference, attribute, ctypes.c_uint32(alignment))
         found, count = (_Found * _PROPOSALS)(), ctypes.c_int()
         status = self._library.cublasLtMatmulAlgoGetHeuristic(
             self._handle, description, *layouts, preference, _PROPOSALS, found, ctypes.byref(count)
         )
-        usable = [] if status else [one.algorithm for one in found[: count.value] if not one.state]
-        return [_Plan(description, layouts, algorithm, bool(product.epilogue & _BIAS)) for algorithm in usable]
+        self._call("cublasLtMatmulPreferenceDestroy", preference)
+        return [] if status else [one.algorithm for one in found[: count.value] if not one.state]
 
     def _layout(self, kind: str, shape: tuple[int, int], stride: int) -> ctypes.c_void_p:
         layout = ctypes.c_void_p()

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from lightseq_backend.config import MAX_SEED, Config, DecodingOptions, GptConfig, TransformerConfig
 from lightseq_backend.errors import RequestError
-from lightseq_backend.small import SHORT, as_int32, counting, largest
+from lightseq_backend.small import SHORT, as_int32, counting, joined, largest
 
 GENERATE = "generate"
 SCORE = "score"
@@ -109,7 +111,7 @@ class Timing(NamedTuple):
     total: float
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Sequence:
     """A request on its way: what of it is fed, where it sits, how many tokens it may still grow.
 
@@ -131,7 +133,7 @@ class Sequence:
     limit: int
     seed: int
     rows: int
-    scored: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int32))
+    scored: np.ndarray
     given: int = 1
     slots: list[int] = field(default_factory=list)
     queued: int = 0
@@ -142,12 +144,23 @@ class Sequence:
     seen: tuple[float, int] | None = None
 
     @classmethod
-    def of(cls, request: Request, config: Config) -> Sequence:
-        """The sequence a request asks for; RequestError when this model cannot take it."""
-        row = np.asarray(request.tokens)
+    def all_of(cls, requests: Ordered[Request], config: Config) -> list[Sequence]:
+        """The sequences that requests ask for; RequestError when this model cannot take one."""
+        if len(requests) < 2:
+            return [cls.of(request, config) for request in requests]
+        plain = _plain([request.tokens for request in requests], config)
+        return [cls.of(request, config, row) for request, row in zip(requests, plain)]
+
+    @classmethod
+    def of(cls, request: Request, config: Config, plain: np.ndarray | None = None) -> Sequence:
+        """The sequence a request asks for; RequestError when this model cannot take it.
+
+        plain: its row as an int32 array of its own, where it is known to be ids of this model without padding
+        """
+        row = np.asarray(request.tokens) if plain is None else plain
         if request.target is not None and (request.kind != SCORE or isinstance(config, GptConfig)):
             raise RequestError("a target is for scoring a translation; this request takes none")
-        columns = _columns(row, config)
+        columns = _columns(row, config) if plain is None else counting(len(plain))
         if isinstance(config, GptConfig):
             tokens, limit = _text(row, columns, request, config)
             positions = counting(tokens.size)
@@ -157,12 +170,13 @@ class Sequence:
             tokens, positions = row if len(columns) == len(row) else row[columns], columns
             limit = config.new_tokens(row.size, request.options)
             scored, given = _decoded(request, config)
-        if request.decode is None and any(isinstance(word, str) for word in request.options.stop):
+        stop = request.options.stop
+        if stop and request.decode is None and any(isinstance(word, str) for word in stop):
             raise RequestError("stop has words of text; without a tokenizer it takes words of ids")
         seed = request.options.seed
         if seed is None:  # a draw from the system takes long
             seed = 0 if request.kind == SCORE or request.options.searches else secrets.randbelow(MAX_SEED)
-        kept = as_int32(tokens)
+        kept = tokens if tokens is plain else as_int32(tokens)
         return cls(
             request=request,
             tokens=kept,
@@ -203,17 +217,17 @@ def _text(row: np.ndarray, columns: np.ndarray, request: Request, config: GptCon
     is scored over its first n columns (lightseq_format.md 3.8); a prompt is what lies between its first and last token.
     """
     tokens = row
-    if columns.size < row.size:
+    padded = columns.size < row.size
+    if padded:
         tokens = np.where(row == config.padding_id, -1, row.astype(np.int64))  # among uint8, -1 is 255 to NumPy 2
     if request.kind == SCORE:
-        scored = tokens[: columns.size]
-        between = tokens is not row and (scored[1:] < 0).any()
-        if between and not 0 <= config.padding_id < config.vocabulary:
+        scored = tokens[: columns.size] if padded else tokens
+        if padded and (scored[1:] < 0).any() and not 0 <= config.padding_id < config.vocabulary:
             raise RequestError(
                 f"padding (id {config.padding_id}) stands between tokens; it has no place in the vocabulary"
             )
         return scored, 0
-    prompt = tokens[columns[0] : columns[-1] + 1]
+    prompt = tokens[columns[0] : columns[-1] + 1] if padded else tokens
     options = request.options
     if options.decoder_prefix or options.forced_bos_token_id is not None:
         raise RequestError("this model continues texts: its prompt is all that comes first")
@@ -262,6 +276,28 @@ def _without_filling(target: np.ndarray, config: TransformerConfig) -> np.ndarra
     if size == 0:
         raise RequestError("the target is empty; it needs at least one id")
     return target[:size]
+
+
+def _plain(rows: Ordered[np.ndarray], config: Config) -> Ordered[np.ndarray | None]:
+    """Int32 copies of rows that are nothing but ids, looked through all at once, for a call of NumPy's costs more than
+    what it does to a row; of none where one of them is anything else, or too long."""
+    unknown = [None] * len(rows)
+    first = rows[0]
+    for row in rows:
+        if not (
+            isinstance(row, np.ndarray) and row.dtype == first.dtype and row.dtype.kind in "iu" and row.ndim == 1
+            and 0 < row.size <= config.max_positions and row.flags.c_contiguous
+        ):  # fmt: skip
+            return unknown
+    together = joined(rows)
+    most = largest(together.view(_UNSIGNED[together.itemsize]))  # without a sign, a negative id is a large one
+    if most >= config.input_vocabulary:
+        return unknown
+    if 0 <= config.padding_id <= most and np.count_nonzero(together == config.padding_id):
+        return unknown
+    together = as_int32(together)
+    ends = list(accumulate(map(len, rows)))
+    return [together[start:end] for start, end in zip((0, *ends), ends)]
 
 
 def _columns(row: np.ndarray, config: Config) -> np.ndarray:

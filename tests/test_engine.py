@@ -393,9 +393,10 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize(("row", "message"), BAD_ROWS.values(), ids=BAD_ROWS)
 def test_bad_row_is_refused_and_nothing_of_its_batch_is_queued(row: Any, message: str) -> None:
     engine, replies = transformer(), Replies()
-    good = request(engine, [3], replies.to(0))
+    bad = np.asarray(row)
+    good = np.array([3], bad.dtype if bad.dtype.kind == "i" else np.int32)  # rows of one type are read together
     with pytest.raises(RequestError, match=message):
-        engine.submit([good, Request(np.asarray(row), engine.options(), replies.to(1))])
+        engine.submit([Request(ids, engine.options(), replies.to(i)) for i, ids in enumerate((good, bad))])
     assert (engine.waiting, replies.results) == (0, {})
 
 
@@ -416,6 +417,41 @@ def test_padding_of_a_long_row_is_dropped_wherever_its_id_is(padding_id: int, th
     row[7] = 68
     with pytest.raises(RequestError, match=r"id 68 at column 7 is outside the vocabulary \(0 to 66\)"):
         sequence(row)
+
+
+AMONG_OTHERS: dict[str, Any] = {
+    "as they are": [5, 6, 7],
+    "long": [*range(3, 27)],
+    "padding at the end": [5, 0, 0],
+    "padding between": [5, 0, 6],
+    "another type": np.array([5, 6, 66], np.uint8),
+    "every second of an array": np.array([5, 1, 6, 1, 7, 1])[::2],
+    "a list": ...,
+}
+
+
+@pytest.mark.parametrize("row", AMONG_OTHERS.values(), ids=AMONG_OTHERS)
+@pytest.mark.parametrize("kind", [GENERATE, SCORE])
+@pytest.mark.parametrize("integer", [np.int32, np.int64])
+def test_rows_that_come_together_are_what_each_is_alone(row: Any, kind: str, integer: Any) -> None:
+    config, arrays = small_models.gpt(22, **{**GPT, "padding_id": 0})
+    options = small_models.engine(config, arrays).options({"seed": 7})
+    rows: list[Any] = [np.array(ids, integer) for ids in ([3, 4, 5, 6], [66], [1] * 23)]
+    rows.insert(1, [5, 6, 7] if row is ... else np.asarray(row, None if isinstance(row, np.ndarray) else integer))
+    requests = [Request(ids, options, lambda result: None, kind) for ids in rows]
+    for one, alone in zip(Sequence.all_of(requests, config), (Sequence.of(each, config) for each in requests)):
+        for name in ("tokens", "positions", "scored"):
+            found, expected = getattr(one, name), getattr(alone, name)
+            assert (found.dtype, found.tolist()) == (np.int32, expected.tolist())
+        for name in ("request", "limit", "seed", "rows", "given", "followed"):
+            assert getattr(one, name) == getattr(alone, name)
+        assert not np.shares_memory(one.tokens, one.request.tokens), "whoever asked may change it"
+
+
+def test_no_rows_are_no_sequences() -> None:
+    engine = gpt()
+    engine.submit([])
+    assert (engine.answer([]), engine.idle) == ([], True)
 
 
 @pytest.mark.parametrize("padding_id", [67, -1])

@@ -147,7 +147,7 @@ class Engine:
                 )
         if self.fault:
             raise RuntimeError(self.fault)
-        sequences = [Sequence.of(request, self.model.config) for request in requests]
+        sequences = Sequence.all_of(requests, self.model.config)
         for request in requests:  # before the engine's thread can have answered and forgotten it
             self._departures.expect(request)
         try:
@@ -442,19 +442,22 @@ class Engine:
         """
         if self._admitted.pop(id(sequence), None) is None:
             return
-        self._scheduler.retire(sequence)
-        self._departures.forget(sequence.request)
-        if isinstance(result, Output) and sequence.request.progress is not None:
-            seen = time.monotonic() if sequence.seen is None else sequence.seen[0]
-            result = result._replace(first_token=seen - sequence.arrived)
+        if sequence.slots:
+            self._scheduler.retire(sequence)
+        request = sequence.request
+        self._departures.forget(request)
         if isinstance(result, Output):
+            if request.progress is not None:
+                seen = time.monotonic() if sequence.seen is None else sequence.seen[0]
+                result = result._replace(first_token=seen - sequence.arrived)
             self.counts["answered"] += 1
             self.timings.append(sequence.timing(time.monotonic(), result.steps))
-            self.counts["generated_tokens"] += sum(len(one.tokens) for one in result.hypotheses)
+            for hypothesis in result.hypotheses:
+                self.counts["generated_tokens"] += len(hypothesis.tokens)
         else:
             self.counts["failed"] += 1
         try:
-            sequence.request.reply(result)
+            request.reply(result)
         except Exception:
             log.exception("a reply could not be delivered")
 

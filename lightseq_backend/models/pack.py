@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -70,8 +71,8 @@ class Pack:
             *(*texts, _word(-1) * more),
             *(*positions, _word(0) * more),
             *((_word(0) * rows,) if targets is None else (targets, _word(0) * more)),
-            *(_word(start) for start in (0, *ends[:-1])),
-            _word(ends[-1]) * (rows + 1 - len(texts)),
+            array("i", (0, *ends)),
+            _word(ends[-1]) * (rows - len(texts)),
         ]
         if lanes is not None:
             parts += (_word(lane) * length for lane, length in zip(lanes, lengths, strict=True))

@@ -60,7 +60,7 @@ class Static:
         self._engine.warm_up()
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        given = [np.array(to_numpy(pb_utils.get_input_tensor_by_name(request, SOURCE))) for request in requests]
+        given = [to_numpy(pb_utils.get_input_tensor_by_name(request, SOURCE)) for request in requests]
         rows = [self._wire.rows(ids, SOURCE) for ids in given]
         outputs = iter(self._engine.answer([row for each in rows for row in each]))
         config = self._engine.model.config

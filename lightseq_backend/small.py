@@ -49,7 +49,8 @@ def copied(array: np.ndarray) -> np.ndarray:
     """A copy, read-only but for large ones."""
     if array.nbytes > _LARGE:
         return np.array(array)
-    return np.frombuffer(array.tobytes(), array.dtype).reshape(array.shape)
+    copy = np.frombuffer(array.tobytes(), array.dtype)
+    return copy if array.ndim == 1 else copy.reshape(array.shape)
 
 
 def as_int32(array: np.ndarray) -> np.ndarray:

@@ -42,7 +42,7 @@ class Watched:
         self.told.set()
 
     def add(self, name: str, cancelled: bool = False) -> None:
-        self.callers.watch(Sender(self.asked, cancelled), name, [name])  # type: ignore[list-item]
+        self.callers.watch(Sender(self.asked, cancelled), name, [name], time.monotonic())  # type: ignore[list-item]
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ class Caller:
     sender: Any
     name: str
     requests: Sequence[Request]
-    since: float = field(default_factory=time.monotonic)
+    since: float
     lock: threading.Lock = field(default_factory=threading.Lock)
     gone: bool = False
 
@@ -54,9 +54,9 @@ class Callers:
         self._closed.set()
         self._thread.join()
 
-    def watch(self, sender: Any, name: str, requests: Sequence[Request]) -> None:
-        """name: the call's request id, "" for none."""
-        self._callers[id(sender)] = Caller(sender, name, requests)
+    def watch(self, sender: Any, name: str, requests: Sequence[Request], since: float) -> None:
+        """name: the call's request id, "" for none; since: when it came, by time.monotonic()"""
+        self._callers[id(sender)] = Caller(sender, name, requests, since)
 
     def leave(self, sender: Any) -> None:
         """The call gets its final answer now; nobody asks about it any more when this returns."""

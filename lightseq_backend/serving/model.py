@@ -28,7 +28,6 @@ from lightseq_backend.serving.tensors import strings_arrive, survive_strings, to
 from lightseq_backend.serving.texts import Texts
 from lightseq_backend.serving.watch import Watch
 from lightseq_backend.serving.wire import TARGET_IDS, TARGET_TEXT, TEXT_INPUT, priority_of
-from lightseq_backend.small import copied
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +148,7 @@ class TritonPythonModel:
             Request(row, options, reply, kind, i, target, progress, deadline, decode, priority, arrived)
             for i, (row, reply, target) in enumerate(zip(rows, self._replies.expect(ticket), targets))
         ]
-        self._callers.watch(sender, control.name or request.request_id(), wanted)
+        self._callers.watch(sender, control.name or request.request_id(), wanted, arrived)
         return wanted
 
     def _stop(self, name: str, sender: Any) -> None:
@@ -168,8 +167,7 @@ class TritonPythonModel:
         if given is None:
             if ids is None:
                 raise RequestError(f"input {f'{ids_name} or {text_name}' if takes_text else ids_name} is missing")
-            copy = copied(to_numpy(ids))  # the memory is ours until we return
-            return self._wire.rows(copy, ids_name), False
+            return self._wire.rows(to_numpy(ids), ids_name), False  # copies: the memory is ours until we return
         if ids is not None:
             raise RequestError(f"the request gives both {ids_name} and {text_name}; it takes one of them")
         return rows_of(given.as_numpy()), True

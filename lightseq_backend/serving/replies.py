@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import SimpleQueue
 from typing import Any
 
@@ -85,11 +86,7 @@ class Replies:
         """What to call with each row's result, in the order of the rows; by one thread at a time, which writes most
         answers. Where nobody else waits for one, it is sent, too; else the call does not block.
         """
-
-        def arrives_at(row: int) -> Callable[[Result], None]:
-            return lambda result: self._take(ticket, row, result)
-
-        return [arrives_at(row) for row in range(len(ticket.rows))]
+        return [partial(self._take, ticket, row) for row in range(len(ticket.rows))]
 
     def progress(self, ticket: Ticket) -> Progress | None:
         """What to call with what a stream has come to; one thread, never blocks. None where nothing is streamed."""

@@ -13,6 +13,7 @@ from lightseq_backend.config import Config, GptConfig
 from lightseq_backend.errors import RequestError
 from lightseq_backend.request import GENERATE, NORMAL, PRIORITIES, SCORE, Decode, Hypothesis, Output
 from lightseq_backend.serving.control import CONTROLS
+from lightseq_backend.small import copied
 from lightseq_backend.weights.directory import INPUTS
 from lightseq_backend.weights.layout import GPT, TRANSFORMER
 
@@ -120,12 +121,12 @@ class Wire:
     tells_first_token: bool = False
 
     def rows(self, ids: np.ndarray, name: str) -> list[np.ndarray]:
-        """The rows of an input of ids: [rows, length], or [length] when not batched. The rows are views."""
-        if not self.batched:
-            return [ids]
-        if len(ids) == 0:
+        """Copies of the rows of an input of ids: [rows, length], or [length] when not batched."""
+        if len(ids) == 0 and self.batched:
             raise RequestError(f"{name} has shape {list(ids.shape)}: no rows; it needs at least one")
-        return list(ids)
+        if len(ids) == 1 or not self.batched:
+            return [copied(ids.reshape(-1))]
+        return list(copied(ids))
 
     def texts(self, given: np.ndarray, name: str) -> list[str]:
         """The rows of an input of text: objects (UTF-8 bytes) [rows, 1], or [1] when not batched."""

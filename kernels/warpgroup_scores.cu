@@ -95,14 +95,16 @@ __device__ __forceinline__ void keep(const float (&logits)[IDS / 8][4], int targ
 //   statistics[r, tile] = (largest, sum of exp(logit - largest)), and once of each row kept[r] = logits[r, targets[r]]
 //   x_map: of x half [count, INNER], boxes of [ROWS, 64]; weight_map: of W half [vocabulary, INNER], of [IDS / 2, 64];
 //   both swizzled by 128 bytes; bias half [vocabulary] or null; targets int32 [count], ids
-//   statistics float2 [count, ceil(vocabulary / IDS)]; kept float [count]
+//   statistics float2 [count, all_tiles]; kept float [count]
+//   W and bias may be a part of a vocabulary of all_tiles tiles, the ids from first_id on, a multiple of IDS; then so
+//   many are `vocabulary`
 //   grid: pairs of blocks, up to ceil(count / (2 * ROWS)) * ceil(vocabulary / IDS) of them; cluster 2, block THREADS,
 //   dynamic shared memory DEPTH * STAGE_BYTES and 16 * DEPTH; moves W count / (2 * ROWS) times and x vocabulary / IDS
 //   times, most of it from L2; needs sm_90a
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 warpgroup_scores(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap weight_map,
                  const __half* bias, const int* targets, float2* statistics, float* kept, int count, int vocabulary,
-                 float scale) {
+                 float scale, int first_id, int all_tiles) {
     extern __shared__ __align__(1024) char memory[];
     Barrier* full = reinterpret_cast<Barrier*>(memory + DEPTH * STAGE_BYTES);
     Barrier* empty = full + DEPTH;
@@ -168,17 +170,17 @@ warpgroup_scores(const __grid_constant__ TensorMap x_map, const __grid_constant_
             warpgroup_wait<0>();
             release(stage - 1);
             const Turn turn(at, row_blocks, tiles);
-            const int tile = turn.tile, first = tile * IDS + 2 * t;
+            const int first = turn.tile * IDS + 2 * t, tile = first_id / IDS + turn.tile;  // in the part, of all
             const int row = (turn.row_block * PAIR + rank) * ROWS + warp * 16 + g;  // and the eighth after it
             logits.finish(sums, first);
             const float2 one = summarise<0>(sums), other = summarise<1>(sums);
             if (row < count) {
-                keep<0>(sums, targets[row], first, kept + row);
-                if (t == 0) statistics[(long long)row * tiles + tile] = one;
+                keep<0>(sums, targets[row] - first_id, first, kept + row);
+                if (t == 0) statistics[(long long)row * all_tiles + tile] = one;
             }
             if (row + 8 < count) {
-                keep<1>(sums, targets[row + 8], first, kept + row + 8);
-                if (t == 0) statistics[(long long)(row + 8) * tiles + tile] = other;
+                keep<1>(sums, targets[row + 8] - first_id, first, kept + row + 8);
+                if (t == 0) statistics[(long long)(row + 8) * all_tiles + tile] = other;
             }
         }
     }

@@ -99,23 +99,28 @@ def warpgroup_vocabulary(
 
 
 def warpgroup_scores(
-    x: Array, weight: Array, targets: Array, bias: Array | None = None, scale: float = 1.0, pairs: int = 0
-) -> Array:
-    """The targets' log-probabilities, of x [rows, inner] and weight [vocabulary, inner]. pairs: of blocks."""
+    x: Array, weight: Array, targets: Array, bias: Array | None = None, scale: float = 1.0, pairs: int = 0,
+    part: int | None = None,
+) -> Array:  # fmt: skip
+    """The targets' log-probabilities, of x [rows, inner] and weight [vocabulary, inner]. pairs: of blocks; part: ids
+    that are computed at a time, all without."""
     (count, inner), vocabulary = x.shape, len(weight)
-    plan = warpgroup_launch.scores_plan(H100, count, inner, vocabulary)
     tiles, box = warpgroup_launch.scored_tiles(vocabulary), (64, warpgroup_launch.SCORED_BOX)
     statistics = np.full((count, tiles, 2), np.nan, np.float32)
     kept, out = np.full((2, count), np.nan, np.float32)
-    maps = (TensorMap(matrix.astype(np.float16), box) for matrix in (x, weight))
-    Kernels("warpgroup_scores.cu", **dict(plan.definitions)).launch(
-        "warpgroup_scores", 2 * pairs or plan.grid, plan.threads,
-        (
-            *maps, None if bias is None else bias.astype(np.float16), targets, statistics, kept, np.int32(count),
-            np.int32(vocabulary), np.float32(scale),
-        ),
-        shared=plan.shared, cluster=plan.cluster,
-    )  # fmt: skip
+    for first in range(0, vocabulary, part or vocabulary):
+        ids = slice(first, first + (part or vocabulary))
+        maps = (TensorMap(matrix.astype(np.float16), box) for matrix in (x, weight[ids]))
+        wide = len(weight[ids])
+        plan = warpgroup_launch.scores_plan(H100, count, inner, wide)
+        Kernels("warpgroup_scores.cu", **dict(plan.definitions)).launch(
+            "warpgroup_scores", 2 * pairs or plan.grid, plan.threads,
+            (
+                *maps, None if bias is None else bias[ids].astype(np.float16), targets, statistics, kept,
+                *(np.int32(number) for number in (count, wide)), np.float32(scale), np.int32(first), np.int32(tiles),
+            ),
+            shared=plan.shared, cluster=plan.cluster,
+        )  # fmt: skip
     SEARCH_KERNELS.launch(
         "target_of_tiles", -(-count // 8), 256, (statistics, kept, out, np.int32(count), np.int32(tiles))
     )
@@ -150,6 +155,25 @@ def test_scores_of_a_row_do_not_depend_on_the_others_or_on_the_blocks() -> None:
     together = warpgroup_scores(x, weight, targets)
     assert np.array_equal(together, warpgroup_scores(x, weight, targets, pairs=1))
     assert np.array_equal(together[290:], warpgroup_scores(x[290:], weight, targets[290:]))
+
+
+@pytest.mark.parametrize("part", [256, 512])
+def test_scores_of_a_vocabulary_in_parts_are_those_of_the_whole(part: int) -> None:
+    random = np.random.default_rng(2)
+    x, weight = (random.standard_normal((count, 64), dtype=np.float32) for count in (140, 1100))
+    bias = random.standard_normal(1100, dtype=np.float32)
+    targets = random.integers(0, 1100, 140).astype(np.int32)
+    targets[:6] = 0, 255, 256, 511, 512, 1099
+    whole = warpgroup_scores(x, weight, targets, bias)
+    assert np.array_equal(warpgroup_scores(x, weight, targets, bias, part=part), whole)
+
+
+@pytest.mark.parametrize(
+    ("inner", "vocabulary", "ids"), [(768, 50257, 21760), (1600, 50257, 10240), (64, 300, 512), (1 << 20, 300, 256)]
+)
+def test_part_of_a_vocabulary_is_whole_tiles_that_stay_in_the_cache(inner: int, vocabulary: int, ids: int) -> None:
+    """32 MiB of halves, of the 50 that an H200's L2 has; one tile at least, and no more than there are."""
+    assert warpgroup_launch.scored_part(inner, vocabulary) == ids
 
 
 UNTOUCHED = 2**64 - 1

@@ -120,6 +120,8 @@ class Cuda:
         self._cublas = Cublas(self._stream.ptr, self._workspace.ptr)
         self._kernels: dict[tuple[Any, ...], Kernel] = {}
         self._rooms: dict[str, Array] = {}
+        self._halves = cupy.empty(0, np.float16)  # room for an int8 weight as cuBLAS reads it, one at a time
+        self._units: dict[int, Any] = {}  # LayerNorms without gain and bias, by width
         self._carveout = _FP16_CARVEOUT if precision == "fp16" and capability >= 90 else _DRIVERS_CARVEOUT
 
     # Memory and transfer ----------------------------------------------------------------------------------------------
@@ -130,15 +132,18 @@ class Cuda:
         self._stream.use()
 
     def matrix(self, array: np.ndarray | Rounded, norm: Any = None) -> Matrix:
-        if self._int8:
-            return self._int8_matrix(array, norm)
         inner, wide = array.shape
+        if self._int8:
+            self._make_room(inner, wide)
+            return self._int8_matrix(array, norm)
         can = warpgroup_launch.can(self._limits, inner, wide, self._half)
         return self._float_matrix(np.asarray(array), norm, warpgroup_launch.packed if can else None)
 
     def vocabulary_matrix(self, array: np.ndarray | Rounded, norm: Any = None) -> Matrix:
         inner, wide = array.shape
         if self._int8 and vocabulary_launch.fits(self._limits, inner, half=True):
+            if warpgroup_launch.can_score(self._limits, inner, half=True):
+                self._make_room(inner, warpgroup_launch.scored_part(inner, wide))
             return self._int8_matrix(array, norm, vocabulary_launch.without_norm)
         if self._int8:
             log.info("the vocabulary's weights [%d, %d] are fp16: this GPU has no room for int8 ones", inner, wide)
@@ -174,6 +179,8 @@ class Cuda:
         inner, wide = array.shape
         with self._stream:
             if norm is not None:
+                gain, bias = cupy.ones(inner, self.FLOAT), cupy.zeros(inner, self.FLOAT)
+                self._units.setdefault(inner, norm._replace(gain=gain, bias=bias))
                 parts = (cupy.asarray(part, np.float32) for part in (array, norm.gain, norm.bias))
                 numbers, columns = linear_launch.fold_int8(*parts)
             else:
@@ -184,6 +191,12 @@ class Cuda:
                 columns = without_norm(scales)
             packed = self._packed(cupy.ascontiguousarray(numbers), (wide, 1), inner, wide)
         return Matrix(None, False, packed, None, columns, norm is not None, inner, wide)
+
+    def _make_room(self, inner: int, wide: int) -> None:
+        """For an int8 weight made halves; before anything that reads there is captured."""
+        if (elements := weight_memory.halves(inner, wide)) > self._halves.size:
+            with self._stream:
+                self._halves = cupy.empty(elements, np.float16)
 
     def _packed(self, source: Array, strides: tuple[int, int], inner: int, wide: int) -> Array:
         """source in the order of kernels/linear.cu pack_weight; strides: in numbers, of W's two axes."""
@@ -299,7 +312,7 @@ class Cuda:
         if product != self._large_product and linear.weight.folded:
             product(x, linear, out, activation=activation, epsilon=epsilon)
             return
-        self.layer_norm(x, norm, epsilon, normed)
+        self.layer_norm(x, self._unfolded(norm, linear.weight), epsilon, normed)
         product(normed, linear, out, activation=activation)
 
     def linear_residual(self, x: Array, linear: Any, residual: Array, out: Array) -> None:
@@ -420,7 +433,8 @@ class Cuda:
         targets: Array, out: Array,
     ) -> None:  # fmt: skip
         if self._scores_by_groups(len(x), output.weight):
-            self._group_scores(self._normed(x, norm, epsilon, normed), output, scale, targets, out)
+            x = self._normed(x, self._unfolded(norm, output.weight), epsilon, normed)
+            self._group_scores(x, output, scale, targets, out)
             return
         for start in range(0, len(x), len(logits)):
             rows = slice(start, start + len(logits))
@@ -490,11 +504,12 @@ class Cuda:
         return self._normed(x, None if output.weight.folded else norm, epsilon, normed)
 
     def _product_for(self, x: Array, weight: Matrix) -> Callable[..., None]:
-        """The fastest of the three for so many rows; of int8 weights there is one."""
+        """The fastest of the three for so many rows; of int8 weights there are two."""
         grouped = weight.grouped is not None and x.strides[0] % 16 == x.data.ptr % 16 == 0
         if grouped and warpgroup_launch.pays(self._limits, len(x), weight.inner, weight.wide, weight.folded):
             return self._group_product
-        return self._small_product if weight.int8 or self._streams(len(x), weight) else self._large_product
+        streams = not linear_launch.unpacks(len(x)) if weight.int8 else self._streams(len(x), weight)
+        return self._small_product if streams else self._large_product
 
     def _small_product(
         self, x: Array, linear: Any, out: Array, residual: Array | None = None, activation: str = "none",
@@ -541,7 +556,9 @@ class Cuda:
     def _large_product(
         self, x: Array, linear: Any, out: Array, residual: Array | None = None, activation: str = "none"
     ) -> None:
-        """out = residual + activation(x . W + b), by cuBLAS."""
+        """out = residual + activation(x . W + b), by cuBLAS; x has been through the LayerNorm in front."""
+        if linear.weight.int8:
+            linear = self._as_halves(linear, 0, linear.weight.wide)
         weight: Matrix = linear.weight
         complete = self._cublas.product(
             x, weight.plain, weight.transposed, out, bias=linear.bias, activation=activation, residual=residual
@@ -553,6 +570,34 @@ class Cuda:
                 "linear", "bias_activation", (-(-wide // width), min(rows, 65535)), 256,
                 (out, linear.bias, rows, wide, _ACTIVATIONS[activation], 1.0),
             )  # fmt: skip
+
+    def _unfolded(self, norm: Any, weight: Matrix) -> Any:
+        """The LayerNorm whose result is multiplied by W: of an int8 one that it is folded into, without its gain and
+        bias, which stay there."""
+        return self._units[weight.inner] if weight.int8 and weight.folded else norm
+
+    def _as_halves(self, linear: Any, first: int, wide: int) -> Any:
+        """Of an int8 linear so many outputs, from a multiple of sixteen on, as a linear of halves; it lasts until the
+        next is made. What the bias of a LayerNorm folded in gives is in its bias."""
+        weight: Matrix = linear.weight
+        assert weight.packed is not None
+        assert weight.columns is not None
+        outputs, inner = slice(first, first + wide), weight.inner
+        columns = weight.columns.reshape(-1, weight.wide)[:, outputs]
+        given = bias = None if linear.bias is None else linear.bias[outputs]
+        offsets = None
+        if weight.folded:
+            offsets, bias = columns[1], self._room("bias of halves", (wide,), np.float16)
+        stride, begin = weight_memory.aligned(inner), linear_launch.packed_elements(inner, first, half=True)
+        halves = self._halves[: weight_memory.halves(inner, wide)].reshape(wide, stride)
+        pieces = linear_launch.packed_elements(inner, wide, half=True) // 16
+        self._launch(
+            "linear", "unpack_weight", (-(-pieces // 256),), 256,
+            (weight.packed[begin:], columns[-1], given, offsets, halves, stride, bias if weight.folded else None, inner,
+             wide),
+            WEIGHT_BITS=8,
+        )  # fmt: skip
+        return linear._replace(weight=Matrix(halves[:, :inner], True, None, None, None, False, inner, wide), bias=bias)
 
     def _attend(
         self, name: str, grid: tuple[int, int], working: int, steps: int, most: int, arguments: tuple[Any, ...],
@@ -607,23 +652,27 @@ class Cuda:
         self._launch(family, name, plan.grid, plan.threads, arguments, shared=plan.shared, **dict(plan.definitions))
 
     def _scores_by_groups(self, rows: int, weight: Matrix) -> bool:
-        can = weight.plain is not None and weight.transposed
+        can = weight.int8 or (weight.plain is not None and weight.transposed)
         can = can and warpgroup_launch.can_score(self._limits, weight.inner, self._half)
         return can and warpgroup_launch.pays_to_score(rows)
 
     def _group_scores(self, x: Array, output: Any, scale: float, targets: Array, out: Array) -> None:
         """vocabulary_scores of what has been through its LayerNorm."""
-        weight: Matrix = output.weight
-        plan = warpgroup_launch.scores_plan(self._limits, len(x), weight.inner, weight.wide)
-        tiles = warpgroup_launch.scored_tiles(weight.wide)
+        inner, vocabulary, int8 = output.weight.inner, output.weight.wide, output.weight.int8
+        tiles = warpgroup_launch.scored_tiles(vocabulary)
         statistics = self._room("scored statistics", (len(x), tiles, 2), np.float32)
         kept = self._room("scored targets", (len(x),), np.float32)
-        maps = (_tensor_map(one, warpgroup_launch.SCORED_BOX) for one in (x, weight.plain))
-        self._launch(
-            "warpgroup_scores", "warpgroup_scores", plan.grid, plan.threads,
-            (*maps, output.bias, targets, statistics, kept, len(x), weight.wide, scale),
-            shared=plan.shared, cluster=plan.cluster[0], **dict(plan.definitions),
-        )  # fmt: skip
+        most = warpgroup_launch.scored_part(inner, vocabulary) if int8 else vocabulary
+        for first in range(0, vocabulary, most):
+            wide = min(most, vocabulary - first)
+            part = self._as_halves(output, first, wide) if int8 else output
+            plan = warpgroup_launch.scores_plan(self._limits, len(x), inner, wide)
+            maps = (_tensor_map(one, warpgroup_launch.SCORED_BOX) for one in (x, part.weight.plain))
+            self._launch(
+                "warpgroup_scores", "warpgroup_scores", plan.grid, plan.threads,
+                (*maps, part.bias, targets, statistics, kept, len(x), wide, scale, first, tiles),
+                shared=plan.shared, cluster=plan.cluster[0], **dict(plan.definitions),
+            )  # fmt: skip
         arguments = (statistics, kept, out, len(x), tiles)
         self._launch("search", "target_of_tiles", (-(-len(x) // 8),), 256, arguments)
 

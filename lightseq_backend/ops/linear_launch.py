@@ -12,6 +12,7 @@ from lightseq_backend.ops.linear_shapes import Shape, measured
 
 _WARPS = 8  # of a block, where none were measured
 SMALL = 1 << 20  # elements of a weight that is too little for others at up to 128 rows
+_PACKED_ROWS = 128
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,12 @@ def pays(device: Device, rows: int, inner: int, wide: int, half: bool) -> bool:
     if half:
         return rows <= (128 if inner * wide <= SMALL else 32)
     return rows <= 64
+
+
+def unpacks(rows: int) -> bool:
+    """Whether int8 weights are made halves for cuBLAS, which reads them once; `linear` does for every 32 rows. By
+    measurement on an H200."""
+    return rows > _PACKED_ROWS
 
 
 def plan(

@@ -21,6 +21,7 @@ _SEARCHED_WIDTH = 1024  # of x
 SCORED_BOX = 128  # rows of x or of the weight that one copy of warpgroup_scores.cu brings
 _LEAST_SCORED = 256  # rows
 _SCORED_IDS, _SCORING_PAIR, _SCORING_DEPTH = 256, 2, 4
+_SCORED_PART = 32 << 20  # bytes
 ATTENDED_BOX = 64  # rows of queries, keys or values that a block of packed attention has at a time
 _HEAD, _ATTENDING = 64, 128  # numbers of a head, threads
 _ATTENDING_TOGETHER = 4  # blocks for which a multiprocessor has registers
@@ -160,6 +161,12 @@ def vocabulary_plan(device: Device, rows: int, inner: int, vocabulary: int) -> P
 def scored_tiles(vocabulary: int) -> int:
     """Parts of the vocabulary that have statistics of their own in warpgroup_scores.cu."""
     return -(-vocabulary // _SCORED_IDS)
+
+
+def scored_part(inner: int, vocabulary: int) -> int:
+    """Ids of an int8 vocabulary that are made halves at a time, a multiple of a tile's: more would not stay in L2."""
+    most = max(1, _SCORED_PART // (_SCORED_IDS * inner * 2))
+    return min(most, scored_tiles(vocabulary)) * _SCORED_IDS
 
 
 def scores_plan(device: Device, rows: int, inner: int, vocabulary: int) -> Plan:

@@ -29,6 +29,11 @@ def vocabulary_bytes(device: Device, inner: int, wide: int, half: bool, int8: bo
     return elements * _size(half) + 2 * _COLUMNS * wide
 
 
+def halves(inner: int, wide: int) -> int:
+    """Elements of an int8 weight [inner, wide] made halves: transposed, its rows as long as cuBLAS likes them."""
+    return wide * aligned(inner)
+
+
 def aligned(wide: int) -> int:
     """Columns that cuBLAS is given."""
     return -(-wide // ALIGNED_COLUMNS) * ALIGNED_COLUMNS

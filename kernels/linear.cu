@@ -433,10 +433,11 @@ extern "C" __global__ void pack_weight(const Given* source, long long row_stride
 // out[n, k] = W[k, n], number times scale, for cuBLAS; and what a LayerNorm's bias gives joins the bias
 //   packed as pack_weight wrote it, from a multiple of sixteen outputs on; scales float [wide]
 //   out T [wide, out_stride], zeros from `inner` on; out_stride is `inner` up to the next multiple of 8
-//   bias T [wide] or null; offsets float [wide] and bias_out T [wide], their sum, or both null
+//   bias T [wide] or null; offsets float [wide] and bias_out T [wide], bias + scale * offsets, or both null: `scale` is
+//   what the product will be multiplied by before its bias is added
 //   one thread for sixteen bytes of packed; grid ceil(pieces / 256), block 256; moves packed and out once
 extern "C" __global__ void unpack_weight(const uint4* packed, const float* scales, const T* bias, const float* offsets,
-                                         T* out, int out_stride, T* bias_out, int inner, int wide) {
+                                         float scale, T* out, int out_stride, T* bias_out, int inner, int wide) {
     launch_next();
     const long long piece = (long long)blockIdx.x * blockDim.x + threadIdx.x;
     const int chunks = up(inner, CHUNK), lane = piece % 32, k = piece / 32 % chunks * CHUNK + lane % 4 * LANE_WIDTH;
@@ -455,7 +456,7 @@ extern "C" __global__ void unpack_weight(const uint4* packed, const float* scale
                 values[i] = scales[n] * (from.numbers[i / 2 * 4 + upper * 2 + i % 2] - 128);
             store16(out + (long long)n * out_stride + k, values);
         }
-        if (bias_out && k == 0) bias_out[n] = from_float<T>((bias ? to_float(bias[n]) : 0.f) + offsets[n]);
+        if (bias_out && k == 0) bias_out[n] = from_float<T>((bias ? to_float(bias[n]) : 0.f) + scale * offsets[n]);
     }
 }
 #endif

@@ -136,10 +136,12 @@ def test_every_byte_becomes_its_number() -> None:
     np.testing.assert_array_equal(out, weight)
 
 
-@pytest.mark.parametrize("first", [0, 16, 48])
+@pytest.mark.parametrize(("first", "scale"), [(0, 1.0), (16, 1.0), (48, 0.25)])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("inner", "wide"), [(520, 96), (1000, 257), (36, 64)])
-def test_weights_made_halves_are_numbers_times_scales(inner: int, wide: int, norm: bool, first: int) -> None:
+def test_weights_made_halves_are_numbers_times_scales(
+    inner: int, wide: int, norm: bool, first: int, scale: float
+) -> None:
     ops, _, own, linear, weight = placed(1, inner, wide, norm, HOPPER)
     numbers, scales = quantise(own.gain[:, None] * weight if norm else weight)
     rounded = (numbers.astype(np.float64) * scales)[:, first:]
@@ -152,24 +154,25 @@ def test_weights_made_halves_are_numbers_times_scales(inner: int, wide: int, nor
     offsets, bias_out = (columns[1].copy(), bias) if norm else (None, None)
     ops.kernels("linear.cu", WEIGHT_BITS=8).launch(
         "unpack_weight", -(-pieces // 256), 256,
-        (packed[begin:], columns[-1].copy(), given, offsets, out, *integers(stride), bias_out, *integers(inner, count)),
+        (packed[begin:], columns[-1].copy(), given, offsets, np.float32(scale), out, *integers(stride), bias_out,
+         *integers(inner, count)),
     )  # fmt: skip
     np.testing.assert_allclose(out[:-1, :inner], rounded.T, rtol=2**-11, atol=1e-7)
     assert not out[:-1, inner:].any()
     assert np.isnan(out[-1]).all(), "written behind the last output"
     if norm:
-        expected = (own.bias.astype(np.float64) @ weight)[first:] + (0 if given is None else given)
+        expected = scale * (own.bias.astype(np.float64) @ weight)[first:] + (0 if given is None else given)
         np.testing.assert_allclose(bias[:-1], expected, rtol=1e-3, atol=1e-3)
         assert np.isnan(bias[-1])
 
 
 def test_halves_are_for_many_rows_and_as_long_as_cublas_likes_them() -> None:
-    assert [linear_launch.unpacks(rows) for rows in (1, 128, 129, 4096)] == [False, False, True, True]
+    assert [linear_launch.unpacks(rows) for rows in (1, 192, 193, 4096)] == [False, False, True, True]
     assert (weight_memory.halves(1024, 257), weight_memory.halves(1001, 3)) == (257 * 1024, 3 * 1008)
 
 
 def test_kernels_are_clean_under_sanitizers() -> None:
-    chosen = "(7-1000-257 and turing) or (made_halves and 1000-257 and True-16)"
+    chosen = "(7-1000-257 and turing) or (made_halves and 1000-257-True-16)"
     outcome = cuda_on_cpu.sanitized(
         ["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__)), "-k", chosen], timeout=115
     )

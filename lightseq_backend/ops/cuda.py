@@ -576,9 +576,9 @@ class Cuda:
         bias, which stay there."""
         return self._units[weight.inner] if weight.int8 and weight.folded else norm
 
-    def _as_halves(self, linear: Any, first: int, wide: int) -> Any:
+    def _as_halves(self, linear: Any, first: int, wide: int, scale: float = 1.0) -> Any:
         """Of an int8 linear so many outputs, from a multiple of sixteen on, as a linear of halves; it lasts until the
-        next is made. What the bias of a LayerNorm folded in gives is in its bias."""
+        next is made. What the bias of a LayerNorm folded in gives is in its bias, scaled as the product will be."""
         weight: Matrix = linear.weight
         assert weight.packed is not None
         assert weight.columns is not None
@@ -593,8 +593,8 @@ class Cuda:
         pieces = linear_launch.packed_elements(inner, wide, half=True) // 16
         self._launch(
             "linear", "unpack_weight", (-(-pieces // 256),), 256,
-            (weight.packed[begin:], columns[-1], given, offsets, halves, stride, bias if weight.folded else None, inner,
-             wide),
+            (weight.packed[begin:], columns[-1], given, offsets, scale, halves, stride, bias if weight.folded else None,
+             inner, wide),
             WEIGHT_BITS=8,
         )  # fmt: skip
         return linear._replace(weight=Matrix(halves[:, :inner], True, None, None, None, False, inner, wide), bias=bias)
@@ -665,7 +665,7 @@ class Cuda:
         most = warpgroup_launch.scored_part(inner, vocabulary) if int8 else vocabulary
         for first in range(0, vocabulary, most):
             wide = min(most, vocabulary - first)
-            part = self._as_halves(output, first, wide) if int8 else output
+            part = self._as_halves(output, first, wide, scale) if int8 else output
             plan = warpgroup_launch.scores_plan(self._limits, len(x), inner, wide)
             maps = (_tensor_map(one, warpgroup_launch.SCORED_BOX) for one in (x, part.weight.plain))
             self._launch(

@@ -80,7 +80,8 @@ def test_pass_is_the_same_a_thousand_times(kind: str, precision: str) -> None:
     engine = idle(kind, device)
     texts = [[3 + (7 * i + j) % 500 for j in range(60)] for i in range(10)]
     scores = kind == "gpt"
-    engine.answer(texts, **({"kind": SCORE} if scores else {"changes": {"max_new_tokens": 1}}))
+    greedy = {"sampling_method": "greedy", "max_new_tokens": 1}
+    engine.answer(texts, **({"kind": SCORE} if scores else {"changes": greedy}))
     buffers, rows = engine._buffers, engine._passes.size(600)
     read = partial(graphs._score, ops=device) if scores else graphs._prefill
     run = partial(read, engine.model, buffers, rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lightseq_backend.serving.wire import FORMS, Wire
 from lightseq_backend.small import as_int32, copied, counting, fill, joined, largest, remembered, smallest
 
 
@@ -23,6 +24,26 @@ def test_what_is_remembered_is_of_the_same_objects_not_of_equal_ones() -> None:
     for number in range(1000):  # each gone before the next: their addresses are used again
         assert make([number], one) == (number, 1)
     assert make(one, other) == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("batched", "shape", "expected"),
+    [
+        (True, (1, 4), [[0, 1, 2, 3]]),
+        (True, (2, 3), [[0, 1, 2], [3, 4, 5]]),
+        (True, (1, 0), [[]]),
+        (False, (3,), [[0, 1, 2]]),
+        (False, (1,), [[0]]),
+        (True, (2, 40_000), [[*range(40_000)], [*range(40_000, 80_000)]]),
+    ],
+)
+def test_rows_of_a_request_outlast_its_memory(batched: bool, shape: tuple[int, ...], expected: list[list[int]]) -> None:
+    wire = Wire("source_ids", FORMS[0], np.dtype(np.int32), batched)
+    given = np.arange(np.prod(shape), dtype=np.int64).reshape(shape)
+    rows = wire.rows(given, "source_ids")
+    given[...] = -1  # Triton has it back once a request is read
+    assert [row.tolist() for row in rows] == expected
+    assert {(row.ndim, row.dtype) for row in rows} == {(1, np.dtype(np.int64))}
 
 
 @pytest.mark.parametrize("length", [0, 1, 4096, 4097])

@@ -399,6 +399,13 @@ def test_int8_on_the_cpu_says_what_its_copies_take(caplog: pytest.LogCaptureFixt
     assert f"weights: {4 * sum(sizes)} bytes in int8" in caplog.messages
 
 
+def test_what_all_weights_share_is_counted_once() -> None:
+    arrays = small("gpt")[1]
+    shared = {"matrix": 100, "vocabulary_matrix": 300}
+    with_it = gpu(shared_bytes=lambda shape, use: shared.get(use, 0))
+    assert bytes_needed(arrays, with_it) == bytes_needed(arrays, gpu()) + 300
+
+
 def test_projections_of_the_source_are_one_matrix_for_all_layers() -> None:
     arrays = small_models.transformer(decoder_layers=3)[1]
     asked: list[tuple[tuple[int, ...], str]] = []

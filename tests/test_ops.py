@@ -380,8 +380,8 @@ def test_operation_equals_its_definition(case: Case) -> None:
 
 def test_table_has_cases_for_every_operation() -> None:
     transfer = {
-        "start", "matrix", "vocabulary_matrix", "vector", "table", "weight_bytes", "available_memory", "allocate",
-        "view", "put", "get", "fetch", "fault", "pass_sizes", "capture",
+        "start", "matrix", "vocabulary_matrix", "vector", "table", "weight_bytes", "shared_bytes", "available_memory",
+        "allocate", "view", "put", "get", "fetch", "fault", "pass_sizes", "capture",
     }  # fmt: skip
     public = {
         name

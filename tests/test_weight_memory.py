@@ -9,7 +9,7 @@ from kernel_ops import Ops
 from test_kernels_linear import DEVICES, HOPPER, TURING
 
 from lightseq_backend.ops.linear_launch import Device
-from lightseq_backend.ops.weight_memory import matrix_bytes, vocabulary_bytes
+from lightseq_backend.ops.weight_memory import halves, matrix_bytes, vocabulary_bytes, vocabulary_halves
 
 COLUMNS = 4  # bytes
 
@@ -35,6 +35,14 @@ def test_vocabulary_of_turing_is_there_for_warps() -> None:
 def test_int8_vocabulary_that_has_no_room_is_in_half_precision() -> None:
     assert vocabulary_bytes(TURING, 4096, 32000, half=True, int8=True) == 2 * 4096 * 32000
     assert vocabulary_bytes(HOPPER, 4096, 32000, half=True, int8=True) == 4096 * 32000 + 3 * COLUMNS * 32000
+
+
+def test_int8_weights_are_made_halves_one_at_a_time_and_a_vocabulary_in_parts() -> None:
+    assert (halves(1024, 4096), halves(1001, 3)) == (4096 * 1024, 3 * 1008)
+    assert vocabulary_halves(HOPPER, 1024, 32000) == 16384 * 1024  # 32 MiB
+    assert vocabulary_halves(HOPPER, 1024, 300) == 512 * 1024
+    assert vocabulary_halves(TURING, 1024, 32000) == 0  # where no kernel would read them
+    assert vocabulary_halves(HOPPER, 1000, 32000) == 0
 
 
 @pytest.mark.skipif(not cuda_on_cpu.available(), reason="no C++ compiler")

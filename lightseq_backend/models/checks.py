@@ -27,7 +27,7 @@ def check_weights(weights: Weights, ops: ModuleType) -> None:
     if needed > free:
         raise _no_room(needed, free, ops)
     if needed:
-        log.info("weights: %d bytes in %s", sum(_sizes(weights, ops)), ops.PRECISION)
+        log.info("weights: %d bytes in %s", _lasting(weights, ops), ops.PRECISION)
 
 
 def check_folded(name: str, weight: np.ndarray, norm: str, gain: np.ndarray, dtype: np.dtype[Any]) -> None:
@@ -43,12 +43,13 @@ def check_folded(name: str, weight: np.ndarray, norm: str, gain: np.ndarray, dty
 def bytes_needed(weights: Weights, ops: ModuleType) -> int:
     """Device memory for all weights, and for the largest while it is converted."""
     staged = _STAGED * max((prod(shape) for shape, _ in _used(weights)), default=0)
-    needed = sum(_sizes(weights, ops))
+    needed = _lasting(weights, ops)
     return needed + staged if needed else 0
 
 
-def _sizes(weights: Weights, ops: ModuleType) -> Iterator[int]:
-    return (ops.weight_bytes(shape, use) for shape, use in _used(weights))
+def _lasting(weights: Weights, ops: ModuleType) -> int:
+    used = list(_used(weights))
+    return sum(ops.weight_bytes(*one) for one in used) + max((ops.shared_bytes(*one) for one in used), default=0)
 
 
 def _used(weights: Weights) -> Iterator[tuple[tuple[int, ...], str]]:

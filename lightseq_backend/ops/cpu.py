@@ -86,6 +86,11 @@ def weight_bytes(shape: tuple[int, ...], use: str) -> int:
     return 0
 
 
+def shared_bytes(shape: tuple[int, ...], use: str) -> int:
+    """Memory that an array takes while it is used, the same for all of them: as much as the most of one. None here."""
+    return 0
+
+
 def available_memory() -> int:
     """Bytes that can still be allocated: the smaller of what the machine and the control group have left."""
     with open("/proc/meminfo") as lines:

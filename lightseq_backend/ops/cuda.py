@@ -134,7 +134,7 @@ class Cuda:
     def matrix(self, array: np.ndarray | Rounded, norm: Any = None) -> Matrix:
         inner, wide = array.shape
         if self._int8:
-            self._make_room(inner, wide)
+            self._make_room(array.shape, "matrix")
             return self._int8_matrix(array, norm)
         can = warpgroup_launch.can(self._limits, inner, wide, self._half)
         return self._float_matrix(np.asarray(array), norm, warpgroup_launch.packed if can else None)
@@ -142,8 +142,7 @@ class Cuda:
     def vocabulary_matrix(self, array: np.ndarray | Rounded, norm: Any = None) -> Matrix:
         inner, wide = array.shape
         if self._int8 and vocabulary_launch.fits(self._limits, inner, half=True):
-            if warpgroup_launch.can_score(self._limits, inner, half=True):
-                self._make_room(inner, warpgroup_launch.scored_part(inner, wide))
+            self._make_room(array.shape, "vocabulary_matrix")
             return self._int8_matrix(array, norm, vocabulary_launch.without_norm)
         if self._int8:
             log.info("the vocabulary's weights [%d, %d] are fp16: this GPU has no room for int8 ones", inner, wide)
@@ -192,11 +191,11 @@ class Cuda:
             packed = self._packed(cupy.ascontiguousarray(numbers), (wide, 1), inner, wide)
         return Matrix(None, False, packed, None, columns, norm is not None, inner, wide)
 
-    def _make_room(self, inner: int, wide: int) -> None:
+    def _make_room(self, shape: tuple[int, ...], use: str) -> None:
         """For an int8 weight made halves; before anything that reads there is captured."""
-        if (elements := weight_memory.halves(inner, wide)) > self._halves.size:
+        if (size := self.shared_bytes(shape, use)) > self._halves.nbytes:
             with self._stream:
-                self._halves = cupy.empty(elements, np.float16)
+                self._halves = cupy.empty(size // 2, np.float16)
 
     def _packed(self, source: Array, strides: tuple[int, int], inner: int, wide: int) -> Array:
         """source in the order of kernels/linear.cu pack_weight; strides: in numbers, of W's two axes."""
@@ -224,6 +223,18 @@ class Cuda:
             return math.prod(shape) * self.FLOAT.itemsize
         inner, wide = shape
         return sizes[use](self._limits, inner, wide, self._half, self._int8)
+
+    def shared_bytes(self, shape: tuple[int, ...], use: str) -> int:
+        if not self._int8 or use not in ("matrix", "vocabulary_matrix"):
+            return 0
+        inner, wide = shape
+        vocabulary = use == "vocabulary_matrix"
+        elements = (
+            weight_memory.vocabulary_halves(self._limits, inner, wide)
+            if vocabulary
+            else weight_memory.halves(inner, wide)
+        )
+        return elements * self.FLOAT.itemsize
 
     def available_memory(self) -> int:
         cupy.get_default_memory_pool().free_all_blocks()  # what converting the weights has left behind

@@ -34,6 +34,13 @@ def halves(inner: int, wide: int) -> int:
     return wide * aligned(inner)
 
 
+def vocabulary_halves(device: Device, inner: int, wide: int) -> int:
+    """Of what of an int8 vocabulary is made halves at a time."""
+    if not (vocabulary_launch.fits(device, inner, half=True) and warpgroup_launch.can_score(device, inner, half=True)):
+        return 0
+    return halves(inner, warpgroup_launch.scored_part(inner, wide))
+
+
 def aligned(wide: int) -> int:
     """Columns that cuBLAS is given."""
     return -(-wide // ALIGNED_COLUMNS) * ALIGNED_COLUMNS

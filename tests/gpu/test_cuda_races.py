@@ -40,35 +40,20 @@ def test_step_is_the_same_ten_thousand_times(kind: str, precision: str, rows: in
     engine = decoding(kind, device, rows, sizes)
     state, cache, work = engine._buffers.state, engine._buffers.cache, engine._buffers.work.first(rows)
     step = graphs._step(engine.model, engine._buffers, rows, graphs.SEARCHING, device)
-    assert device._early, "this GPU begins no kernel early"
-    early = device.capture(step)
-    device._early = False
-    in_turn = device.capture(step)
-    device._early = True
 
     advanced = [state.slots, state.history, cache.ancestors]
-    found = [*advanced, work.x, work.inner]
     poisoned = [work.x, work.context, work.query, work.qkv, work.inner, state.ids, state.log_probabilities]
     with device._stream:
         before = [array.copy() for array in advanced]
-        differences = cupy.zeros((), np.int64)
 
-    def replay(run: Any) -> None:
+    def prepare() -> None:
         for array, copy in zip(advanced, before, strict=True):
             array[...] = copy
-        for array in poisoned:
-            array.data.memset_async(POISON, array.nbytes, device._stream)
-        run()
+        poison(device, poisoned)
 
+    expected = check_replays(device, step, prepare, [*advanced, work.x, work.inner], REPLAYS)
     with device._stream:
-        replay(in_turn)
-        expected = [array.copy() for array in found]
-        assert any((array != copy).any() for array, copy in zip(advanced, before, strict=True))
-        for _ in range(REPLAYS):
-            replay(early)
-            for array, wanted in zip(found, expected, strict=True):
-                differences += cupy.count_nonzero(array.view(np.uint8) != wanted.view(np.uint8))
-    assert int(differences) == 0
+        assert any((array != copy).any() for array, copy in zip(expected, before))
 
 
 @pytest.mark.parametrize("precision", ["fp16", "int8", "fp32"])
@@ -84,11 +69,6 @@ def test_pass_is_the_same_a_thousand_times(kind: str, precision: str) -> None:
     engine.answer(texts, **({"kind": SCORE} if scores else {"changes": greedy}))
     buffers, rows = engine._buffers, engine._passes.size(600)
     read = partial(graphs._score, ops=device) if scores else graphs._prefill
-    run = partial(read, engine.model, buffers, rows)
-    early = device.capture(run)
-    device._early = False
-    in_turn = device.capture(run)
-    device._early = True
 
     work, cache = buffers.work.first(rows), buffers.cache
     found = [buffers.scored[:600]]
@@ -97,23 +77,37 @@ def test_pass_is_the_same_a_thousand_times(kind: str, precision: str) -> None:
     rooms = [device._rooms[name] for name in ("scored statistics", "scored targets") if name in device._rooms]
     rooms += [device._rooms["bias of halves"], device._halves] if precision == "int8" else []
     poisoned = [work.x, work.normed, work.context, work.qkv, work.inner, *rooms, *(found if scores else [])]
+    prepare = partial(poison, device, poisoned)
+    expected = check_replays(device, partial(read, engine.model, buffers, rows), prepare, found, PASSES)
     with device._stream:
-        differences = cupy.zeros((), np.int64)
-
-    def replay(run: Any) -> None:
-        for array in poisoned:
-            array.data.memset_async(POISON, array.nbytes, device._stream)
-        run()
-
-    with device._stream:
-        replay(in_turn)
-        expected = [array.copy() for array in found]
         assert all(bool(cupy.isfinite(array).all()) for array in expected)
-        for _ in range(PASSES):
-            replay(early)
+
+
+def check_replays(device: Any, run: Any, prepare: Any, found: list[Any], times: int) -> list[Any]:
+    """What `run` leaves in `found` with kernels that wait for each other, and that it leaves the same bits with kernels
+    that begin early, so many times, each behind `prepare`."""
+    assert device._early, "this GPU begins no kernel early"
+    early = device.capture(run)
+    device._early = False
+    in_turn = device.capture(run)
+    device._early = True
+    with device._stream:
+        prepare()
+        in_turn()
+        expected = [array.copy() for array in found]
+        differences = cupy.zeros((), np.int64)
+        for _ in range(times):
+            prepare()
+            early()
             for array, wanted in zip(found, expected, strict=True):
                 differences += cupy.count_nonzero(array.view(np.uint8) != wanted.view(np.uint8))
     assert int(differences) == 0
+    return expected
+
+
+def poison(device: Any, arrays: list[Any]) -> None:
+    for array in arrays:
+        array.data.memset_async(POISON, array.nbytes, device._stream)
 
 
 def idle(kind: str, device: Any) -> Engine:

@@ -290,14 +290,19 @@ def _plain(rows: Ordered[np.ndarray], config: Config) -> Ordered[np.ndarray | No
         ):  # fmt: skip
             return unknown
     together = joined(rows)
-    most = largest(together.view(_UNSIGNED[together.itemsize]))  # without a sign, a negative id is a large one
-    if most >= config.input_vocabulary:
-        return unknown
-    if 0 <= config.padding_id <= most and np.count_nonzero(together == config.padding_id):
+    if not _only_ids(together, config):
         return unknown
     together = as_int32(together)
     ends = list(accumulate(map(len, rows)))
     return [together[start:end] for start, end in zip((0, *ends), ends)]
+
+
+def _only_ids(row: np.ndarray, config: Config) -> bool:
+    """Whether one-dimensional integers, one or more, are ids of this model, none of them padding."""
+    most = largest(row.view(_UNSIGNED[row.itemsize]))  # without a sign, a negative id is a large one
+    if most >= config.input_vocabulary:
+        return False
+    return not (0 <= config.padding_id <= most and np.count_nonzero(row == config.padding_id))
 
 
 def _columns(row: np.ndarray, config: Config) -> np.ndarray:
@@ -308,22 +313,20 @@ def _columns(row: np.ndarray, config: Config) -> np.ndarray:
         raise RequestError("the row is empty; it needs at least one id")
     if row.size > config.max_positions:
         raise RequestError(f"the row has {row.size} ids; this model takes {config.max_positions} (max_step)")
-    tokens, columns = row, counting(row.size)
+    columns = counting(row.size)
     if row.size <= SHORT:  # for what most rows are, a list is faster
         ids = row.tolist()
         if config.padding_id not in ids and min(ids) >= 0 and max(ids) < config.input_vocabulary:
             return columns
-    # Without a sign, a negative id is a large one.
-    most = largest(row.view(_UNSIGNED[row.itemsize]))
-    may_be_padded = most >= config.input_vocabulary or 0 <= config.padding_id <= most
-    if may_be_padded and np.count_nonzero(row == config.padding_id):
-        columns = np.flatnonzero(row != config.padding_id)
-        if columns.size == 0:
-            raise RequestError(f"the row holds only padding (id {config.padding_id})")
-        tokens = row[columns]
-        most = largest(tokens.view(_UNSIGNED[tokens.itemsize]))
-    if most >= config.input_vocabulary:
-        column = int(columns[np.flatnonzero((tokens < 0) | (tokens >= config.input_vocabulary))[0]])
+    if _only_ids(row, config):
+        return columns
+    columns = np.flatnonzero(row != config.padding_id)
+    if columns.size == 0:
+        raise RequestError(f"the row holds only padding (id {config.padding_id})")
+    tokens = row[columns]
+    outside = np.flatnonzero((tokens < 0) | (tokens >= config.input_vocabulary))
+    if outside.size:
+        column = int(columns[outside[0]])
         raise RequestError(
             f"id {int(row[column])} at column {column} is outside the vocabulary (0 to {config.input_vocabulary - 1})"
         )

@@ -442,8 +442,7 @@ class Engine:
         """
         if self._admitted.pop(id(sequence), None) is None:
             return
-        if sequence.slots:
-            self._scheduler.retire(sequence)
+        self._scheduler.retire(sequence)
         request = sequence.request
         self._departures.forget(request)
         if isinstance(result, Output):
